@@ -1,0 +1,305 @@
+"""Keep an exponentially weighted average (EWA) of a model's weights while it trains.
+
+The idea: at a constant learning rate the weights wander around a good point; their average is closer to it than any
+single iterate (Zhang et al. 2025, arXiv:2410.21676). Every average here follows one rule,
+
+    average += a_n * (theta_n - average),        a_1 = 1,
+
+with `theta_n` the weights at the n-th averaging; the two windows differ only in the step size `a_n`
+(`fixed_decay_step_size`, `growing_window_step_size`). The first averaging copies the weights, so the initial weights
+never enter, and there is no average before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DEFAULT_HALF_LIFE_RATIO = 0.0625
+"""Half-life of the growing window, as a ratio of the updates since averaging began."""
+
+
+def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> float:
+    """Step size of the bias-corrected EWA with a fixed decay per update.
+
+    The newest point has weight 1 and the weights before it sum to `decay**every * weight_sum`, so the n-th step size
+    is `(1 - decay**every) / (1 - decay**(every * n))`. `every` only changes how often the average is touched, not the
+    length of its window.
+
+    Args:
+        weight_sum: sum of the weights so far, in units of the newest one's weight; 0 before the first averaging.
+        decay: decay per update, in (0, 1).
+        every: updates between two averagings.
+
+    Source:
+        Zhang et al. 2025, arXiv:2410.21676; the bias correction is Adam's (arXiv:1412.6980, section 3).
+    """
+    return 1.0 / (1.0 + decay**every * weight_sum)
+
+
+def growing_window_step_size(elapsed: int, *, half_life_ratio: float, every: int) -> float:
+    """Step size of an EWA whose half-life is a fixed ratio of the updates since averaging began.
+
+    `1 - 0.5**(every / (half_life_ratio * elapsed))`: needs no horizon, as the window grows with the run. It does not
+    depend on `every` while `every` is small against `half_life_ratio * elapsed`.
+
+    Args:
+        elapsed: updates since averaging began, 1 or more.
+        half_life_ratio: half-life over `elapsed`.
+        every: updates between two averagings.
+    """
+    return -math.expm1(-math.log(2.0) * every / (half_life_ratio * elapsed))
+
+
+def check_averaging(
+    *, decay: float | None, half_life_ratio: float | None, every: int, start_step: int, prefix: str = ""
+) -> None:
+    """Raise `ValueError` for options that no average can follow; `prefix` goes before the option's name."""
+    if decay is not None and half_life_ratio is not None:
+        raise ValueError(
+            f"{prefix}decay={decay} and {prefix}half_life_ratio={half_life_ratio} are two windows for one average: "
+            "set the first for a fixed window or the second for a growing one."
+        )
+    if decay is not None and not 0.0 < decay < 1.0:
+        raise ValueError(f"{prefix}decay={decay} must lie strictly between 0 and 1, for instance 0.999.")
+    if half_life_ratio is not None and not 0.0 < half_life_ratio <= 1.0:
+        raise ValueError(
+            f"{prefix}half_life_ratio={half_life_ratio} must be above 0 and at most 1, "
+            f"for instance {DEFAULT_HALF_LIFE_RATIO}."
+        )
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"{prefix}every={every} must be a whole number of updates, 1 or more.")
+    if isinstance(start_step, bool) or not isinstance(start_step, int) or start_step < 0:
+        raise ValueError(f"{prefix}start_step={start_step} must be a whole number of updates, 0 or more.")
+
+
+class WeightAverage:
+    """An fp32 average of a model's trainable parameters.
+
+    Args:
+        named_parameters: pairs of (name, parameter), as `model.named_parameters()` gives them. A parameter that
+            appears under several names (tied weights) is averaged once, under its first name. Frozen parameters
+            (`requires_grad=False`) are left out of the arithmetic and of the swap, and keep their value.
+        decay: decay per update for a fixed window, in (0, 1).
+        half_life_ratio: half-life of a growing window, as a ratio of the updates since averaging began. The default,
+            0.0625, when neither is given.
+        every: average at each `every`-th update. Saves time; leaves the window as it is.
+        start_step: number of updates to let pass first: averaging begins with update `start_step + every`.
+        device: where the fp32 accumulators live; the parameter's own device when not given.
+
+    Raises:
+        ValueError: for both windows at once, a value out of range, a complex parameter, or nothing to average.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1)
+        >>> average = WeightAverage(model.named_parameters(), decay=0.99)
+        >>> average.update(1)
+        True
+        >>> with average.applied():
+        ...     loss = model(torch.ones(1, 2))
+    """
+
+    def __init__(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        *,
+        decay: float | None = None,
+        half_life_ratio: float | None = None,
+        every: int = 1,
+        start_step: int = 0,
+        device: torch.device | str | None = None,
+    ):
+        if decay is None and half_life_ratio is None:
+            half_life_ratio = DEFAULT_HALF_LIFE_RATIO
+        check_averaging(decay=decay, half_life_ratio=half_life_ratio, every=every, start_step=start_step)
+        self.decay = decay
+        self.half_life_ratio = half_life_ratio
+        self.every = every
+        self.start_step = start_step
+        self.device = None if device is None else torch.device(device)
+        self.num_averaged = 0
+        """Averagings so far."""
+        self.last_step = 0
+        """Number of the update that `update` was last told of."""
+        self.weight_sum = 0.0
+        """Sum of all weights in units of the newest one's: the inverse of the last step size."""
+        self._trained: dict[str, Tensor] = {}
+        self._frozen: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for name, parameter in named_parameters:
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if parameter.requires_grad and parameter.is_complex():
+                raise ValueError(f"Parameter {name} is complex ({parameter.dtype}); an average is kept in float32.")
+            (self._trained if parameter.requires_grad else self._frozen)[name] = parameter
+        if not self._trained:
+            raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
+        self._averages: dict[str, Tensor] = {}
+        self._applied = False
+
+    @property
+    def started(self) -> bool:
+        """Whether there is an average: False before the first averaging."""
+        return self.num_averaged > 0
+
+    def step_size(self, step: int) -> float:
+        """Weight that the parameters get if they are averaged in at update `step` (1 for the first)."""
+        if not self.started:
+            return 1.0
+        if self.decay is not None:
+            return fixed_decay_step_size(self.weight_sum, decay=self.decay, every=self.every)
+        assert self.half_life_ratio is not None
+        return growing_window_step_size(
+            step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every
+        )
+
+    @torch.no_grad()
+    def update(self, step: int) -> bool:
+        """Take in the weights after update number `step` (1 for the first); call it after every update.
+
+        Returns:
+            Whether this was an update at which the average moves: `step - start_step` positive and divisible by
+            `every`.
+
+        Raises:
+            ValueError: if `step` is not above the last one.
+            RuntimeError: inside `applied()`, or if a parameter that was frozen has become trainable.
+        """
+        if self._applied:
+            raise RuntimeError("update() inside applied() would average the average: leave the context first.")
+        if step <= self.last_step:
+            raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
+        thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        if thawed:
+            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and is trainable now: make a new one.")
+        self.last_step = step
+        elapsed = step - self.start_step
+        if elapsed <= 0 or elapsed % self.every:
+            return False
+        size = self.step_size(step)
+        if self.started:
+            self._lerp(size)
+        else:
+            self._averages = {name: self._accumulator(parameter) for name, parameter in self._trained.items()}
+        self.weight_sum = 1.0 / size
+        self.num_averaged += 1
+        return True
+
+    def _accumulator(self, parameter: Tensor) -> Tensor:
+        device = parameter.device if self.device is None else self.device
+        return parameter.detach().to(device=device, dtype=torch.float32, copy=True)
+
+    def _lerp(self, size: float) -> None:
+        """Move every accumulator by `size` towards its parameter: in one fused call where no cast is needed."""
+        averages: list[Tensor] = []
+        weights: list[Tensor] = []
+        for name, parameter in self._trained.items():
+            average = self._averages[name]
+            if parameter.dtype == torch.float32 and parameter.device == average.device:
+                averages.append(average)
+                weights.append(parameter.detach())
+            else:
+                average.lerp_(parameter.detach().to(device=average.device, dtype=torch.float32), size)
+        if averages:
+            torch._foreach_lerp_(averages, weights, size)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Context in which the parameters hold the average; the training weights come back bit for bit.
+
+        The average is cast to each parameter's dtype. It costs one copy of the trainable parameters while it lasts.
+        What is written into the parameters inside the context is lost at its end.
+
+        Raises:
+            RuntimeError: before the first averaging (see `started`), or inside another `applied()`.
+        """
+        if not self.started:
+            raise RuntimeError(
+                f"There is no average yet: the first comes with update {self.start_step + self.every}, "
+                f"the last one seen is {self.last_step}. Ask `started` first."
+            )
+        if self._applied:
+            raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
+        with torch.no_grad():
+            training = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
+        self._applied = True
+        try:
+            self._write(self._averages)
+            yield
+        finally:
+            self._write(training)
+            self._applied = False
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        # In place: the tensors' addresses stay what optimizers, compiled graphs and wrappers know.
+        for name, parameter in self._trained.items():
+            parameter.copy_(values[name])
+
+    def averaged_state_dict(self) -> dict[str, Tensor]:
+        """The average under the parameters' names, frozen parameters as they are: copies, float32 where averaged.
+
+        Raises:
+            RuntimeError: before the first averaging.
+        """
+        if not self.started:
+            raise RuntimeError("There is no average yet: ask `started` first.")
+        averaged = {name: average.clone() for name, average in self._averages.items()}
+        return averaged | {name: parameter.detach().clone() for name, parameter in self._frozen.items()}
+
+    def counters(self) -> dict[str, Any]:
+        """Every number that the next `update` depends on, besides the averages: plain values for a JSON file."""
+        return {
+            "num_averaged": self.num_averaged,
+            "last_step": self.last_step,
+            "start_step": self.start_step,
+            "weight_sum": self.weight_sum,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}` (no copies)."""
+        return self.counters() | {"averages": dict(self._averages)}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`; the window and `every` stay those given at construction.
+
+        Raises:
+            ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
+        """
+        missing_counters = sorted(set(self.counters()) - set(state))
+        if missing_counters:
+            raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")
+        averages: dict[str, Tensor] = state.get("averages", {})
+        if state["num_averaged"] > 0:
+            missing = sorted(set(self._trained) - set(averages))
+            extra = sorted(set(averages) - set(self._trained))
+            if missing or extra:
+                raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
+            for name, parameter in self._trained.items():
+                if averages[name].shape != parameter.shape:
+                    raise ValueError(
+                        f"The state has {name} of shape {tuple(averages[name].shape)}, "
+                        f"the parameter has {tuple(parameter.shape)}."
+                    )
+            self._averages = {
+                name: averages[name].detach().to(
+                    device=parameter.device if self.device is None else self.device, dtype=torch.float32, copy=True
+                )
+                for name, parameter in self._trained.items()
+            }
+        else:
+            self._averages = {}
+        for counter in self.counters():
+            setattr(self, counter, state[counter])
+
+    def __repr__(self) -> str:
+        """Window and progress in one line."""
+        window = f"decay={self.decay}" if self.decay is not None else f"half_life_ratio={self.half_life_ratio}"
+        return f"WeightAverage({window}, every={self.every}, start_step={self.start_step}, seen={self.last_step})"

@@ -1,0 +1,105 @@
+"""Take BatchNorm statistics again for weights that were never trained with, such as an average.
+
+Running means and variances belong to the weights that produced them. Averaged weights (EWA, or the x of a
+schedule-free optimizer) see other activations, so their statistics are taken anew from a few dozen training batches
+(Izmailov et al. 2018, arXiv:1803.05407, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def batch_norm_modules(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers of `model` that keep running statistics."""
+    return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+
+
+def statistics(model: nn.Module) -> list[Tensor]:
+    """Copies of all running means, variances and batch counters, in the order of `model.modules()`."""
+    return [buffer.detach().clone() for m in batch_norm_modules(model) for buffer in m.buffers(recurse=False)]
+
+
+@torch.no_grad()
+def load_statistics(model: nn.Module, values: list[Tensor]) -> None:
+    """Write what `statistics(model)` returned back into the layers, bit for bit."""
+    buffers = [buffer for m in batch_norm_modules(model) for buffer in m.buffers(recurse=False)]
+    for buffer, value in zip(buffers, values, strict=True):
+        buffer.copy_(value)
+
+
+@contextmanager
+def statistics_restored(model: nn.Module) -> Iterator[None]:
+    """Context at whose end the running statistics are what they were at its start."""
+    values = statistics(model)
+    try:
+        yield
+    finally:
+        load_statistics(model, values)
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Call `model` with a mapping as keywords, a sequence as positional arguments, anything else as the one input."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, (list, tuple)):
+        return model(*batch)
+    return model(batch)
+
+
+@torch.no_grad()
+def recalibrate_batch_norm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] = default_forward
+) -> int:
+    """Replace the running statistics of every BatchNorm layer by the mean over `batches`, with the present weights.
+
+    Only BatchNorm layers run in training mode, so dropout stays off. Each batch counts the same (cumulative average):
+    after n batches the running mean is the mean of the n batch means, the running variance the mean of the n unbiased
+    batch variances. Modes and momenta are put back afterwards; the new statistics stay in the model. A layer that no
+    batch reaches keeps the statistics it had, and so do all if anything is raised.
+
+    Args:
+        model: any module. Without a BatchNorm layer nothing is done and no batch is drawn.
+        batches: what `forward` takes; about 50 training batches are enough.
+        forward: called as `forward(model, batch)`; its result is thrown away.
+
+    Returns:
+        Number of batches used.
+
+    Raises:
+        ValueError: if there are BatchNorm layers but no batch; the statistics are left as they were.
+    """
+    layers = batch_norm_modules(model)
+    if not layers:
+        return 0
+    modes = {module: module.training for module in model.modules()}
+    before = {layer: (layer.momentum, [b.detach().clone() for b in layer.buffers(recurse=False)]) for layer in layers}
+    used = 0
+    reached: set[_BatchNorm] = set()
+    try:
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        for batch in batches:
+            forward(model, batch)
+            used += 1
+        if not used:
+            raise ValueError("BatchNorm statistics need at least one batch: `batches` was empty.")
+        reached = {layer for layer in layers if layer.num_batches_tracked}
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for layer, (momentum, buffers) in before.items():
+            layer.momentum = momentum
+            if layer not in reached:
+                for buffer, value in zip(layer.buffers(recurse=False), buffers, strict=True):
+                    buffer.copy_(value)
+    return used

@@ -1,0 +1,120 @@
+"""Put the evaluation weights into the model and the training weights back, bit for bit.
+
+Evaluation weights are the average if one is kept, else x of a schedule-free optimizer, else the training weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from torch import Tensor, nn
+
+from hf_radam.averaging import WeightAverage
+from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
+from hf_radam.optim import RAdamScheduleFree, schedule_free_x
+
+
+class EvaluationWeights:
+    """Knows which weights a model is evaluated with, and swaps them in and out.
+
+    Args:
+        model: the unwrapped model that trains.
+        average: its EWA, or None.
+        optimizer: its schedule-free optimizer, or None.
+        recalibrate: takes BatchNorm statistics again, in place, for the weights in the model; None if there is no
+            BatchNorm or it is switched off. Called once per update and kind of weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        average: WeightAverage | None = None,
+        optimizer: RAdamScheduleFree | None = None,
+        recalibrate: Callable[[], None] | None = None,
+    ):
+        self.model = model
+        self.average = average
+        self.optimizer = optimizer
+        self._recalibrate = recalibrate
+        self._statistics: dict[str, tuple[int, list[Tensor]]] = {}
+        self._inside = False
+
+    @property
+    def averaged(self) -> bool:
+        """Whether there is an average by now."""
+        return self.average is not None and self.average.started
+
+    @property
+    def source(self) -> str | None:
+        """What evaluation uses: `ewa`, `schedule_free`, or None for the training weights."""
+        if self.averaged:
+            return "ewa"
+        return "schedule_free" if self.optimizer is not None else None
+
+    @contextmanager
+    def applied(self, update: int) -> Iterator[None]:
+        """Context in which the model holds the evaluation weights of update number `update`.
+
+        The training weights come back bit for bit, whatever is raised. Entering it again inside changes nothing.
+        """
+        if self._inside or self.source is None:
+            yield
+            return
+        with self._applied(self.source, update):
+            self._inside = True
+            try:
+                yield
+            finally:
+                self._inside = False
+
+    @contextmanager
+    def training_weights(self) -> Iterator[None]:
+        """Context in which evaluating uses the training weights: upstream's own `optimizer.eval()` changes nothing."""
+        with ExitStack() as stack:
+            if self.optimizer is not None:
+                stack.enter_context(self.optimizer.evaluating(write_x=False))
+            yield
+
+    @contextmanager
+    def _applied(self, source: str, update: int) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(statistics_restored(self.model))
+            if self.optimizer is not None:
+                stack.enter_context(self.optimizer.evaluating(write_x=source == "schedule_free"))
+            if source == "ewa":
+                assert self.average is not None
+                stack.enter_context(self.average.applied())
+            if self._recalibrate is not None:
+                cached_update, cached = self._statistics.get(source, (None, []))
+                if cached_update == update:
+                    load_statistics(self.model, cached)
+                else:
+                    self._recalibrate()
+                    self._statistics[source] = (update, statistics(self.model))
+            yield
+
+    def folders(self, update: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """Every set of weights that a checkpoint keeps beside the training weights, by the name of its folder.
+
+        While one is handed out the model's BatchNorm buffers are those that belong to it.
+        """
+        sources = [("ewa", self.averaged), ("schedule_free", self.optimizer is not None)]
+        for source in [name for name, kept in sources if kept]:
+            weights = self._copy(source)
+            if self._recalibrate is None:
+                yield source, weights
+                continue
+            with statistics_restored(self.model):
+                with self._applied(source, update):
+                    recalibrated = statistics(self.model)
+                load_statistics(self.model, recalibrated)
+                yield source, weights
+
+    def _copy(self, source: str) -> dict[str, Tensor]:
+        if source == "ewa":
+            assert self.average is not None
+            return self.average.averaged_state_dict()
+        assert self.optimizer is not None
+        return schedule_free_x(self.model, self.optimizer)

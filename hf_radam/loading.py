@@ -1,0 +1,135 @@
+"""Load the weights that evaluation used, from a checkpoint or from the folder of a run."""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import (
+    CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from hf_radam.checkpoint import PathLike, read_manifest
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE_NAME = "trainer_state.json"
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+def load_evaluation_model(
+    path: PathLike, *, model_class: type[PreTrainedModel] | None = None, **from_pretrained_kwargs: Any
+) -> PreTrainedModel:
+    """Load the weights with which the trainer evaluated, in the dtype in which it did.
+
+    Args:
+        path: a checkpoint, or the folder of a run: there its root model (what `save_model()` wrote), else its newest
+            whole checkpoint.
+        model_class: class to load; by default the one that the folder's configuration names.
+        **from_pretrained_kwargs: passed on; a `dtype` given here wins.
+
+    Returns:
+        The model in evaluation mode (`model.eval()`), as `from_pretrained` leaves it.
+
+    Raises:
+        FileNotFoundError: if there is neither a model nor a whole checkpoint.
+        ValueError: if the checkpoint is damaged, or its model class is unknown to `transformers`.
+    """
+    root = Path(path)
+    if is_checkpoint(root):
+        return _load_checkpoint(root, model_class, from_pretrained_kwargs)
+    if holds_model(root):
+        return _from_pretrained(root, model_class, from_pretrained_kwargs)
+    return _load_checkpoint(newest_checkpoint(root), model_class, from_pretrained_kwargs)
+
+
+def holds_model(folder: PathLike) -> bool:
+    """Whether `folder` has a configuration and weights at its root."""
+    path = Path(folder)
+    return (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in WEIGHT_FILES)
+
+
+def is_checkpoint(folder: PathLike) -> bool:
+    """Whether `folder` is a checkpoint: a model with `trainer_state.json`, named `checkpoint-N`."""
+    path = Path(folder)
+    return bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name)) and (path / TRAINER_STATE_NAME).is_file()
+
+
+def newest_checkpoint(run: PathLike) -> Path:
+    """The whole checkpoint with the highest number in a run's folder; damaged ones are passed over with a warning.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(run)
+    folders = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            read_manifest(folder)
+        except ValueError as error:
+            logger.warning("Passing over %s: %s", folder, error)
+            continue
+        if is_checkpoint(folder) and holds_model(folder):
+            return folder
+        logger.warning("Passing over %s: it has no %s or no weights.", folder, TRAINER_STATE_NAME)
+    raise FileNotFoundError(f"{path} holds neither a model (config.json and weights) nor a whole checkpoint-N folder.")
+
+
+def evaluation_folder(checkpoint: PathLike) -> Path:
+    """The model folder in a checkpoint that holds the weights that evaluation used.
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    folder = manifest["evaluation"]["folder"] if manifest else None
+    return Path(checkpoint) / folder if folder else Path(checkpoint)
+
+
+def _load_checkpoint(
+    checkpoint: Path, model_class: type[PreTrainedModel] | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    folder = evaluation_folder(checkpoint)
+    manifest = read_manifest(checkpoint)
+    if folder == checkpoint or manifest is None or "dtype" in kwargs:
+        return _from_pretrained(folder, model_class, kwargs)
+    evaluated = manifest["evaluation"]
+    if not evaluated["other_dtypes"]:
+        return _from_pretrained(folder, model_class, {"dtype": getattr(torch, evaluated["dtype"])} | kwargs)
+    model = _from_pretrained(folder, model_class, kwargs)
+    for name, parameter in model.named_parameters():
+        dtype = evaluated["other_dtypes"].get(name, evaluated["dtype"])
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    return model
+
+
+def _from_pretrained(
+    folder: Path, model_class: type[PreTrainedModel] | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
+    if model_class is None:
+        model_class = _model_class(folder, kwargs)
+    return model_class.from_pretrained(folder, **kwargs)
+
+
+def _model_class(folder: Path, kwargs: dict[str, Any]) -> Any:
+    """The class that the configuration names; for a model with code of its own, the Auto class that finds it."""
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load {SAFE_WEIGHTS_NAME} in it with "
+            "safetensors.torch.load_file."
+        )
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code"))
+    names = [*(config.architectures or ()), *(n for n in getattr(config, "auto_map", {}) if n.startswith("AutoModel"))]
+    for name in names:
+        if hasattr(transformers, name):
+            return getattr(transformers, name)
+    raise ValueError(f"{folder / CONFIG_NAME} names no model class that transformers has ({names}): pass model_class.")

@@ -1,0 +1,106 @@
+"""Refuse to go on from a checkpoint with other hyper-parameters than it was trained with.
+
+Stock resume takes the optimizer's and the schedule's numbers from the checkpoint without a word: a new learning rate
+or weight decay on the command line has no effect, and a checkpoint without optimizer or schedule restarts both.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.utils import logging
+
+from hf_radam.averaging import WeightAverage
+from hf_radam.checkpoint import EWA_FOLDER, read_manifest, read_parameters
+
+logger = logging.get_logger(__name__)
+
+# What changes while training, and which kernel does the work: not hyper-parameters.
+NOT_COMPARED = frozenset(
+    "params lr k train_mode weight_sum lr_max scheduled_lr foreach fused capturable differentiable maximize".split()
+)
+
+
+def check_state_files(checkpoint: str) -> None:
+    """Raise `FileNotFoundError` if the optimizer or the schedule was not saved in the checkpoint."""
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (Path(checkpoint) / name).is_file():
+            raise FileNotFoundError(
+                f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
+                "To start a new run from its weights, load them as the model instead."
+            )
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The numbers of every parameter group that stay the same over a run."""
+    return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in optimizer.param_groups]
+
+
+def check_same_hyperparameters(
+    planned: list[dict[str, Any]], loaded: list[dict[str, Any]], *, checkpoint: str
+) -> None:
+    """Raise `ValueError` if a group that was loaded differs from the one that the arguments asked for."""
+    for ours, theirs in zip(planned, loaded, strict=True):
+        if set(ours) != set(theirs):
+            raise ValueError(
+                f"{checkpoint} was trained with another optimizer: its parameter groups differ in "
+                f"{sorted(set(ours) ^ set(theirs))}. Resume with the optimizer it was trained with, or start a new run "
+                "from its weights."
+            )
+        for name, value in ours.items():
+            if _plain(value) != _plain(theirs[name]):
+                flag = "learning_rate" if name == "initial_lr" else name
+                raise ValueError(
+                    f"{checkpoint} was trained with {flag}={_plain(theirs[name])}, the arguments say "
+                    f"{_plain(value)}: resume with the same, or start a new run from its weights."
+                )
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, (list, tuple)) else value
+
+
+def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
+    """Raise `ValueError` if the schedule now asked for has another learning rate at the next update.
+
+    The optimizer's state carries the learning rate that the old schedule gave for that update.
+    """
+    update = scheduler.last_epoch
+    for group, base, multiplier in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        old, new = float(group["lr"]), float(base) * multiplier(update)
+        if old != new:
+            raise ValueError(
+                f"{checkpoint} stands at update {update} with learning rate {old:.6g}, but the schedule of these "
+                f"arguments has {new:.6g} there. Resume with the flags the run was started with, or from a checkpoint "
+                "before its decay."
+            )
+
+
+def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str, step: int) -> None:
+    """Go on with the average that a checkpoint keeps, or begin one after update `step` if it keeps none, and say so.
+
+    Raises:
+        ValueError: if the checkpoint is damaged, or its run asked for another `ewa_start_step`.
+    """
+    manifest = read_manifest(checkpoint)
+    kept = manifest["averaging"] if manifest else None
+    if kept is None:
+        average.start_step = max(step, average.start_step)
+        average.last_step = step
+        logger.warning(f"{checkpoint} keeps no average: averaging begins after update {average.start_step}.")
+        return
+    if average.start_step != kept["requested_start_step"]:
+        raise ValueError(
+            f"{checkpoint} was trained with ewa_start_step={kept['requested_start_step']}, the arguments say "
+            f"{average.start_step}: resume with the same."
+        )
+    averages = read_parameters(model, Path(checkpoint, EWA_FOLDER)) if kept["num_averaged"] else {}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    average.load_state_dict(kept | {"averages": {n: t for n, t in averages.items() if n in trained}})
