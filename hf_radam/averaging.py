@@ -155,9 +155,7 @@ class WeightAverage:
         if self.decay is not None:
             return fixed_decay_step_size(self.weight_sum, decay=self.decay, every=self.every)
         assert self.half_life_ratio is not None
-        return growing_window_step_size(
-            step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every
-        )
+        return growing_window_step_size(step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every)
 
     @torch.no_grad()
     def update(self, step: int) -> bool:
@@ -177,7 +175,7 @@ class WeightAverage:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
         thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
         if thawed:
-            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and is trainable now: make a new one.")
+            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
@@ -289,9 +287,9 @@ class WeightAverage:
                         f"the parameter has {tuple(parameter.shape)}."
                     )
             self._averages = {
-                name: averages[name].detach().to(
-                    device=parameter.device if self.device is None else self.device, dtype=torch.float32, copy=True
-                )
+                name: averages[name]
+                .detach()
+                .to(device=parameter.device if self.device is None else self.device, dtype=torch.float32, copy=True)
                 for name, parameter in self._trained.items()
             }
         else:

@@ -1,9 +1,9 @@
-"""Write and read the parts of a checkpoint that are ours: evaluation weights as model folders, and `hf_radam.json`.
+"""Write and read the weights in a checkpoint: training weights at its root, evaluation weights in folders beside them.
 
     checkpoint-500/       standard Trainer checkpoint: the training weights at its root
       ewa/                averaged weights, a complete model folder in float32
       schedule_free/      x of the schedule-free optimizer, the same kind of folder
-      hf_radam.json       the manifest: method, schedule, counters of the average, size and sha256 of every file
+      hf_radam.json       the manifest (`hf_radam.manifest`)
 
 Weights are always read back through `from_pretrained`: the keys in the files of some architectures (Mixtral, for one)
 are not those of the model's state dict.
@@ -11,9 +11,7 @@ are not those of the model's state dict.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,15 +25,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
+from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, PathLike
 from hf_radam.random_state import preserved_random_state
-
-MANIFEST_NAME = "hf_radam.json"
-FORMAT_VERSION = 1
-EWA_FOLDER = "ewa"
-SCHEDULE_FREE_FOLDER = "schedule_free"
-EVALUATION_FOLDERS = (EWA_FOLDER, SCHEDULE_FREE_FOLDER)
-
-PathLike = str | os.PathLike[str]
 
 
 def full_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -56,7 +47,9 @@ def full_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
     return state
 
 
-def save_model_folder(folder: PathLike, model: nn.Module, weights: Mapping[str, Tensor], *, processing_class: Any) -> None:
+def save_model_folder(
+    folder: PathLike, model: nn.Module, weights: Mapping[str, Tensor], *, processing_class: Any
+) -> None:
     """Write a complete model folder with `weights` in place of the model's own, in float32.
 
     Args:
@@ -120,7 +113,8 @@ def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     else:
         # Weights that are missing would be initialised, with random numbers of the running training.
         with preserved_random_state(), _no_progress_bars():
-            loaded, info = type(model).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+            result: Any = type(model).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
+        loaded, info = result
         state = loaded.state_dict()
         missing = set(info["missing_keys"]) - set(model._keys_to_ignore_on_save or ())
         unexpected = set(info["unexpected_keys"]) | set(map(str, info["mismatched_keys"]))
@@ -157,61 +151,3 @@ def discard_evaluation_weights(checkpoint: PathLike) -> None:
     for folder in EVALUATION_FOLDERS:
         if (path / folder).is_dir():
             shutil.rmtree(path / folder)
-
-
-def parameter_dtypes(model: nn.Module) -> dict[str, Any]:
-    """The dtype that most parameters have, and those of the parameters that have another one, by name."""
-    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
-    numel: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        numel[dtypes[name]] = numel.get(dtypes[name], 0) + parameter.numel()
-    common = max(numel, key=lambda dtype: numel[dtype])
-    return {"dtype": common, "other_dtypes": {name: d for name, d in dtypes.items() if d != common}}
-
-
-def sha256(file: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def write_manifest(checkpoint: PathLike, content: Mapping[str, Any]) -> None:
-    """Write `hf_radam.json`: `content`, the format's version, and size and sha256 of every file in the checkpoint."""
-    path = Path(checkpoint)
-    files = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name != MANIFEST_NAME:
-            files[file.relative_to(path).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
-    temporary = path / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path / MANIFEST_NAME)
-
-
-def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
-    """The manifest of a checkpoint, or None for one that stock `Trainer` wrote.
-
-    Raises:
-        ValueError: if the checkpoint has evaluation weights of ours but no manifest (it was not finished), if the
-            manifest is of a newer format, or if a file it lists is missing or has another size.
-    """
-    path = Path(checkpoint)
-    if not (path / MANIFEST_NAME).is_file():
-        leftovers = [folder for folder in EVALUATION_FOLDERS if (path / folder).is_dir()]
-        if leftovers:
-            raise ValueError(f"{path} has {leftovers[0]}/ but no {MANIFEST_NAME}: it was not written to the end.")
-        return None
-    manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise ValueError(
-            f"{path / MANIFEST_NAME} has format {manifest['format_version']}, this hf_radam knows up to "
-            f"{FORMAT_VERSION}: update hf_radam."
-        )
-    for name, facts in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != facts["size"]:
-            raise ValueError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")
-    return manifest

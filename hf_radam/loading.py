@@ -18,7 +18,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.checkpoint import PathLike, read_manifest
+from hf_radam.manifest import PathLike, read_manifest
 
 logger = logging.getLogger(__name__)
 

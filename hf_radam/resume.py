@@ -16,7 +16,8 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoint import EWA_FOLDER, read_manifest, read_parameters
+from hf_radam.checkpoint import read_parameters
+from hf_radam.manifest import EWA_FOLDER, read_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -41,9 +42,7 @@ def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in optimizer.param_groups]
 
 
-def check_same_hyperparameters(
-    planned: list[dict[str, Any]], loaded: list[dict[str, Any]], *, checkpoint: str
-) -> None:
+def check_same_hyperparameters(planned: list[dict[str, Any]], loaded: list[dict[str, Any]], *, checkpoint: str) -> None:
     """Raise `ValueError` if a group that was loaded differs from the one that the arguments asked for."""
     for ours, theirs in zip(planned, loaded, strict=True):
         if set(ours) != set(theirs):

@@ -161,7 +161,7 @@ def decay_multiplier(progress: float, decay_type: str, min_lr_ratio: float) -> f
     if not 0.0 <= progress <= 1.0:
         raise ValueError(f"progress must lie in [0, 1], got {progress!r}: it is (updates of the decay done) / length.")
     if decay_type == "exponential":
-        return float(min_lr_ratio) ** progress
+        return math.pow(min_lr_ratio, progress)
     if decay_type == "inverse":
         return 1.0 / (progress / min_lr_ratio + (1.0 - progress))
     if decay_type == "linear":
@@ -301,6 +301,6 @@ def _check_count(name: str, value: float, *, at_least: int) -> None:
         raise ValueError(f"{name} must be a whole number of updates, {at_least} or more, got {value!r}.")
 
 
-def _check_list(name: str, values: Sequence[int]) -> None:
-    if isinstance(values, str) or not isinstance(values, Sequence) or not values:
+def _check_list(name: str, values: object) -> None:
+    if not isinstance(values, Sequence) or isinstance(values, str) or not values:
         raise ValueError(f"{name} must be a list with one entry per budget, such as [300, 700], got {values!r}.")

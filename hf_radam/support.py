@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers.utils import is_peft_available
 
+from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
-from hf_radam.training_args import OPTIMIZERS
 
 
 def check_supported(trainer: Any) -> None:
@@ -15,8 +15,7 @@ def check_supported(trainer: Any) -> None:
     _check_given_optimizer(trainer)
     args = trainer.args
     if args.uses_hf_radam:
-        sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers
-        if sharded:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
             raise ValueError(
                 "FSDP, DeepSpeed and models sharded at load time are not supported by this version of hf_radam: the "
                 "average and x would not be those of the whole model. Use one process or DDP."
@@ -32,6 +31,7 @@ def check_supported(trainer: Any) -> None:
 def _check_given_optimizer(trainer: Any) -> None:
     """Check an optimizer or schedule handed to the trainer against the flags that ask for another."""
     args, optimizer = trainer.args, trainer.optimizer
+    optim, schedule = OptimizerName(args.optim).value, SchedulerName(args.lr_scheduler_type).value
     given = type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]
     if given is not None:
         if given.__module__.partition(".")[0] == "schedulefree":
@@ -39,14 +39,12 @@ def _check_given_optimizer(trainer: Any) -> None:
                 f"{given.__module__}.{given.__name__} would be evaluated and saved at its gradient point: use "
                 "hf_radam.RAdamScheduleFree (it loads the same state), or optim='radam_schedulefree'."
             )
-        if args.optim in OPTIMIZERS and not issubclass(given, OPTIMIZERS[args.optim.value][0]):
+        if optim in OPTIMIZERS and not issubclass(given, OPTIMIZERS[optim][0]):
             raise ValueError(
-                f"optim={args.optim.value} and an optimizer of class {given.__name__} given to the trainer: drop one."
+                f"optim={optim} and an optimizer of class {given.__name__} given to the trainer: drop one."
             )
-    if trainer.lr_scheduler is not None and args.lr_scheduler_type in ("wsd", "wsd_s"):
-        raise ValueError(
-            f"lr_scheduler_type={args.lr_scheduler_type.value} and a schedule given to the trainer: drop one."
-        )
+    if trainer.lr_scheduler is not None and schedule in OUR_SCHEDULES:
+        raise ValueError(f"lr_scheduler_type={schedule} and a schedule given to the trainer: drop one.")
 
 
 def _is_peft(model: Any) -> bool:

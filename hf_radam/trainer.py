@@ -6,33 +6,24 @@ below steps aside and the trainer is upstream's, bit for bit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from accelerate.optimizer import AcceleratedOptimizer
-from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-import hf_radam
-from hf_radam import checkpoint as folder_of
 from hf_radam import resume
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
+from hf_radam.checkpointing import CheckpointingMixin
 from hf_radam.evaluation import EvaluationWeights
-from hf_radam.loading import evaluation_folder
-from hf_radam.optim import RAdamScheduleFree
+from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.support import check_supported
-from hf_radam.training_args import CONSTANT_SCHEDULES, RAdamTrainingArguments
-
-_Base = Trainer if TYPE_CHECKING else object
+from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)
 
@@ -49,7 +40,7 @@ class FeedAverage(TrainerCallback):
             self.trainer.average.update(state.global_step + 1)
 
 
-class RAdamTrainerMixin(_Base):
+class RAdamTrainerMixin(CheckpointingMixin):
     """Our methods for any subclass of `Trainer`: `class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -67,8 +58,6 @@ class RAdamTrainerMixin(_Base):
         ValueError: for a set-up in which the weights evaluated or saved would not be the right ones.
     """
 
-    args: RAdamTrainingArguments
-
     def __init__(self, model: Any = None, args: Any = None, *others: Any, **keywords: Any):
         if args is None:
             args = RAdamTrainingArguments(output_dir="tmp_trainer")
@@ -79,27 +68,9 @@ class RAdamTrainerMixin(_Base):
                 "RAdamTrainingArguments and them)."
             )
         self.average: WeightAverage | None = None
-        self._saving_checkpoint = False
-        self._best_model_loaded = False
         super().__init__(model, args, *others, **keywords)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
-
-    @property
-    def _bare_model(self) -> nn.Module:
-        """The model without wrappers: its parameter names have no prefix, and its tensors are the ones that train."""
-        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-
-    @property
-    def _schedule_free(self) -> RAdamScheduleFree | None:
-        """Our schedule-free optimizer, if that is what trains."""
-        wrapped = isinstance(self.optimizer, AcceleratedOptimizer)
-        optimizer = self.optimizer.optimizer if wrapped else self.optimizer
-        return optimizer if isinstance(optimizer, RAdamScheduleFree) else None
-
-    @property
-    def _active(self) -> bool:
-        return self.args.uses_hf_radam or self._schedule_free is not None
 
     # ---- Optimizer and schedule ----
 
@@ -109,20 +80,21 @@ class RAdamTrainerMixin(_Base):
         ours = args.optimizer_class_and_kwargs() if isinstance(args, RAdamTrainingArguments) else None
         return ours if ours is not None else Trainer.get_optimizer_cls_and_kwargs(args, model)
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> LRScheduler:
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Make our schedule where one is asked for; upstream then keeps it.
 
         A `LambdaLR` over a partial of a pure function saves no hyper-parameter, and follows skipped fp16 updates.
         """
         schedule = self.args.schedule(num_training_steps)
         if schedule is not None and self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(self.optimizer if optimizer is None else optimizer, schedule)
+            scheduled = self.optimizer if optimizer is None else optimizer
+            assert scheduled is not None, "upstream makes the optimizer first"
+            self.lr_scheduler = LambdaLR(scheduled, schedule)
             self._created_lr_scheduler = True
         elif self._schedule_free is not None and self.args.lr_scheduler_type not in CONSTANT_SCHEDULES:
+            name = SchedulerName(self.args.lr_scheduler_type).value
             raise ValueError(
-                f"lr_scheduler_type={self.args.lr_scheduler_type.value} with RAdamScheduleFree: schedule-free averaging "
+                f"lr_scheduler_type={name} with RAdamScheduleFree: schedule-free averaging "
                 "needs a constant learning rate. Use constant or constant_with_warmup."
             )
         return super().create_scheduler(num_training_steps, optimizer)
@@ -181,24 +153,19 @@ class RAdamTrainerMixin(_Base):
         """Take the statistics of the same seeded training batches, for whatever weights the model holds."""
         count = self.args.recalibrate_batch_norm_batches
         batch_size = self.args.train_batch_size
+        dataset: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
-        order = torch.randperm(len(self.train_dataset), generator=generator)[: count * batch_size].tolist()
+        order = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()
         loader = DataLoader(
-            Subset(self.train_dataset, order),
+            Subset(dataset, order),
             batch_size=batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
         )
         with preserved_random_state(self.args.seed), self.compute_loss_context_manager():
             batches = (self._prepare_inputs(batch) for batch in loader)
-            recalibrate_batch_norm(self._bare_model, batches, forward=lambda model, batch: self.compute_loss(model, batch))
+            recalibrate_batch_norm(self._bare_model, batches, forward=self.compute_loss)
 
     # ---- Evaluation ----
-
-    @contextmanager
-    def evaluation_weights(self) -> Iterator[None]:
-        """Context in which `trainer.model` holds the evaluation weights; the training weights come back bit for bit."""
-        with self._evaluation.applied(self.state.global_step):
-            yield
 
     def evaluation_loop(
         self,
@@ -225,104 +192,8 @@ class RAdamTrainerMixin(_Base):
             if self.args.ewa_eval_raw and description == "Evaluation":
                 with self._evaluation.training_weights():
                     raw = super().evaluation_loop(dataloader, description, *rest, f"{metric_key_prefix}_raw")
-                output.metrics.update(raw.metrics)
+                output = output._replace(metrics={**(output.metrics or {}), **(raw.metrics or {})})
         return output
-
-    # ---- Checkpoints ----
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the evaluation weights; inside a checkpoint the training weights, and the others beside them.
-
-        Upstream's `_internal_call` is also set by `push_to_hub()`, so checkpoints have a mark of their own.
-        """
-        if not self._saving_checkpoint:
-            with self.evaluation_weights():
-                super().save_model(output_dir, _internal_call)
-            return
-        assert output_dir is not None
-        if self.args.should_save:
-            folder_of.discard_evaluation_weights(output_dir)
-        super().save_model(output_dir, _internal_call)
-        for name, weights in self._evaluation.folders(self.state.global_step):
-            if self.args.should_save:
-                folder = Path(output_dir, name)
-                folder_of.save_model_folder(folder, self._bare_model, weights, processing_class=self.processing_class)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Mark the save as a checkpoint's, and write the manifest when every process has written its files."""
-        self._saving_checkpoint = True
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
-        if self._active:
-            self.accelerator.wait_for_everyone()
-            self._write_manifest(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
-
-    def _write_manifest(self, checkpoint: Path) -> None:
-        if not self.args.should_save:
-            return
-        schedule = self.args.schedule(self.state.max_steps)
-        average = self.average
-        content = {
-            "hf_radam_version": hf_radam.__version__,
-            "method": {
-                "optim": "radam_schedulefree" if self._schedule_free is not None else self.args.optim.value,
-                "lr_scheduler_type": self.args.lr_scheduler_type.value,
-                "ewa": self.args.ewa,
-            },
-            "global_step": self.state.global_step,
-            "learning_rate": self.args.learning_rate,
-            "weight_decay": self.args.weight_decay,
-            "schedule": None if schedule is None else dict(schedule.keywords),
-            "schedule_step": getattr(self.lr_scheduler, "last_epoch", None),
-            "averaging": None if average is None else {
-                "decay": average.decay,
-                "half_life_ratio": average.half_life_ratio,
-                "every": average.every,
-                "requested_start_step": self.args.ewa_start_step,
-                **average.counters(),
-            },
-            "evaluation": {"folder": self._evaluation.source, **folder_of.parameter_dtypes(self._bare_model)},
-        }
-        folder_of.write_manifest(checkpoint, content)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Read the training weights as `from_pretrained` does: upstream silently skips keys that files spell otherwise.
-
-        Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23).
-        """
-        if self._active and model is None and isinstance(self._bare_model, PreTrainedModel):
-            folder_of.read_manifest(resume_from_checkpoint)
-            folder_of.load_weights(self._bare_model, resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both as upstream does, and refuse what it would let pass: see `hf_radam.resume`."""
-        if checkpoint is None or not self._active:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        resume.check_state_files(checkpoint)
-        planned = resume.hyperparameters(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        resume.check_same_hyperparameters(planned, resume.hyperparameters(self.optimizer), checkpoint=checkpoint)
-        if self.args.schedule(self.state.max_steps) is not None:
-            resume.check_same_learning_rate(self.lr_scheduler, checkpoint=checkpoint)
-
-    def _load_best_model(self) -> None:
-        """Leave the best evaluation weights in the model: upstream would load the best checkpoint's training weights."""
-        if not self._active:
-            super()._load_best_model()
-            return
-        best = self.state.best_model_checkpoint
-        logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        folder_of.load_weights(self._bare_model, evaluation_folder(best))
-        if self._schedule_free is not None:
-            self._schedule_free.forget_training_weights()
-        self.average = None
-        self._evaluation = EvaluationWeights(self._bare_model)
-        self._best_model_loaded = True
 
 
 class RAdamTrainer(RAdamTrainerMixin, Trainer):

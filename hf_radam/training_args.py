@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,60 +10,13 @@ import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
-from transformers.utils import ExplicitEnum
 
-from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO, check_averaging
-from hf_radam.optim import RAdam, RAdamScheduleFree
+from hf_radam import argument_checks
+from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
+from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_wsd, check_wsd_s, count_from_ratio, wsd, wsd_s
 
-
-class _OptimizerName(ExplicitEnum):
-    """Members hash by name, as upstream's do: its table of optimizers is a dict keyed by them."""
-
-    __hash__ = ExplicitEnum.__hash__
-
-
-class _SchedulerName(ExplicitEnum):
-    """Members hash by value, so that upstream's `SchedulerType(member)` finds its own."""
-
-    __hash__ = str.__hash__  # type: ignore[assignment]
-
-
-def _extended(base: type[ExplicitEnum], upstream: type[ExplicitEnum], name: str, ours: dict[str, str]) -> Any:
-    """An enum of `upstream`'s names and ours: search back-ends turn a value into `type(old_value)(value)`."""
-    members = {member.name: member.value for member in upstream} | ours
-    return base(name, members, module=__name__)  # type: ignore[call-arg, arg-type]
-
-
-OptimizerName = _extended(
-    _OptimizerName, OptimizerNames, "OptimizerName", {"RADAM": "radam", "RADAM_SCHEDULEFREE": "radam_schedulefree"}
-)
-"""Every optimizer that upstream knows, and ours: `radam`, `radam_schedulefree`."""
-SchedulerName = _extended(
-    _SchedulerName, SchedulerType, "SchedulerName", {"AUTO": "auto", "WSD": "wsd", "WSD_S": "wsd_s"}
-)
-"""Every schedule that upstream knows, and ours: `auto`, `wsd`, `wsd_s`."""
-
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Callable[[str], Any]]]] = {}
-"""Our optimizers: their class, and the options that `--optim_args` may set, each with its type."""
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return text.lower() == "true"
-
-
-OPTIMIZERS["radam"] = (RAdam, {"foreach": _boolean})
-OPTIMIZERS["radam_schedulefree"] = (
-    RAdamScheduleFree,
-    {"r": float, "weight_lr_power": float, "silent_sgd_phase": _boolean, "foreach": _boolean},
-)
-
 UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler_type"].default
-CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
-EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
 
 
 @dataclass
@@ -81,14 +31,14 @@ class RAdamTrainingArguments(TrainingArguments):
             the flag, the value and the way out.
     """
 
-    optim: OptimizerName | str = field(  # type: ignore[valid-type]
+    optim: OptimizerName | str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
         metadata={
             "help": "Optimizer: `radam` and `radam_schedulefree` (also `schedule_free_radam`) are ours; every upstream "
             "name works too."
         },
     )
-    lr_scheduler_type: SchedulerName | str = field(  # type: ignore[valid-type]
+    lr_scheduler_type: SchedulerName | str = field(
         default="auto",
         metadata={
             "help": "Schedule: `wsd` and `wsd_s` are ours. `auto` is constant (after `warmup_steps`) for "
@@ -106,9 +56,7 @@ class RAdamTrainingArguments(TrainingArguments):
         default="1-sqrt",
         metadata={"help": "Shape of the decay: linear, cosine, 1-sqrt, exponential or inverse."},
     )
-    min_lr_ratio: float = field(
-        default=0.0, metadata={"help": "Floor of the decay, as a ratio of `learning_rate`."}
-    )
+    min_lr_ratio: float = field(default=0.0, metadata={"help": "Floor of the decay, as a ratio of `learning_rate`."})
     budgets: list[float] | None = field(
         default=None,
         metadata={
@@ -131,9 +79,7 @@ class RAdamTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Fixed window instead: decay of the average per update."},
     )
-    ewa_every: int = field(
-        default=1, metadata={"help": "Average every this many updates; the window stays the same."}
-    )
+    ewa_every: int = field(default=1, metadata={"help": "Average every this many updates; the window stays the same."})
     ewa_start_step: int = field(default=0, metadata={"help": "Updates to let pass before averaging begins."})
     ewa_device: str | None = field(
         default=None,
@@ -157,7 +103,7 @@ class RAdamTrainingArguments(TrainingArguments):
         if optim == "schedule_free_radam":
             optim = OptimizerName("radam_schedulefree")
         schedule = self._resolved_schedule(optim, SchedulerName(self.lr_scheduler_type))
-        ours_optim, ours_schedule = optim in OPTIMIZERS, schedule in ("wsd", "wsd_s")
+        ours_optim, ours_schedule = optim in OPTIMIZERS, schedule in OUR_SCHEDULES
         self.optim = OptimizerNames.ADAMW_TORCH if ours_optim else optim.value
         self.lr_scheduler_type = SchedulerType.CONSTANT if ours_schedule else schedule.value
         super().__post_init__()
@@ -178,11 +124,11 @@ class RAdamTrainingArguments(TrainingArguments):
 
         Called when the arguments are made, and by the trainer before training, as fields may have been set since.
         """
-        _check_names(self)
-        _check_ewa(self)
+        argument_checks.check_names(self)
+        argument_checks.check_ewa(self)
         if self.uses_hf_radam:
-            _check_numbers(self)
-            _check_combinations(self)
+            argument_checks.check_numbers(self)
+            argument_checks.check_combinations(self)
         if self.max_steps > 0:
             self.check_horizon(self.max_steps)
 
@@ -199,7 +145,7 @@ class RAdamTrainingArguments(TrainingArguments):
     @property
     def uses_hf_radam(self) -> bool:
         """Whether any of our methods is on; if not, everything is upstream's."""
-        return self.optim in OPTIMIZERS or self.lr_scheduler_type in ("wsd", "wsd_s") or self.ewa
+        return self.optim in OPTIMIZERS or self.lr_scheduler_type in OUR_SCHEDULES or self.ewa
 
     def schedule(self, num_training_steps: int) -> functools.partial[float] | None:
         """Our schedule for a run of so many updates, as a partial of a pure function; None for upstream's schedules.
@@ -207,7 +153,7 @@ class RAdamTrainingArguments(TrainingArguments):
         Raises:
             ValueError: if decay, warm-up and budgets do not fit into the run.
         """
-        if self.lr_scheduler_type not in ("wsd", "wsd_s"):
+        if self.lr_scheduler_type not in OUR_SCHEDULES:
             return None
         options: dict[str, Any] = {
             "warmup_steps": self.get_warmup_steps(num_training_steps),
@@ -240,7 +186,8 @@ class RAdamTrainingArguments(TrainingArguments):
         """
         if self.optim not in OPTIMIZERS:
             return None
-        optimizer, types = OPTIMIZERS[self.optim.value]
+        name_of_optimizer = OptimizerName(self.optim).value
+        optimizer, types = OPTIMIZERS[name_of_optimizer]
         kwargs: dict[str, Any] = {
             "lr": self.learning_rate,
             "betas": (self.adam_beta1, self.adam_beta2),
@@ -251,101 +198,10 @@ class RAdamTrainingArguments(TrainingArguments):
             name, _, value = option.partition("=")
             if name not in types:
                 raise ValueError(
-                    f"optim_args={self.optim_args!r}: {self.optim.value} has no option {name!r}, only {sorted(types)}."
+                    f"optim_args={self.optim_args!r}: {name_of_optimizer} has no option {name!r}, only {sorted(types)}."
                 )
             try:
                 kwargs[name] = types[name](value)
             except ValueError as error:
                 raise ValueError(f"optim_args={self.optim_args!r}: {name}={value!r} is not valid: {error}.") from None
         return optimizer, kwargs
-
-
-def _changed(args: RAdamTrainingArguments, names: tuple[str, ...]) -> str | None:
-    """The first of the fields `names` that is not at its default, as text, or None."""
-    defaults = {f.name: f.default for f in dataclasses.fields(RAdamTrainingArguments)}
-    for name in names:
-        if getattr(args, name) != defaults[name]:
-            return f"{name}={getattr(args, name)}"
-    return None
-
-
-def _check_names(args: RAdamTrainingArguments) -> None:
-    """Refuse optimizers and schedules that do not go together, and flags that would have no effect."""
-    if args.optim in ("schedule_free_adamw", "schedule_free_sgd"):
-        raise ValueError(
-            f"optim={args.optim.value} is not one of ours, and upstream saves and ships its gradient point instead "
-            "of its averaged weights: use radam_schedulefree."
-        )
-    schedule = args.lr_scheduler_type
-    if args.optim == "radam_schedulefree" and schedule not in CONSTANT_SCHEDULES:
-        raise ValueError(
-            f"lr_scheduler_type={schedule.value} with radam_schedulefree: schedule-free averaging needs a constant "
-            "learning rate. Use auto, constant or constant_with_warmup."
-        )
-    if schedule not in ("wsd", "wsd_s"):
-        unused = _changed(args, SCHEDULE_FLAGS)
-        if unused:
-            raise ValueError(f"{unused} has no effect with lr_scheduler_type={schedule.value}: use wsd or wsd_s.")
-    elif args.budgets is not None and schedule == "wsd":
-        raise ValueError(f"budgets={args.budgets} has no effect with lr_scheduler_type=wsd: use wsd_s.")
-    elif args.lr_scheduler_kwargs:
-        raise ValueError(
-            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} has no effect with {schedule.value}: "
-            "use decay_steps, decay_type, min_lr_ratio, warmup_steps."
-        )
-
-
-def _check_ewa(args: RAdamTrainingArguments) -> None:
-    """Check the flags of the average, and refuse them where no average is kept."""
-    if not args.ewa:
-        unused = _changed(args, tuple(f"ewa_{name}" for name in EWA_FLAGS))
-        if unused:
-            raise ValueError(f"{unused} has no effect without ewa: set --ewa.")
-        return
-    check_averaging(
-        decay=args.ewa_decay,
-        half_life_ratio=args.ewa_half_life_ratio,
-        every=args.ewa_every,
-        start_step=args.ewa_start_step,
-        prefix="ewa_",
-    )
-    if args.ewa_device is not None and args.ewa_device != "cpu":
-        raise ValueError(f"ewa_device={args.ewa_device!r} must be cpu, or left out for the model's own device.")
-
-
-def _check_numbers(args: RAdamTrainingArguments) -> None:
-    """Check numbers that upstream takes as they come; the optimizer checks its own."""
-    for name in ("learning_rate", "weight_decay"):
-        value = getattr(args, name)
-        if not 0.0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
-    warmup = args.warmup_steps
-    if math.isnan(warmup) or (warmup >= 1 and warmup != int(warmup)):
-        raise ValueError(f"warmup_steps={warmup} must be a whole number of updates, or a ratio below 1.")
-    if args.recalibrate_batch_norm_batches < 0:
-        raise ValueError(
-            f"recalibrate_batch_norm_batches={args.recalibrate_batch_norm_batches} must be 0 (off) or more."
-        )
-    made = args.optimizer_class_and_kwargs()
-    if made is not None:
-        optimizer, kwargs = made
-        optimizer([torch.zeros(1)], **kwargs)  # type: ignore[call-arg]
-
-
-def _check_combinations(args: RAdamTrainingArguments) -> None:
-    """Refuse upstream options that would silently break what our methods promise."""
-    if args.lr_scheduler_type == "constant" and args.warmup_steps:
-        raise ValueError(
-            f"lr_scheduler_type=constant ignores warmup_steps={args.warmup_steps}: use auto or constant_with_warmup."
-        )
-    for name in ("bf16_full_eval", "fp16_full_eval"):
-        if getattr(args, name):
-            raise ValueError(
-                f"{name} leaves the parameters cast after an evaluation, so what trains and ships would change: "
-                "use bf16 (autocast), which evaluates in bf16 too."
-            )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size restarts at update 0 with the used weights and optimizer state: "
-            "set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
-        )

@@ -24,7 +24,7 @@ SMALLEST_BETA2 = 0.6
 
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
-    """x = (y - (1 - beta1) z) / beta1, written as the interpolation that `schedulefree` uses (same rounding)."""
+    """Compute x = (y - (1 - beta1) z) / beta1 as the interpolation that `schedulefree` uses (same rounding)."""
     return torch.lerp(y, z, 1 - 1 / beta1)
 
 
@@ -157,7 +157,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
         """Update the second moments, then y and z, of `ys` (tensors of any shapes)."""
         beta1, beta2 = group["betas"]
-        grads = [p.grad for p in ys]
+        grads = [p.grad for p in ys if p.grad is not None]
         zs = [self.state[p]["z"] for p in ys]
         second_moments = [self.state[p]["exp_avg_sq"] for p in ys]
         torch._foreach_mul_(second_moments, beta2)
@@ -167,7 +167,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             denominators = torch._foreach_div(second_moments, 1 - beta2 ** group["k"])
             torch._foreach_sqrt_(denominators)
             torch._foreach_add_(denominators, group["eps"])
-            directions = torch._foreach_div(grads, denominators)
+            directions = torch._foreach_div(grads, list(denominators))
         if group["weight_decay"]:
             directions = torch._foreach_add(directions, ys, alpha=group["weight_decay"])
         torch._foreach_lerp_(ys, zs, weight=c)  # y, as the average takes in the old z

@@ -1,0 +1,59 @@
+# Everything runs in .venv, which the first target that needs it makes from the versions in constraints.txt.
+#   make quickstart PYTHON=python3.12        another interpreter (the pins need Python 3.11 or newer)
+#   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"     torch without CUDA
+#   make test PYTEST_ARGS="-k schedules"     part of the tests
+
+PYTHON ?= python3
+PIP_ARGS ?=
+PYTEST_ARGS ?=
+BIN := .venv/bin
+
+# `accelerate launch` gives a process one CPU thread unless told otherwise. Recursive (=), so that it is asked only in use.
+THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())"))
+
+# The quickstart and the tests need nothing from the hub, and say so here; HF_HUB_OFFLINE=0 lifts it.
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+
+quickstart: .venv/.examples ## train a small model on the Python standard library, then evaluate raw and averaged weights
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(THREADS) examples/run_clm.py configs/quickstart.yaml
+	$(BIN)/python examples/evaluate_clm.py runs/quickstart
+
+test: lint ## lint, type-check, then run the whole test suite
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: .venv/.dev ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.dev ## let ruff fix and format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove the environment and caches; runs/ stays
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
+		echo "$(PYTHON) is older than Python 3.11, which the versions in constraints.txt need: make PYTHON=python3.12 ..." >&2; exit 2; }
+	@# A half-made environment would look finished to the next run.
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+# A stamp per set of extras: written only after pip succeeded, older than the files that decide what is installed.
+.venv/.examples: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned packages into .venv (minutes on the first run)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples]"
+	@touch $@
+
+.venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned packages into .venv (minutes on the first run)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots,test,dev]"
+	@touch $@

@@ -1,0 +1,106 @@
+"""Checks of `RAdamTrainingArguments`: each raises `ValueError` with the flag, its value and the way out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+
+from hf_radam.averaging import check_averaging
+from hf_radam.names import CONSTANT_SCHEDULES, OUR_SCHEDULES, OptimizerName, SchedulerName
+
+SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
+EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
+
+
+def _changed(args: Any, names: tuple[str, ...]) -> str | None:
+    """The first of the fields `names` that is not at its default, as text, or None."""
+    defaults = {f.name: f.default for f in dataclasses.fields(args)}
+    for name in names:
+        if getattr(args, name) != defaults[name]:
+            return f"{name}={getattr(args, name)}"
+    return None
+
+
+def check_names(args: Any) -> None:
+    """Refuse optimizers and schedules that do not go together, and flags that would have no effect."""
+    optim, schedule = OptimizerName(args.optim).value, SchedulerName(args.lr_scheduler_type).value
+    if optim in ("schedule_free_adamw", "schedule_free_sgd"):
+        raise ValueError(
+            f"optim={optim} is not one of ours, and upstream saves and ships its gradient point instead "
+            "of its averaged weights: use radam_schedulefree."
+        )
+    if optim == "radam_schedulefree" and schedule not in CONSTANT_SCHEDULES:
+        raise ValueError(
+            f"lr_scheduler_type={schedule} with radam_schedulefree: schedule-free averaging needs a constant "
+            "learning rate. Use auto, constant or constant_with_warmup."
+        )
+    if schedule not in OUR_SCHEDULES:
+        unused = _changed(args, SCHEDULE_FLAGS)
+        if unused:
+            raise ValueError(f"{unused} has no effect with lr_scheduler_type={schedule}: use wsd or wsd_s.")
+    elif args.budgets is not None and schedule == "wsd":
+        raise ValueError(f"budgets={args.budgets} has no effect with lr_scheduler_type=wsd: use wsd_s.")
+    elif args.lr_scheduler_kwargs:
+        raise ValueError(
+            f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} has no effect with {schedule}: "
+            "use decay_steps, decay_type, min_lr_ratio, warmup_steps."
+        )
+
+
+def check_ewa(args: Any) -> None:
+    """Check the flags of the average, and refuse them where no average is kept."""
+    if not args.ewa:
+        unused = _changed(args, tuple(f"ewa_{name}" for name in EWA_FLAGS))
+        if unused:
+            raise ValueError(f"{unused} has no effect without ewa: set --ewa.")
+        return
+    check_averaging(
+        decay=args.ewa_decay,
+        half_life_ratio=args.ewa_half_life_ratio,
+        every=args.ewa_every,
+        start_step=args.ewa_start_step,
+        prefix="ewa_",
+    )
+    if args.ewa_device is not None and args.ewa_device != "cpu":
+        raise ValueError(f"ewa_device={args.ewa_device!r} must be cpu, or left out for the model's own device.")
+
+
+def check_numbers(args: Any) -> None:
+    """Check numbers that upstream takes as they come; the optimizer checks its own."""
+    for name in ("learning_rate", "weight_decay"):
+        value = getattr(args, name)
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
+    warmup = args.warmup_steps
+    if math.isnan(warmup) or (warmup >= 1 and warmup != int(warmup)):
+        raise ValueError(f"warmup_steps={warmup} must be a whole number of updates, or a ratio below 1.")
+    if args.recalibrate_batch_norm_batches < 0:
+        raise ValueError(
+            f"recalibrate_batch_norm_batches={args.recalibrate_batch_norm_batches} must be 0 (off) or more."
+        )
+    made = args.optimizer_class_and_kwargs()
+    if made is not None:
+        optimizer, kwargs = made
+        optimizer([torch.zeros(1)], **kwargs)
+
+
+def check_combinations(args: Any) -> None:
+    """Refuse upstream options that would silently break what our methods promise."""
+    if args.lr_scheduler_type == "constant" and args.warmup_steps:
+        raise ValueError(
+            f"lr_scheduler_type=constant ignores warmup_steps={args.warmup_steps}: use auto or constant_with_warmup."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name} leaves the parameters cast after an evaluation, so what trains and ships would change: "
+                "use bf16 (autocast), which evaluates in bf16 too."
+            )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size restarts at update 0 with the used weights and optimizer state: "
+            "set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
+        )

@@ -1,0 +1,178 @@
+"""The import table of the package, checked in the source and in what an import really loads.
+
+A module may import the modules of `hf_radam` listed beside it and, where a list is given, only those packages; the
+standard library is always allowed. Imports under `TYPE_CHECKING` and inside functions count too. The oracle for the
+lazy package is `sys.modules` of a fresh interpreter. Both checks are also run on code that must fail them.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_radam
+
+PACKAGE = Path(hf_radam.__file__).parent
+ANY = None  # no rule for packages from outside
+
+# module or sub-package: (modules of hf_radam that it may import, packages that it may import)
+TABLE: dict[str, tuple[set[str], set[str] | None]] = {
+    "schedules": (set(), set()),
+    "averaging": (set(), {"torch"}),
+    "optim": (set(), {"torch", "schedulefree"}),
+    "batch_norm": (set(), {"torch"}),
+    "random_state": (set(), {"torch", "numpy"}),
+    "names": ({"optim"}, ANY),
+    "argument_checks": ({"averaging", "names"}, ANY),
+    "training_args": ({"schedules", "averaging", "names", "argument_checks"}, ANY),
+    "support": ({"optim", "names"}, ANY),
+    "evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
+    "manifest": ({"averaging"}, {"torch"}),
+    "checkpoint": ({"random_state", "manifest"}, ANY),
+    "loading": ({"manifest"}, ANY),
+    "resume": ({"averaging", "manifest", "checkpoint"}, ANY),
+    "hub": (set(), ANY),
+    "checkpointing": (
+        {
+            *("averaging", "optim", "names", "training_args", "evaluation"),
+            *("manifest", "checkpoint", "loading", "resume", "hub"),
+        },
+        ANY,
+    ),
+    "trainer": (
+        {
+            *("averaging", "optim", "batch_norm", "random_state", "names", "training_args", "support", "evaluation"),
+            *("resume", "checkpointing"),
+        },
+        ANY,
+    ),
+}
+
+# What a bare import must not bring in: these are usable without transformers, the schedules even without torch.
+MUST_NOT_LOAD = {
+    "schedules": {"torch", "transformers", "accelerate", "datasets", "numpy"},
+    "averaging": {"transformers", "accelerate", "datasets"},
+    "batch_norm": {"transformers", "accelerate", "datasets"},
+    "optim": {"transformers", "accelerate", "datasets"},
+    "random_state": {"transformers", "accelerate", "datasets"},
+}
+
+
+def imported_modules(source: str, package: list[str]) -> set[str]:
+    """Return the dotted names that a source imports; `package` resolves its relative imports.
+
+    `from a import b` gives `a.b`, because b may be a module.
+    """
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            anchor = package[: len(package) - node.level + 1] if node.level else []
+            origin = ".".join([*anchor, *([node.module] if node.module else [])])
+            found.update(f"{origin}.{alias.name}" for alias in node.names)
+    return found
+
+
+def violations(root: Path, table: dict[str, tuple[set[str], set[str] | None]]) -> list[str]:
+    """Return one sentence per import in the package at `root` that the table does not allow."""
+    found = []
+    for path in sorted(root.rglob("*.py")):
+        inside = path.relative_to(root)
+        if inside == Path("__init__.py"):
+            continue  # names every module, lazily: what that loads is measured below
+        module = inside.parts[0].removesuffix(".py")
+        if module not in table:
+            found.append(f"{inside}: {module} is not in the import table")
+            continue
+        internal, external = table[module]
+        for name in sorted(imported_modules(path.read_text(encoding="utf-8"), [root.name, *inside.parts[:-1]])):
+            top, _, rest = name.partition(".")
+            if top == root.name:
+                target = rest.partition(".")[0]
+                if target not in internal | {module, "__version__"}:
+                    found.append(f"{inside}: imports {name}, but {module} may import {sorted(internal) or 'no module'}")
+            elif top not in sys.stdlib_module_names and external is not ANY and top not in external:
+                found.append(f"{inside}: imports {name}, but {module} may import {sorted(external) or 'no package'}")
+    return found
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Return the top-level packages in `sys.modules` of a fresh interpreter after a statement."""
+    script = f"{statement}\nimport json, sys\nprint(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=120
+    )
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_the_package_follows_the_table():
+    assert violations(PACKAGE, TABLE) == []
+
+
+def test_the_table_only_points_down():
+    for position, (module, (internal, _)) in enumerate(TABLE.items()):
+        assert internal <= set(list(TABLE)[:position]), module
+
+
+@pytest.mark.parametrize("module", MUST_NOT_LOAD)
+def test_a_bare_import_stays_light(module):
+    if not (PACKAGE / module).is_dir() and not (PACKAGE / f"{module}.py").exists():
+        pytest.skip(f"hf_radam.{module} does not exist")
+    assert not loaded_by(f"import hf_radam.{module}") & MUST_NOT_LOAD[module]
+
+
+def test_the_package_alone_loads_nothing():
+    assert not loaded_by("import hf_radam; dir(hf_radam)") & {"torch", "numpy", "transformers"}
+
+
+def test_public_names_are_listed_and_lazy():
+    assert set(hf_radam.__all__) <= set(dir(hf_radam))
+    assert set(hf_radam.__all__) == {*hf_radam._MODULE_OF, "__version__"}
+    with pytest.raises(AttributeError, match="module 'hf_radam' has no attribute 'Trainer'"):
+        hf_radam.Trainer  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("file", "source", "reason"),
+    [
+        ("schedules.py", "import torch", "imports torch, but schedules may import no package"),
+        ("schedules.py", "def f():\n    from torch import nn", "imports torch.nn, but schedules may import no package"),
+        ("schedules.py", "from . import averaging", "imports hf_radam.averaging, but"),
+        ("schedules.py", "from hf_radam import RAdam", "imports hf_radam.RAdam, but schedules may import no module"),
+        ("averaging.py", "import transformers.trainer", "imports transformers.trainer, but averaging may"),
+        ("averaging.py", "import hf_radam.optim as o", "imports hf_radam.optim, but averaging may import no module"),
+        ("optim/radam.py", "from ..averaging import WeightAverage", "imports hf_radam.averaging.WeightAverage, but"),
+        ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import no module"),
+        ("training_args.py", "from hf_radam.trainer import RAdamTrainer", "but training_args may import ["),
+        ("novelty.py", "import math", "novelty is not in the import table"),
+    ],
+)
+def test_the_check_can_fail(tmp_path, file, source, reason):
+    path = tmp_path / "hf_radam" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(source, encoding="utf-8")
+    (message,) = violations(tmp_path / "hf_radam", TABLE)
+    assert message.startswith(file) and reason in message
+
+
+def test_what_the_table_allows_passes(tmp_path):
+    allowed = {
+        "__init__.py": "from hf_radam.trainer import RAdamTrainer",
+        "schedules.py": "import math\nfrom collections.abc import Sequence",
+        "optim/__init__.py": "from hf_radam.optim.radam import RAdam\nfrom .radam import RAdam",
+        "optim/radam.py": "import torch.optim\nfrom schedulefree import RAdamScheduleFree",
+        "trainer.py": "from transformers import Trainer\nfrom .averaging import WeightAverage",
+    }
+    for file, source in allowed.items():
+        path = tmp_path / "hf_radam" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    assert violations(tmp_path / "hf_radam", TABLE) == []
+
+
+def test_the_measurement_can_fail():
+    assert "numpy" in loaded_by("import numpy")
