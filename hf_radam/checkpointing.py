@@ -48,11 +48,14 @@ class CheckpointingMixin(_Base):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     @property
+    def _bare_optimizer(self) -> Any:
+        """The optimizer without accelerate's wrapper; None before training."""
+        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+
+    @property
     def _schedule_free(self) -> RAdamScheduleFree | None:
         """Our schedule-free optimizer, if that is what trains."""
-        optimizer: Any = self.optimizer
-        if isinstance(optimizer, AcceleratedOptimizer):
-            optimizer = optimizer.optimizer
+        optimizer = self._bare_optimizer
         return optimizer if isinstance(optimizer, RAdamScheduleFree) else None
 
     @property
@@ -140,11 +143,11 @@ class CheckpointingMixin(_Base):
         if checkpoint is None or not self._active:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        assert self.optimizer is not None and self.lr_scheduler is not None
+        assert self.lr_scheduler is not None
         resume.check_state_files(checkpoint)
-        planned = resume.hyperparameters(self.optimizer)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        resume.check_same_hyperparameters(planned, resume.hyperparameters(self.optimizer), checkpoint=checkpoint)
+        name = OptimizerName(self.args.optim).value
+        with resume.same_optimizer(self._bare_optimizer, name=name, checkpoint=checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if self.args.schedule(self.state.max_steps) is not None:
             resume.check_same_learning_rate(self.lr_scheduler, checkpoint=checkpoint)
 

@@ -6,6 +6,8 @@ or weight decay on the command line has no effect, and a checkpoint without opti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,45 @@ def check_state_files(checkpoint: str) -> None:
             )
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def hyperparameters(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The numbers of every parameter group that stay the same over a run."""
-    return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in optimizer.param_groups]
+    return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in param_groups]
 
 
-def check_same_hyperparameters(planned: list[dict[str, Any]], loaded: list[dict[str, Any]], *, checkpoint: str) -> None:
-    """Raise `ValueError` if a group that was loaded differs from the one that the arguments asked for."""
-    for ours, theirs in zip(planned, loaded, strict=True):
+@contextmanager
+def same_optimizer(optimizer: torch.optim.Optimizer, *, name: str, checkpoint: str) -> Iterator[None]:
+    """Context for loading the optimizer's state: at its end, refuse a state that was trained otherwise.
+
+    Args:
+        optimizer: the optimizer as the arguments made it, without wrapper.
+        name: what the arguments call it.
+        checkpoint: folder that the state is loaded from.
+
+    Raises:
+        ValueError: if the checkpoint's optimizer is another one or has other hyper-parameters.
+    """
+    manifest = read_manifest(checkpoint)
+    if manifest is not None and manifest["method"]["optim"] != name:
+        raise ValueError(
+            f"{checkpoint} was trained with optim={manifest['method']['optim']}, the arguments say {name}: resume with "
+            "the same, or start a new run from its weights."
+        )
+    planned = hyperparameters(optimizer.param_groups)
+    saved: list[dict[str, Any]] = []
+    # Torch fills gaps in what it loads with defaults, so the state is looked at before that.
+    hook = optimizer.register_load_state_dict_pre_hook(
+        lambda _, state: saved.extend(hyperparameters(state["param_groups"]))
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+    check_same_hyperparameters(planned, saved, checkpoint=checkpoint)
+
+
+def check_same_hyperparameters(planned: list[dict[str, Any]], saved: list[dict[str, Any]], *, checkpoint: str) -> None:
+    """Raise `ValueError` if a group that was saved differs from the one that the arguments ask for."""
+    for ours, theirs in zip(planned, saved, strict=True):
         if set(ours) != set(theirs):
             raise ValueError(
                 f"{checkpoint} was trained with another optimizer: its parameter groups differ in "

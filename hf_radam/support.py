@@ -15,7 +15,9 @@ def check_supported(trainer: Any) -> None:
     _check_given_optimizer(trainer)
     args = trainer.args
     if args.uses_hf_radam:
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.is_distributed_loading_by_transformers:
+        # Not in every transformers from 5.17 on: there, a model is not sharded at load time either.
+        sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_at_load:
             raise ValueError(
                 "FSDP, DeepSpeed and models sharded at load time are not supported by this version of hf_radam: the "
                 "average and x would not be those of the whole model. Use one process or DDP."

@@ -123,6 +123,39 @@ class RAdamTrainerMixin(CheckpointingMixin):
         )
         return prepared
 
+    def _run_epoch(
+        self,
+        model: Any,
+        epoch: Any,
+        train_dataloader: Any,
+        steps_in_epoch: Any,
+        num_update_steps_per_epoch: Any,
+        trial: Any,
+        ignore_keys_for_eval: Any,
+        start_time: Any,
+        resume_from_checkpoint: Any,
+        epochs_trained: Any,
+        steps_trained_in_current_epoch: Any,
+    ) -> None:
+        """Train nothing more where a finished run is resumed: upstream makes one update past the end."""
+        if self._active and self.state.global_step >= self.state.max_steps:
+            logger.warning(f"The run has had its {self.state.max_steps} updates: there is nothing left to train.")
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(
+            model,
+            epoch,
+            train_dataloader,
+            steps_in_epoch,
+            num_update_steps_per_epoch,
+            trial,
+            ignore_keys_for_eval,
+            start_time,
+            resume_from_checkpoint,
+            epochs_trained,
+            steps_trained_in_current_epoch,
+        )
+
     def _make_average(self, checkpoint: str | None) -> WeightAverage:
         average = WeightAverage(
             self._bare_model.named_parameters(),

@@ -1,0 +1,224 @@
+"""Compare the evaluation weights and the training weights of a run of `run_clm.py`, or of one of its checkpoints.
+
+    python examples/evaluate_clm.py runs/quickstart
+    python examples/evaluate_clm.py runs/quickstart/checkpoint-300 --prompt "class " --json result.json
+
+The validation text is the one of the run (`run_clm.yaml`), unless flags name another. The loss is the mean over
+blocks, as `eval_loss` is.
+"""
+
+import argparse
+import json
+import logging
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from clm_arguments import DataArguments, ModelArguments
+from clm_data import TextSize, load_texts, validation_blocks
+from clm_parser import InputError, fail
+from hf_radam import load_evaluation_model
+from run_clm import RECIPE, bits_per_byte, perplexity
+
+DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")
+
+
+@dataclass
+class Column:
+    """One column of the table: which weights, and what was measured with them."""
+
+    name: str
+    source: str
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    sample: str
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; anything unknown ends in exit code 2."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("path", type=Path, help="Folder of a run, or one of its checkpoints.")
+    parser.add_argument("--batch_size", type=int, default=16, help="Blocks evaluated at a time.")
+    parser.add_argument("--max_blocks", type=int, help="Evaluate the first N blocks only; default: as the run did.")
+    parser.add_argument("--prompt", default="def ", help="Beginning of the text that is sampled.")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="Length of that text; 0 samples none.")
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the sample, the same for both weights.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
+    parser.add_argument("--json", type=Path, help="Write the numbers and samples to this file too.")
+    for field in DataArguments.__dataclass_fields__.values():
+        if field.name in DATA_FLAGS:
+            kind = int if field.name == "block_size" else str
+            parser.add_argument(f"--{field.name}", type=kind, help=f"In place of the run's. {field.metadata['help']}")
+    args = parser.parse_args(argv)
+    for name, least in (("batch_size", 1), ("max_blocks", 1), ("max_new_tokens", 0)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value} is too small: give at least {least}")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        parser.error(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}")
+    return args
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """Read how the run that a folder belongs to made its data.
+
+    Raises:
+        InputError: there is no such folder, or no `run_clm.py` made it.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is no folder: give the folder of a run, or one of its checkpoints")
+    for folder in (path, *path.resolve().parents[:2]):  # _pre_decay/checkpoint-N and the like lie two levels deep
+        if (folder / RECIPE).is_file():
+            return yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
+    raise InputError(f"there is no {RECIPE} in {path} or above it: give the folder of a run of run_clm.py")
+
+
+def load_data(
+    args: argparse.Namespace, recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[datasets.Dataset, TextSize]:
+    """Make the validation blocks: the run's, or those of the data that flags name.
+
+    Raises:
+        InputError: the data cannot be made.
+    """
+    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
+    sources = {"train_file", "validation_file", "dataset_name"} & given.keys()
+    if "validation_file" in given:
+        given.setdefault("train_file", given["validation_file"])  # the training side is never read
+    data = recipe["data"] | (dict.fromkeys(("dataset_config_name", *DATA_FLAGS[:3])) if sources else {}) | given
+    if args.max_blocks is not None:
+        data["max_eval_samples"] = args.max_blocks
+    try:
+        model_args, data_args = ModelArguments(**recipe["model"]), DataArguments(**data)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    text = load_texts(model_args, data_args)["validation"]
+    blocks, size = validation_blocks(text, tokenizer, data_args.block_size, data_args)
+    if not given and asdict(size) != recipe["validation"]:
+        # Told, not refused: on another machine the standard library, or a file, may be another version.
+        print(f"NOTE: the validation text is {asdict(size)}, that of the run was {recipe['validation']}.")
+    return blocks, size
+
+
+def training_weights(path: Path) -> Path | None:
+    """Give the folder with the training weights: a checkpoint's root, for a run that of its newest checkpoint."""
+    if re.fullmatch(r"checkpoint-\d+", path.resolve().name):
+        return path
+    found = [folder for folder in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
+    return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Say whether two models hold the same numbers, to the last bit."""
+    mine, others = one.state_dict(), other.state_dict()
+    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int, name: str) -> float:
+    """Give the mean loss in nats per token; blocks are equally long, so the mean over blocks is that over tokens."""
+    total = 0.0
+    for batch in tqdm(blocks.with_format("torch").iter(batch_size), total=-(-len(blocks) // batch_size), desc=name):
+        ids = batch["input_ids"].to(model.device)
+        total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
+    return total / len(blocks)
+
+
+def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
+    """Let the model go on from the prompt, with the seed set anew."""
+    if args.max_new_tokens == 0:
+        return ""
+    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
+    if ids.shape[1] == 0:  # an empty prompt: begin as after the end of a document
+        ids = torch.tensor([[tokenizer.eos_token_id]])
+    torch.manual_seed(args.seed)
+    out = model.generate(
+        ids.to(model.device),
+        attention_mask=torch.ones_like(ids).to(model.device),
+        do_sample=True,
+        top_k=50,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(out[0], skip_special_tokens=True)
+
+
+def compare(args: argparse.Namespace) -> list[Column]:
+    """Measure the evaluation weights and, where they differ, the training weights.
+
+    Raises:
+        InputError: the path, or the data that the run names, cannot be used.
+    """
+    recipe = read_recipe(args.path)
+    trust = {"trust_remote_code": recipe["model"]["trust_remote_code"]}
+    raw_folder = training_weights(args.path)
+    try:
+        models = {"evaluation weights": (load_evaluation_model(args.path, **trust), args.path)}
+        if raw_folder is not None:
+            raw = AutoModelForCausalLM.from_pretrained(raw_folder, **trust)
+            models["training weights"] = raw, raw_folder
+        holds_tokenizer = (args.path / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(args.path if holds_tokenizer else raw_folder or args.path, **trust)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot load {args.path}: {error}") from error
+    blocks, size = load_data(args, recipe, tokenizer)
+    if raw_folder is None:
+        print(f"{args.path} holds no checkpoint, so there are no training weights to compare with.")
+    elif same_weights(models["evaluation weights"][0], raw):
+        print(f"The evaluation weights of {args.path} are the training weights of {raw_folder}.")
+        del models["training weights"]
+    columns = []
+    for name, (model, source) in models.items():
+        model = model.to(args.device).eval()
+        loss = mean_loss(model, blocks, args.batch_size, name)
+        text = sample(model, tokenizer, args)
+        columns.append(Column(name, str(source), loss, perplexity(loss), bits_per_byte(loss, size), text))
+    print(
+        f"{len(blocks)} blocks of {len(blocks[0]['input_ids'])} tokens, {size.bytes / size.tokens:.2f} bytes per token"
+    )
+    return columns
+
+
+def table(columns: list[Column]) -> str:
+    """Lay the numbers out side by side, the samples below each other."""
+    lines = [("", *(column.name for column in columns)), ("from", *(column.source for column in columns))]
+    lines.append(("loss (nats per token)", *(f"{column.loss:.4f}" for column in columns)))
+    lines.append(("perplexity", *(f"{column.perplexity:.2f}" for column in columns)))
+    lines.append(("bits per byte", *(f"{column.bits_per_byte:.4f}" for column in columns)))
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    samples = [f"--- sample, {column.name} ---\n{column.sample}" for column in columns if column.sample]
+    return "\n".join([*rows, *samples])
+
+
+def main() -> None:
+    """Parse, compare, print; a wrong request ends in one sentence and exit code 2."""
+    args = parse_arguments()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    try:
+        columns = compare(args)
+    except InputError as error:
+        fail(error)
+    print(table(columns))
+    if args.json:
+        os.makedirs(args.json.resolve().parent, exist_ok=True)
+        args.json.write_text(json.dumps([asdict(column) for column in columns], indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

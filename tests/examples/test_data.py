@@ -1,0 +1,218 @@
+"""Texts become blocks: every source is read whole, split once and for all, and cut without losing the order.
+
+Oracles: the files as the tests wrote them; tokens of the tokenizer called on each document by itself.
+"""
+
+import json
+import random
+from itertools import chain
+
+import datasets
+import pytest
+
+from clm_arguments import DataArguments, ModelArguments
+from clm_corpus import choose_validation, standard_library, train_tokenizer, write_standard_library
+from clm_data import STREAM_WINDOW, join_and_cut, load_texts, load_tokenizer, training_blocks, validation_blocks
+from clm_parser import InputError
+
+WORDS = "def return class import self value name list text number".split()
+BLOCK = 16
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def documents():
+    draw = random.Random(0)
+    return [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) + f"\n# {i}\n" for i in range(40)]
+
+
+@pytest.fixture
+def model_args(tmp_path):
+    return ModelArguments(cache_dir=str(tmp_path / "cache"))
+
+
+def read(texts, split):
+    return [row[texts[split].column] for row in texts[split].rows]
+
+
+def write_jsonl(path, documents, column="text"):
+    path.write_text("".join(json.dumps({column: text, "number": 1}) + "\n" for text in documents))
+    return str(path)
+
+
+def test_standard_library_is_split_once_and_never_on_both_sides(tmp_path):
+    files = write_standard_library(str(tmp_path), 5)
+    sides = {}
+    for split, path in files.items():
+        with open(path, encoding="utf-8") as file:
+            sides[split] = [json.loads(line) for line in file]
+    corpus = standard_library()
+    rows = sides["train"] + sides["validation"]
+    assert {row["path"]: row["text"] for row in rows} == corpus
+    assert len({row["text"] for row in rows}) == len(rows) == len(corpus)
+    assert not any("test" in row["path"].split("/") for row in rows)
+    size = {split: sum(len(row["text"].encode()) for row in part) for split, part in sides.items()}
+    assert sum(size.values()) > 5e6
+    assert size["validation"] / sum(size.values()) == pytest.approx(0.05, abs=0.001)
+
+    def state(path):
+        with open(path, "rb") as file:
+            return path, file.read()
+
+    before = {split: state(path) for split, path in files.items()}
+    again = write_standard_library(str(tmp_path), 5, overwrite=True)
+    assert {split: state(path) for split, path in again.items()} == before
+    assert write_standard_library(str(tmp_path), 6) != files
+
+
+def test_choice_does_not_depend_on_order_and_passes_over_what_is_too_large():
+    sizes = {f"file{i}": 100 for i in range(100)} | {"huge": 100_000}
+    chosen = choose_validation(sizes, 0.5)
+    assert chosen == choose_validation(dict(reversed(sizes.items())), 0.5)
+    assert len(chosen) == 5  # 0.5 % of 110 000 bytes are 550: five files of 100
+    assert "huge" not in chosen
+    assert choose_validation({"a": 10, "b": 20}, 1) == {"a"}  # at least one
+
+
+def test_blocks_keep_every_token_in_order():
+    rows = [list(range(0, 7)), [], list(range(7, 30)), [30]]
+    cut = join_and_cut({"input_ids": rows}, block_size=4)
+    assert list(chain.from_iterable(cut["input_ids"])) == list(range(28))  # 31 tokens: three do not fill a block
+    assert {len(block) for block in cut["input_ids"]} == {4}
+    assert cut["labels"] == cut["input_ids"]
+    assert all(a is not b for a, b in zip(cut["labels"], cut["input_ids"], strict=True))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_jsonl_to_blocks(tmp_path, documents, model_args, streaming):
+    # A stream gives its first documents to the validation: more than the file has, if they are not fewer than 200.
+    held_out = STREAM_WINDOW // 100
+    documents = documents * (1 + held_out // len(documents)) if streaming else documents
+    data_args = DataArguments(
+        train_file=write_jsonl(tmp_path / "a.jsonl", documents), streaming=streaming, validation_split_percentage=1
+    )
+    texts = load_texts(model_args, data_args)
+    train, validation = read(texts, "train"), read(texts, "validation")
+    if streaming:
+        assert (validation, train) == (documents[:held_out], documents[held_out:])
+    else:
+        assert sorted(train + validation) == sorted(documents)
+        assert len(validation) == 1
+        assert read(load_texts(model_args, data_args), "validation") == validation
+
+    tokenizer = load_tokenizer(model_args, data_args, texts["train"])
+    blocks = list(training_blocks(texts["train"], tokenizer, BLOCK, data_args))
+    expected = list(chain.from_iterable([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in train))
+    joined = list(chain.from_iterable(block["input_ids"] for block in blocks))
+    assert joined == expected[: len(joined)]
+    assert 0 <= len(expected) - len(joined) < BLOCK
+    assert all(block["labels"] == block["input_ids"] for block in blocks)
+
+    blocks, size = validation_blocks(texts["validation"], tokenizer, BLOCK, data_args)
+    tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in validation)
+    assert (size.tokens, size.bytes) == (tokens, sum(len(text.encode()) for text in validation))
+    assert len(blocks) == tokens // BLOCK
+
+
+def test_lines_of_a_text_file_are_one_running_text(tmp_path, documents, model_args):
+    path = tmp_path / "a.txt"
+    path.write_text("".join(documents))
+    data_args = DataArguments(train_file=str(path), validation_split_percentage=10)
+    texts = load_texts(model_args, data_args)
+    assert "".join(read(texts, "train") + read(texts, "validation")) == path.read_text()
+    assert len(read(texts, "validation")) == round(2 * len(documents) / 10)
+    tokenizer = load_tokenizer(model_args, data_args, texts["train"])
+    for block in training_blocks(texts["train"], tokenizer, BLOCK, data_args):
+        assert tokenizer.eos_token_id not in block["input_ids"]
+
+
+def test_files_of_a_folder_are_documents_and_held_out_whole(tmp_path, documents, model_args):
+    folder = tmp_path / "texts"
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".hidden").write_text("not text")
+    for i, text in enumerate(documents):
+        (folder / ("sub" if i % 2 else "") / f"{i}.md").write_text(text)
+    data_args = DataArguments(train_file=str(folder), validation_split_percentage=20)
+    texts = load_texts(model_args, data_args)
+    train, validation = read(texts, "train"), read(texts, "validation")
+    assert sorted(train + validation) == sorted(documents)
+    assert len("".join(validation)) / len("".join(documents)) == pytest.approx(0.2, abs=0.05)
+    assert read(load_texts(model_args, data_args), "validation") == validation
+
+
+def test_a_validation_file_of_another_kind_and_a_named_column(tmp_path, documents, model_args):
+    table = tmp_path / "a.csv"
+    table.write_text("title,body\n" + "".join(f'"{i}","{text}"\n' for i, text in enumerate(documents)))
+    other = tmp_path / "b.txt"
+    other.write_text("one\ntwo\n")
+    data_args = DataArguments(train_file=str(table), validation_file=str(other), text_column=None)
+    with pytest.raises(InputError, match="name one of title, body as --text_column"):
+        load_texts(model_args, DataArguments(train_file=str(table), text_column="text"))
+    only = write_jsonl(tmp_path / "c.jsonl", documents, column="body")
+    assert load_texts(model_args, DataArguments(train_file=only))["train"].column == "body"
+    texts = load_texts(model_args, data_args.__class__(train_file=only, validation_file=str(other)))
+    assert read(texts, "train") == documents
+    assert (texts["validation"].lines, read(texts, "validation")) == (True, ["one\n", "two\n"])
+
+
+def test_a_data_set_by_name_uses_its_own_validation_split(tmp_path, documents, model_args):
+    folder = tmp_path / "named"
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", documents[:30])
+    write_jsonl(folder / "validation.jsonl", documents[30:])
+    texts = load_texts(model_args, DataArguments(dataset_name=str(folder)))
+    assert (read(texts, "train"), read(texts, "validation")) == (documents[:30], documents[30:])
+    streamed = load_texts(model_args, DataArguments(dataset_name=str(folder), streaming=True))
+    assert (read(streamed, "train"), read(streamed, "validation")) == (documents[:30], documents[30:])
+
+
+def test_too_little_text_says_how_much_there_is(tmp_path, model_args):
+    data_args = DataArguments(train_file=write_jsonl(tmp_path / "a.jsonl", ["abc", "abd"]))
+    texts = load_texts(model_args, data_args)
+    tokenizer = load_tokenizer(model_args, data_args, texts["train"])
+    with pytest.raises(InputError, match=r"training text has \d tokens in 1 rows and does not fill one block of 500"):
+        training_blocks(texts["train"], tokenizer, 500, data_args)
+    stream = load_texts(model_args, DataArguments(train_file=data_args.train_file, streaming=True))
+    with pytest.raises(InputError, match="does not fill one training block"):
+        training_blocks(stream["train"], tokenizer, 2, data_args)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("a.jsonl", b"{broken", "cannot read"), ("a.txt", b"\xff\xfe\xff", "cannot read")],
+)
+def test_files_that_cannot_be_read(tmp_path, model_args, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        load_texts(model_args, DataArguments(train_file=str(tmp_path / name)))
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        DataArguments(train_file=str(tmp_path / name))
+
+
+def test_folders_that_cannot_be_split(tmp_path, model_args):
+    for content, words in ((), "holds no files"), (("a.md",), "holds one file"), (("a.md", "b.csv"), "no text file"):
+        folder = tmp_path / words.replace(" ", "-")
+        folder.mkdir()
+        for name in content:
+            (folder / name).write_text("text")
+        with pytest.raises(InputError, match=words):
+            load_texts(model_args, DataArguments(train_file=str(folder)))
+
+
+def test_tokenizer_is_trained_once_knows_every_byte_and_gives_text_back(tmp_path, documents):
+    first = train_tokenizer(documents, 300, str(tmp_path))
+    (folder,) = (tmp_path / "hf_radam").iterdir()
+    stamp = (folder / "tokenizer.json").stat().st_mtime_ns
+    again = train_tokenizer(documents, 300, str(tmp_path))
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
+    fresh = train_tokenizer(documents, 300, str(tmp_path / "other"))
+    assert first.get_vocab() == again.get_vocab() == fresh.get_vocab()
+    assert len(first) == 300
+    text = "Grüße, \t\x00 漢字\r\n  end "
+    assert first.decode(first(text)["input_ids"]) == text
+    assert first.eos_token_id == first.bos_token_id == first.convert_tokens_to_ids("<|endoftext|>")

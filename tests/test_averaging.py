@@ -1,0 +1,223 @@
+"""`WeightAverage` against explicit weighted sums in float64, a closed form, and misuse."""
+
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from hf_radam import WeightAverage
+
+UPDATES = 60
+
+
+def walk(steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A seeded random walk, (steps, 3): row t is the parameter after update t + 1."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(steps, 3, generator=generator).cumsum(0).to(dtype)
+
+
+def run(path: torch.Tensor, **options) -> tuple[WeightAverage, nn.Parameter]:
+    parameter = nn.Parameter(torch.full_like(path[0], 1000.0))  # theta_0: must not be found in any average
+    average = WeightAverage([("w", parameter)], **options)
+    for step, value in enumerate(path, start=1):
+        parameter.data.copy_(value)
+        average.update(step)
+    return average, parameter
+
+
+def weighted_sum(path: torch.Tensor, times: list[int], weights: list[float]) -> torch.Tensor:
+    points = torch.stack([path[t - 1].double() for t in times])
+    w = torch.tensor(weights, dtype=torch.float64)
+    return (w[:, None] * points).sum(0) / w.sum()
+
+
+# An fp32 average of n points of size 10 rounds each time by about 1e-6 relative: 60 of them stay below this.
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start_step", [0, 7])
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_fixed_decay_is_the_bias_corrected_weighted_sum(every, start_step, dtype):
+    path = walk(UPDATES, dtype)
+    average, _ = run(path, decay=0.95, every=every, start_step=start_step)
+    times = [t for t in range(1, UPDATES + 1) if t > start_step and (t - start_step) % every == 0]
+    expected = weighted_sum(path, times, [0.95 ** (times[-1] - t) for t in times])
+    result = average.averaged_state_dict()["w"]
+    assert result.dtype == torch.float32
+    torch.testing.assert_close(result.double(), expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start_step", [0, 7])
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_growing_window_is_its_weighted_sum(every, start_step, dtype):
+    phi, path = 0.1, walk(UPDATES, dtype)
+    average, _ = run(path, half_life_ratio=phi, every=every, start_step=start_step)
+    times = [t for t in range(1, UPDATES + 1) if t > start_step and (t - start_step) % every == 0]
+    weights: list[float] = []
+    for t in times:
+        keep = 0.5 ** (every / (phi * (t - start_step))) if weights else 0.0
+        weights = [w * keep for w in weights] + [1.0 - keep]
+    torch.testing.assert_close(average.averaged_state_dict()["w"].double(), weighted_sum(path, times, weights), **CLOSE)
+
+
+@pytest.mark.parametrize("every", [1, 3, 10])
+def test_weights_on_a_line_have_a_closed_form(every):
+    n, r = 60 // every, 0.9**every
+    average, _ = run(torch.arange(1.0, 61.0)[:, None], decay=0.9, every=every)
+    # sum r^i (n - i) / sum r^i, i = 0 .. n - 1, in units of `every`
+    lag = r * (1 - n * r ** (n - 1) + (n - 1) * r**n) / ((1 - r) * (1 - r**n))
+    assert average.averaged_state_dict()["w"].item() == pytest.approx(every * (n - lag), rel=1e-6)
+
+
+def test_growing_window_lags_by_a_fixed_ratio():
+    phi, steps = 0.0625, 4000
+    average, _ = run(torch.arange(1.0, steps + 1)[:, None])
+    # d avg / dt = ln 2 / (phi t) (t - avg) has the solution avg = t k / (1 + k), k = ln 2 / phi; discretised to O(1/t).
+    k = math.log(2) / phi
+    assert average.averaged_state_dict()["w"].item() == pytest.approx(steps * k / (1 + k), rel=2e-3)
+
+
+def test_every_does_not_change_the_window():
+    path = torch.arange(1.0, 2001.0)[:, None]
+    for options in ({"decay": 0.99}, {"half_life_ratio": 0.1}):
+        lags = [2000 - run(path, every=k, **options)[0].averaged_state_dict()["w"].item() for k in (1, 10)]
+        # The mean age of points spaced k apart differs by less than k from that of all points; a window scaled by k
+        # would differ by a factor of 10.
+        assert abs(lags[0] - lags[1]) < 10, options
+
+
+def test_a_bf16_parameter_has_an_average_that_moves():
+    """With decay 0.9999 a bf16 accumulator would stay at 1.0 for ever (half a unit in the last place is 2^-9)."""
+    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    average = WeightAverage([("w", parameter)], decay=0.9999)
+    for step in range(1, 2001):
+        parameter.data.fill_(2.0 if step > 1 else 1.0)
+        average.update(step)
+    first = 0.9999**1999 * (1 - 0.9999) / (1 - 0.9999**2000)
+    assert average.averaged_state_dict()["w"].item() == pytest.approx(2 - first, abs=1e-5)
+
+
+def test_applied_swaps_and_restores_bit_for_bit_even_if_evaluation_raises():
+    average, parameter = run(walk(20, torch.bfloat16), decay=0.9)
+    before = parameter.detach().clone()
+    with pytest.raises(ZeroDivisionError), average.applied():
+        assert torch.equal(parameter, average.averaged_state_dict()["w"].to(torch.bfloat16))
+        assert not torch.equal(parameter, before)
+        1 / 0  # noqa: B018
+    assert torch.equal(parameter, before)
+    with average.applied():  # and can be entered again
+        pass
+
+
+def test_tied_weights_once_frozen_ones_kept_and_named():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    model[1].bias.requires_grad_(False)
+    average = WeightAverage(model.named_parameters(remove_duplicate=False), decay=0.5)
+    frozen = model[1].bias.detach().clone()
+    for step in (1, 2):
+        with torch.no_grad():
+            model[0].weight.fill_(float(step))
+        average.update(step)
+    result = average.averaged_state_dict()
+    assert set(result) == {"0.weight", "0.bias", "1.bias", "2.weight", "2.bias"}
+    assert result["0.weight"][0, 0].item() == pytest.approx((0.5 * 1 + 2) / 1.5)  # averaged once per update, not twice
+    assert torch.equal(result["1.bias"], frozen)
+    with average.applied():  # what is written inside is complete: tied names, frozen parameters, buffers
+        written = {name: value.clone() for name, value in model.state_dict().items()}
+    assert torch.equal(written["0.weight"], written["1.weight"])
+    assert torch.equal(written["0.weight"], result["0.weight"])
+    assert torch.equal(written["1.bias"], frozen) and "2.running_mean" in written
+
+
+@pytest.mark.parametrize("options", [{"decay": 0.9}, {"half_life_ratio": 0.2}])
+@pytest.mark.parametrize("stop", [2, 7, 30])
+def test_state_goes_on_bit_for_bit(options, stop):
+    path = walk(UPDATES)
+    options = options | {"every": 3, "start_step": 4}
+    whole, _ = run(path, **options)
+    half, _ = run(path[:stop], **options)
+    parameter = nn.Parameter(torch.zeros(3))
+    resumed = WeightAverage([("w", parameter)], **options)
+    resumed.load_state_dict(half.state_dict())
+    for step in range(stop + 1, UPDATES + 1):
+        parameter.data.copy_(path[step - 1])
+        resumed.update(step)
+    assert torch.equal(resumed.averaged_state_dict()["w"], whole.averaged_state_dict()["w"])
+    assert resumed.counters() == whole.counters()
+
+
+def test_a_decay_changed_on_the_way_stays_a_weighted_mean():
+    path = walk(UPDATES)
+    first, _ = run(path[:30], decay=0.9)
+    parameter = nn.Parameter(torch.zeros(3))
+    second = WeightAverage([("w", parameter)], decay=0.5)
+    second.load_state_dict(first.state_dict())
+    for step in range(31, UPDATES + 1):
+        parameter.data.copy_(path[step - 1])
+        second.update(step)
+    weights = [0.9 ** (30 - t) * 0.5**30 for t in range(1, 31)] + [0.5 ** (60 - t) for t in range(31, 61)]
+    torch.testing.assert_close(
+        second.averaged_state_dict()["w"].double(), weighted_sum(path, list(range(1, 61)), weights), **CLOSE
+    )
+
+
+def test_host_memory_average_is_the_same():
+    on_cpu, _ = run(walk(UPDATES), decay=0.9, device="cpu")
+    default, _ = run(walk(UPDATES), decay=0.9)
+    assert torch.equal(on_cpu.averaged_state_dict()["w"], default.averaged_state_dict()["w"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": 1.0}, "decay=1.0 must lie strictly between 0 and 1"),
+        ({"decay": math.nan}, "decay=nan must lie"),
+        ({"decay": 0.9, "half_life_ratio": 0.1}, "two windows for one average"),
+        ({"half_life_ratio": 0.0}, "half_life_ratio=0.0 must be above 0"),
+        ({"half_life_ratio": math.nan}, "half_life_ratio=nan must be"),
+        ({"every": 0}, "every=0 must be a whole number of updates, 1 or more"),
+        ({"every": 1.5}, "every=1.5 must be a whole number"),
+        ({"start_step": -1}, "start_step=-1 must be a whole number of updates, 0 or more"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        WeightAverage([("w", nn.Parameter(torch.zeros(1)))], **options)
+
+
+def test_misuse_is_refused_and_changes_nothing():
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        WeightAverage([("w", torch.zeros(1))])
+    with pytest.raises(ValueError, match="complex"):
+        WeightAverage([("w", nn.Parameter(torch.zeros(1, dtype=torch.complex64)))])
+    parameter, frozen = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1), requires_grad=False)
+    average = WeightAverage([("w", parameter), ("f", frozen)], start_step=3)
+    average.update(3)
+    for early in (average.averaged_state_dict, average.applied().__enter__):
+        with pytest.raises(RuntimeError, match="no average yet"):
+            early()
+    assert not average.started
+    average.update(4)
+    with pytest.raises(ValueError, match=re.escape("update(4) after update(4)")):
+        average.update(4)
+    with average.applied():
+        with pytest.raises(RuntimeError, match="average the average"):
+            average.update(5)
+        with pytest.raises(RuntimeError, match="cannot be nested"), average.applied():
+            pass
+    for state, message in (
+        ({"averages": {}}, "it is not a WeightAverage's"),
+        (average.state_dict() | {"averages": {"v": torch.zeros(1)}}, r"missing \['w'\], unknown \['v'\]"),
+        (average.state_dict() | {"averages": {"w": torch.zeros(2)}}, r"shape \(2,\), the parameter has \(1,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            average.load_state_dict(state)
+    assert average.last_step == 4
+    frozen.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="f was frozen when the average was made"):
+        average.update(5)

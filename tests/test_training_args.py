@@ -1,0 +1,193 @@
+"""`RAdamTrainingArguments`: what `auto` means, which names work, what is refused and with which words."""
+
+import dataclasses
+import math
+import pickle
+import re
+from dataclasses import dataclass
+
+import pytest
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+from hf_radam import RAdamTrainingArguments
+from hf_radam.names import OptimizerName, SchedulerName
+from hf_radam.training_args import UPSTREAM_DEFAULT_SCHEDULE
+
+
+def make(tmp_path, **options) -> RAdamTrainingArguments:
+    return RAdamTrainingArguments(**{"output_dir": str(tmp_path), "max_steps": 100, "report_to": "none"} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({}, UPSTREAM_DEFAULT_SCHEDULE),
+        ({"optim": "adamw_torch"}, UPSTREAM_DEFAULT_SCHEDULE),
+        ({"optim": "radam"}, "wsd"),
+        ({"optim": "radam", "warmup_steps": 5}, "wsd"),
+        ({"optim": "radam", "ewa": True}, "constant"),
+        ({"optim": "adamw_torch", "ewa": True, "warmup_steps": 5}, "constant_with_warmup"),
+        ({"optim": "radam_schedulefree"}, "constant"),
+        ({"optim": "schedule_free_radam", "warmup_steps": 0.1}, "constant_with_warmup"),
+        ({"optim": "radam", "lr_scheduler_type": "cosine"}, "cosine"),
+        ({"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True}, "wsd"),
+    ],
+)
+def test_auto_is_resolved_when_the_arguments_are_made(tmp_path, options, schedule):
+    assert make(tmp_path, **options).lr_scheduler_type == schedule
+
+
+def test_schedule_free_radam_is_taken_as_ours(tmp_path):
+    assert make(tmp_path, optim="schedule_free_radam").optim == "radam_schedulefree"
+
+
+def test_every_upstream_name_still_works(tmp_path):
+    refused = {"schedule_free_adamw", "schedule_free_sgd"}
+    for member in OptimizerNames:
+        if member.value not in refused and member != OptimizerNames.SCHEDULE_FREE_RADAM:
+            args = make(tmp_path, optim=member.value, max_steps=-1)
+            assert args.optim == member and {member: 1}[args.optim] == 1  # found in upstream's table of optimizers
+            assert type(args.optim)("radam") == "radam"  # as search back-ends set a new value
+    for member in SchedulerType:
+        args = make(tmp_path, lr_scheduler_type=member.value, eval_strategy="steps", eval_steps=5)
+        assert SchedulerType(args.lr_scheduler_type) is member
+        assert type(args.lr_scheduler_type)("wsd_s") == "wsd_s"
+
+
+def test_with_none_of_our_flags_the_fields_are_upstreams(tmp_path):
+    ours = make(tmp_path).to_dict()
+    stock = TrainingArguments(output_dir=str(tmp_path), max_steps=100, report_to="none").to_dict()
+    assert {name: ours[name] for name in stock} == stock
+    assert not make(tmp_path).uses_hf_radam
+
+
+def test_the_one_changed_default_is_the_schedule():
+    stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
+    ours = {f.name: f.default for f in dataclasses.fields(RAdamTrainingArguments)}
+    assert [name for name in stock if stock[name] != ours[name]] == ["lr_scheduler_type"]
+
+
+def test_arguments_survive_pickle_and_replace(tmp_path):
+    args = make(tmp_path, optim="radam", lr_scheduler_type="wsd_s", budgets=[40])
+    for copy in (pickle.loads(pickle.dumps(args)), dataclasses.replace(args, seed=7)):
+        assert (copy.optim, copy.lr_scheduler_type, copy.budgets) == ("radam", "wsd_s", [40])
+        assert copy.schedule(100).keywords == args.schedule(100).keywords
+
+
+def test_flags_on_the_command_line(tmp_path):
+    (args,) = HfArgumentParser(RAdamTrainingArguments).parse_args_into_dataclasses(
+        f"--output_dir {tmp_path} --optim radam --lr_scheduler_type wsd_s --budgets 0.3 700 --max_steps 1000 "
+        "--ewa --ewa_every 4 --min_lr_ratio 0.1 --decay_type inverse --report_to none".split(),
+        look_for_args_file=False,
+    )
+    assert args.optim is OptimizerName.RADAM and args.lr_scheduler_type is SchedulerName.WSD_S
+    assert args.ewa and args.ewa_every == 4 and args.ewa_half_life_ratio == 0.0625
+    assert args.schedule(1000).keywords == {
+        "warmup_steps": 0,
+        "decay_type": "inverse",
+        "min_lr_ratio": 0.1,
+        "budgets": [300, 700, 1000],
+        "decay_steps": [30, 70, 100],
+    }
+
+
+def test_seq2seq_arguments(tmp_path):
+    @dataclass
+    class Arguments(RAdamTrainingArguments, Seq2SeqTrainingArguments):
+        pass
+
+    args = Arguments(output_dir=str(tmp_path), optim="radam", predict_with_generate=True, report_to="none")
+    assert args.predict_with_generate and args.lr_scheduler_type == "wsd"
+
+
+def test_ratio_and_count_follow_upstreams_rule(tmp_path):
+    args = make(tmp_path, optim="radam", decay_steps=0.2, warmup_steps=0.05)
+    assert args.schedule(100).keywords | {"decay_type": 0, "min_lr_ratio": 0} == {
+        "warmup_steps": 5,
+        "total_steps": 100,
+        "decay_steps": 20,
+        "decay_type": 0,
+        "min_lr_ratio": 0,
+    }
+    assert make(tmp_path, optim="radam", decay_steps=20).schedule(100).keywords["decay_steps"] == 20
+
+
+REFUSED = [
+    (
+        {"optim": "radam_schedulefree", "lr_scheduler_type": "linear"},
+        "linear with radam_schedulefree",
+    ),
+    ({"optim": "radam_schedulefree", "lr_scheduler_type": "wsd"}, "needs a constant learning rate. Use auto, constant"),
+    ({"optim": "radam_schedulefree", "lr_scheduler_type": "inverse_sqrt"}, "lr_scheduler_type=inverse_sqrt with"),
+    ({"optim": "schedule_free_adamw"}, "optim=schedule_free_adamw is not one of ours"),
+    ({"optim": "schedule_free_sgd"}, "use radam_schedulefree"),
+    ({"optim": "radam", "lr_scheduler_type": "constant", "warmup_steps": 5}, "ignores warmup_steps=5"),
+    ({"optim": "radam", "warmup_steps": 60, "decay_steps": 50}, "60"),
+    ({"optim": "radam", "decay_steps": 2.5}, "decay_steps"),
+    ({"optim": "radam", "decay_steps": math.nan}, "decay_steps"),
+    ({"optim": "radam", "decay_steps": 0}, "decay_steps"),
+    ({"optim": "radam", "decay_steps": 101}, "101"),
+    ({"optim": "radam", "decay_type": "sqrt"}, "sqrt"),
+    ({"optim": "radam", "decay_type": "inverse"}, "min_lr_ratio"),
+    ({"optim": "radam", "decay_type": "exponential"}, "min_lr_ratio"),
+    ({"optim": "radam", "min_lr_ratio": 1.5}, "1.5"),
+    ({"optim": "radam", "min_lr_ratio": math.nan}, "min_lr_ratio"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [50, 50]}, "50"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [150]}, "reach past the end of the run at 100"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [math.nan]}, "budgets"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [95], "decay_steps": 10}, "10"),
+    ({"optim": "radam", "budgets": [50]}, "budgets=[50] has no effect with lr_scheduler_type=wsd: use wsd_s"),
+    (
+        {"optim": "radam", "ewa": True, "decay_steps": 0.2},
+        "decay_steps=0.2 has no effect with",
+    ),
+    ({"optim": "radam", "lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs={'a': 1} has no effect with wsd"),
+    ({"ewa_decay": 0.9}, "ewa_decay=0.9 has no effect without ewa: set --ewa"),
+    ({"ewa_eval_raw": True}, "ewa_eval_raw=True has no effect without ewa"),
+    ({"ewa": True, "ewa_decay": 0.9, "ewa_half_life_ratio": 0.1}, "two windows for one average"),
+    ({"ewa": True, "ewa_decay": 1.0}, "ewa_decay=1.0 must lie strictly between 0 and 1"),
+    ({"ewa": True, "ewa_half_life_ratio": math.nan}, "ewa_half_life_ratio=nan must be above 0"),
+    ({"ewa": True, "ewa_every": 0}, "ewa_every=0 must be a whole number of updates, 1 or more"),
+    ({"ewa": True, "ewa_start_step": -1}, "ewa_start_step=-1 must be"),
+    ({"ewa": True, "ewa_start_step": 100}, "leave no averaging in a run of 100 updates"),
+    ({"ewa": True, "ewa_device": "gpu"}, "ewa_device='gpu' must be cpu"),
+    ({"optim": "radam", "learning_rate": math.nan}, "learning_rate=nan must be a finite number"),
+    ({"optim": "radam", "weight_decay": math.inf}, "weight_decay=inf must be a finite number"),
+    ({"optim": "radam", "warmup_steps": 2.5}, "warmup_steps=2.5 must be a whole number"),
+    ({"optim": "radam", "warmup_steps": math.nan}, "warmup_steps=nan must be"),
+    ({"optim": "radam_schedulefree", "adam_beta1": 0.0}, "beta1=0.0 leaves x undefined"),
+    ({"optim": "radam_schedulefree", "adam_beta2": 0.6}, "beta2=0.6 never leaves RAdam's silent phase"),
+    ({"optim": "radam_schedulefree", "optim_args": "power=2"}, "radam_schedulefree has no option 'power'"),
+    ({"optim": "radam_schedulefree", "optim_args": "r=much"}, "r='much' is not valid"),
+    ({"optim": "radam", "optim_args": "foreach=perhaps"}, "must be true or false"),
+    ({"ewa": True, "recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 must be 0 (off) or more"),
+    ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval leaves the parameters cast"),
+    ({"optim": "radam", "fp16_full_eval": True}, "fp16_full_eval leaves the parameters cast"),
+    ({"optim": "radam", "auto_find_batch_size": True}, "auto_find_batch_size restarts at update 0"),
+    ({"optim": "radan"}, "radan"),
+    ({"lr_scheduler_type": "wds"}, "wds"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_refused_at_construction(tmp_path, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(tmp_path, **options)
+
+
+def test_without_max_steps_the_horizon_is_checked_when_it_is_known(tmp_path):
+    args = make(tmp_path, max_steps=-1, optim="radam", decay_steps=50, warmup_steps=60)
+    with pytest.raises(ValueError, match="60"):
+        args.schedule(100)
+    args = make(tmp_path, max_steps=-1, ewa=True, ewa_start_step=200)
+    with pytest.raises(ValueError, match="leave no averaging in a run of 100 updates"):
+        args.check_horizon(100)
+
+
+def test_options_of_the_optimizers_reach_them(tmp_path):
+    options = "r=1, weight_lr_power=3.0, silent_sgd_phase=False"
+    cls, kwargs = make(tmp_path, optim="radam_schedulefree", optim_args=options).optimizer_class_and_kwargs()
+    assert cls.__name__ == "RAdamScheduleFree"
+    assert (kwargs["r"], kwargs["weight_lr_power"], kwargs["silent_sgd_phase"]) == (1.0, 3.0, False)

@@ -1,0 +1,111 @@
+"""Tiny real models, data and arguments for the tests: seconds on one core, no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+
+from hf_radam import RAdamTrainer, RAdamTrainingArguments
+
+VOCABULARY, LENGTH = 64, 16
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 32,
+    "attention_dropout": 0.1,  # so that a random number drawn in the wrong place changes the run
+}
+
+
+def llama(**overrides: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | overrides))
+
+
+def mixtral() -> MixtralForCausalLM:
+    """A model whose weights have other keys in a file than in its state dict."""
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2))
+
+
+def tied() -> LlamaForCausalLM:
+    return llama(tie_word_embeddings=True)
+
+
+def bf16() -> LlamaForCausalLM:
+    return llama().to(torch.bfloat16)
+
+
+def partly_frozen() -> LlamaForCausalLM:
+    model = llama()
+    model.model.embed_tokens.requires_grad_(False)
+    return model
+
+
+def tokens(count: int, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Sequences with structure to learn: each token is mostly the one before plus 3."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randint(0, VOCABULARY, (count, 1), generator=generator)
+    noise = torch.randint(0, 2, (count, LENGTH), generator=generator)
+    ids = (start + 3 * torch.arange(LENGTH) + noise) % VOCABULARY
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+TRAIN, EVAL = tokens(64), tokens(16, seed=2)
+
+
+def arguments(folder: Path, **overrides: Any) -> RAdamTrainingArguments:
+    """20 updates of 4 sequences on the CPU, nothing evaluated, saved or reported unless asked for."""
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 20,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "seed": 3,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "logging_strategy": "no",
+    }
+    return RAdamTrainingArguments(**options | overrides)
+
+
+def trainer(folder: Path, model: nn.Module | None = None, **overrides: Any) -> RAdamTrainer:
+    model = llama() if model is None else model
+    return RAdamTrainer(model, arguments(folder, **overrides), train_dataset=TRAIN, eval_dataset=EVAL)
+
+
+def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of weights have the same names and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def loss_of(model: PreTrainedModel) -> float:
+    """Mean loss over the evaluation data in one batch, without a trainer: the oracle for `evaluate()`."""
+    model.eval()
+    with torch.no_grad():
+        losses = [model(**{k: v[None] for k, v in row.items()}).loss.double() for row in EVAL]
+    return float(torch.stack(losses).mean())
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "wsd": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 8},
+    "wsd_s": {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [10], "decay_steps": 0.4},
+    "ewa": {"optim": "radam", "ewa": True},
+    "schedule_free": {"optim": "radam_schedulefree"},
+    "schedule_free_ewa": {"optim": "radam_schedulefree", "ewa": True, "ewa_decay": 0.9, "ewa_every": 3},
+}

@@ -1,0 +1,100 @@
+"""Averaged weights are evaluated and saved with BatchNorm statistics of their own."""
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from hf_radam import RAdamTrainer
+
+
+class ConvolutionalModel(nn.Module):
+    """Embedding, convolution, BatchNorm, dropout, head: predicts each token from itself."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(tiny.VOCABULARY, 16)
+        self.conv = nn.Conv1d(16, 16, 1)
+        self.norm = nn.BatchNorm1d(16)
+        self.dropout = nn.Dropout(0.2)
+        self.head = nn.Linear(16, tiny.VOCABULARY)
+
+    def forward(self, input_ids, labels):
+        hidden = self.dropout(self.norm(self.conv(self.embed(input_ids).transpose(1, 2)))).transpose(1, 2)
+        logits = self.head(torch.relu(hidden))
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return {"loss": loss, "logits": logits}
+
+
+METHODS = {name: tiny.METHODS[name] for name in ("ewa", "schedule_free")}
+
+
+def make(tmp_path, dataset=tiny.TRAIN, **options) -> RAdamTrainer:
+    args = tiny.arguments(tmp_path, **{"learning_rate": 0.05, "recalibrate_batch_norm_batches": 8} | options)
+    return RAdamTrainer(ConvolutionalModel(), args, train_dataset=dataset, eval_dataset=tiny.EVAL)
+
+
+def loss_of(model: nn.Module) -> float:
+    model.eval()
+    batch = {k: torch.stack([row[k] for row in tiny.EVAL]) for k in tiny.EVAL[0]}
+    with torch.no_grad():
+        return model(**batch)["loss"].item()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_saved_and_evaluated_with_the_same_recalibrated_statistics(tmp_path, method):
+    trainer = make(tmp_path, **METHODS[method], save_strategy="steps", save_steps=20)
+    trainer.train()
+    training_statistics = trainer.model.norm.running_mean.clone(), trainer.model.norm.running_var.clone()
+    loss = trainer.evaluate()["eval_loss"]
+    assert torch.equal(trainer.model.norm.running_mean, training_statistics[0])
+    written = load_file(tmp_path / "checkpoint-20" / method / "model.safetensors")
+    shipped = ConvolutionalModel()
+    shipped.load_state_dict(written)
+    assert loss_of(shipped) == pytest.approx(loss, abs=2e-6)  # fp32 means over other batch sizes
+    root = load_file(tmp_path / "checkpoint-20" / "model.safetensors")
+    assert torch.equal(root["norm.running_mean"], training_statistics[0])
+    # The statistics are those of training batches: the mean of the activations of the 8 batches, computed directly.
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(trainer.args.seed))[:32]
+    ids = torch.stack([tiny.TRAIN[i]["input_ids"] for i in order]).view(8, 4, -1)
+    activations = [shipped.conv(shipped.embed(batch).transpose(1, 2)).detach().double() for batch in ids]
+    mean = torch.stack([a.mean((0, 2)) for a in activations]).mean(0)
+    torch.testing.assert_close(written["norm.running_mean"].double(), mean, rtol=1e-5, atol=1e-6)
+    # ... and stale ones are worse
+    shipped.norm.running_mean.copy_(training_statistics[0])
+    shipped.norm.running_var.copy_(training_statistics[1])
+    assert loss_of(shipped) > loss + 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recalibrating_changes_neither_the_run_nor_its_resumption(tmp_path, method):
+    quiet = make(tmp_path / "quiet", **METHODS[method])
+    quiet.train()
+    busy = make(
+        tmp_path / "busy", **METHODS[method], eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=7
+    )
+    busy.train()
+    resumed = make(tmp_path / "again", **METHODS[method])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "busy" / "checkpoint-7"))
+    for other in (busy, resumed):
+        for name, value in quiet.model.state_dict().items():
+            assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_can_be_switched_off(tmp_path):
+    trainer = make(tmp_path, **METHODS["ewa"], recalibrate_batch_norm_batches=0)
+    trainer.train()
+    with trainer.average.applied():
+        expected = loss_of(trainer.model)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=2e-6)
+
+
+def test_streaming_data_is_refused_before_training(tmp_path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(tiny.TRAIN)
+
+    with pytest.raises(ValueError, match="Set recalibrate_batch_norm_batches=0"):
+        make(tmp_path, Stream(), **METHODS["ewa"]).train()

@@ -1,0 +1,169 @@
+"""What `evaluate()` reports is what ships: every way to load the evaluation weights gives the same loss.
+
+The oracle is a plain forward pass over the evaluation data, without a trainer (`tiny.loss_of`).
+"""
+
+import hashlib
+import json
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_radam import RAdamTrainer, load_evaluation_model
+from hf_radam.manifest import read_manifest
+
+# The mean of 16 fp32 losses in other batches: a few roundings of 6e-8 on values of size 4.
+CLOSE = 2e-6
+
+
+def folder_of(options: dict) -> str | None:
+    if options.get("ewa"):
+        return "ewa"
+    return "schedule_free" if options.get("optim") == "radam_schedulefree" else None
+
+
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_evaluate_is_what_ships(tmp_path, method):
+    options = tiny.METHODS[method]
+    trainer = tiny.trainer(
+        tmp_path, **options, save_strategy="steps", save_steps=15, eval_strategy="steps", eval_steps=5
+    )
+    trainer.train()
+    reported = [
+        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 15
+    ]
+    checkpoint = tmp_path / "checkpoint-15"
+    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(reported[0], abs=CLOSE)
+    folder = checkpoint / (folder_of(options) or ".")
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(folder)) == pytest.approx(reported[0], abs=CLOSE)
+    assert read_manifest(checkpoint)["evaluation"]["folder"] == folder_of(options)
+    assert (checkpoint / "ewa").is_dir() == ("ewa" in options)
+    assert (checkpoint / "schedule_free").is_dir() == (options["optim"] == "radam_schedulefree")
+    # A user's save_model(), the run's folder as a whole, and predict()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(loss, abs=CLOSE)
+    assert tiny.loss_of(load_evaluation_model(tmp_path)) == pytest.approx(loss, abs=CLOSE)
+    assert trainer.predict(tiny.EVAL).metrics["test_loss"] == pytest.approx(loss, abs=CLOSE)
+    with trainer.evaluation_weights():
+        assert tiny.loss_of(trainer.model) == pytest.approx(loss, abs=CLOSE)
+    # ... which are not the training weights, that the checkpoint's root holds
+    if folder_of(options):
+        raw = tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint))
+        assert abs(raw - reported[0]) > 100 * CLOSE
+
+
+@pytest.mark.parametrize("build", [tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen])
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+def test_other_kinds_of_model(tmp_path, method, build):
+    options = tiny.METHODS[method]
+    if build is tiny.bf16:
+        if method == "schedule_free":
+            pytest.skip("bf16 parameters are refused with radam_schedulefree, see test_refusals")
+        options = options | {"optim": "adamw_torch"}
+    trainer = tiny.trainer(tmp_path, build(), **options, save_strategy="steps", save_steps=10)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    # bf16 logits of other batch shapes: 3 significant digits
+    close = 2e-2 if build is tiny.bf16 else CLOSE
+    shipped = load_evaluation_model(tmp_path / "checkpoint-20")
+    assert shipped.dtype == trainer.model.dtype
+    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=close)
+    with trainer.evaluation_weights():
+        assert tiny.same(tiny.parameters(shipped), tiny.parameters(trainer.model))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-20" / folder_of(options))
+    assert plain.dtype == torch.float32  # also for a bf16 model: the average is kept in fp32
+    assert tiny.loss_of(plain) == pytest.approx(loss, abs=close)
+    if build is tiny.tied:
+        assert shipped.lm_head.weight is shipped.model.embed_tokens.weight
+    if build is tiny.partly_frozen:
+        assert torch.equal(shipped.model.embed_tokens.weight, trainer.model.model.embed_tokens.weight)
+
+
+def test_raw_weights_are_reported_beside_the_average(tmp_path):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], ewa_eval_raw=True)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert tiny.loss_of(trainer.model) == pytest.approx(metrics["eval_raw_loss"], abs=CLOSE)
+    assert metrics["eval_raw_loss"] != metrics["eval_loss"]
+    assert "test_raw_loss" not in trainer.predict(tiny.EVAL).metrics
+    both = trainer.evaluate({"a": tiny.EVAL, "b": tiny.EVAL[:4]})
+    assert both["eval_a_raw_loss"] == pytest.approx(metrics["eval_raw_loss"], abs=CLOSE)
+    assert {"eval_a_loss", "eval_b_loss", "eval_b_raw_loss"} <= set(both) and "eval_raw_loss" not in both
+
+
+def test_raw_weights_of_a_schedule_free_run_are_y(tmp_path):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["schedule_free_ewa"], ewa_eval_raw=True)
+    trainer.train()
+    assert tiny.loss_of(trainer.model) == pytest.approx(trainer.evaluate()["eval_raw_loss"], abs=CLOSE)
+
+
+def test_before_the_first_averaging_the_training_weights_are_evaluated(tmp_path, caplog):
+    options = tiny.METHODS["ewa"] | {"ewa_start_step": 12}
+    trainer = tiny.trainer(tmp_path, **options, save_strategy="steps", save_steps=10)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(tiny.loss_of(tiny.llama()), abs=CLOSE)
+    trainer.train()
+    assert not (tmp_path / "checkpoint-10" / "ewa").exists()
+    manifest = read_manifest(tmp_path / "checkpoint-10")
+    assert manifest["evaluation"]["folder"] is None and manifest["averaging"]["num_averaged"] == 0
+    assert (tmp_path / "checkpoint-20" / "ewa").is_dir()
+    root = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
+    assert tiny.same(tiny.parameters(root), tiny.parameters(load_evaluation_model(tmp_path / "checkpoint-10")))
+
+
+@pytest.mark.parametrize("method", ["ewa", "schedule_free", "wsd"])
+def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
+    options = tiny.METHODS[method] | {"learning_rate": 0.05}  # too high on purpose: the best comes before the end
+    trainer = tiny.trainer(
+        tmp_path,
+        **options,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_strategy="steps",
+        save_steps=4,
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    best = trainer.state.best_metric
+    reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert best == min(reported)
+    for _ in range(2):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
+    assert tiny.loss_of(trainer.model) == pytest.approx(best, abs=CLOSE)
+    trainer.save_model()
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(best, abs=CLOSE)
+    with pytest.raises(RuntimeError, match="holds the best evaluation weights"):
+        trainer.train()
+
+
+def test_stale_evaluation_weights_do_not_survive_a_later_run(tmp_path):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10).train()
+    assert (tmp_path / "checkpoint-10" / "ewa").is_dir()
+    later = tiny.trainer(tmp_path, tiny.llama(), save_strategy="steps", save_steps=10)  # none of our flags
+    later.train()
+    assert not (tmp_path / "checkpoint-20" / "ewa").exists() and read_manifest(tmp_path / "checkpoint-20") is None
+    shipped = load_evaluation_model(tmp_path / "checkpoint-20")
+    assert tiny.same(tiny.parameters(shipped), tiny.parameters(later.model))
+
+
+def test_manifest_lists_every_file_with_its_hash(tmp_path):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10).train()
+    checkpoint = tmp_path / "checkpoint-10"
+    manifest = json.loads((checkpoint / "hf_radam.json").read_text())
+    files = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()}
+    assert set(manifest["files"]) == files - {"hf_radam.json"}
+    assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "ewa/model.safetensors"} <= files
+    for name, facts in manifest["files"].items():
+        assert facts["sha256"] == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    assert manifest["format_version"] == 1 and manifest["method"]["ewa"] is True
+    assert manifest["averaging"]["num_averaged"] == manifest["averaging"]["last_step"] == 10
+    assert json.loads((checkpoint / "ewa" / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_the_trainer_refuses_stock_arguments(tmp_path):
+    from transformers import TrainingArguments
+
+    with pytest.raises(TypeError, match="got TrainingArguments: make the arguments with RAdamTrainingArguments"):
+        RAdamTrainer(tiny.llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none"))

@@ -1,0 +1,205 @@
+"""The trainer among its neighbours: upstream's signatures, other trainers, other optimizers, the hub, refusals."""
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import schedulefree
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import (
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+)
+
+from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
+from hf_radam.checkpointing import CheckpointingMixin
+
+
+def overrides():
+    for cls in (RAdamTrainerMixin, CheckpointingMixin):
+        for name in vars(cls):
+            if name != "__init__" and not name.startswith("__") and hasattr(Trainer, name):
+                yield cls, name
+
+
+@pytest.mark.parametrize(("cls", "name"), list(overrides()), ids=lambda value: getattr(value, "__name__", value))
+def test_overrides_have_upstreams_signature(cls, name):
+    ours, upstream = (inspect.signature(getattr(c, name)).parameters.values() for c in (cls, Trainer))
+    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in upstream]
+
+
+def test_all_the_overrides_are_looked_at():
+    names = {name for _, name in overrides()}
+    assert {"save_model", "evaluation_loop", "create_scheduler", "_load_best_model", "_prepare_for_training"} <= names
+
+
+@dataclass
+class Arguments(RAdamTrainingArguments, Seq2SeqTrainingArguments):
+    """As a user of another trainer derives them."""
+
+
+class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer):
+    """As a user of another trainer derives it."""
+
+
+def test_seq2seq_trainer_through_the_mixin(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+    options = tiny.arguments(tmp_path, optim="radam", ewa=True, max_steps=6).to_dict()
+    trainer = MyTrainer(
+        model,
+        Arguments(**options, predict_with_generate=True, generation_max_length=4),
+        train_dataset=tiny.TRAIN,
+        eval_dataset=tiny.EVAL,
+    )
+    trainer.train()
+    before = tiny.parameters(model)
+    metrics = trainer.evaluate(num_beams=1)
+    assert tiny.same(before, tiny.parameters(model))
+    trainer.save_model()
+    shipped = T5ForConditionalGeneration.from_pretrained(tmp_path)
+    assert tiny.loss_of(shipped) == pytest.approx(metrics["eval_loss"], abs=2e-6)
+    assert not tiny.same(before, tiny.parameters(shipped))
+
+
+def test_an_optimizer_of_ours_may_be_handed_in(tmp_path):
+    model = tiny.llama()
+    optimizer = RAdamScheduleFree(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
+    args = tiny.arguments(tmp_path, lr_scheduler_type="constant", save_strategy="steps", save_steps=20)
+    trainer = RAdamTrainer(model, args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL, optimizers=(optimizer, None))
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    shipped = tiny.llama()
+    shipped.load_state_dict(load_file(tmp_path / "checkpoint-20" / "schedule_free" / "model.safetensors"))
+    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=2e-6)
+    assert abs(tiny.loss_of(model) - loss) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "optimizer", "message"),
+    [
+        ({}, schedulefree.RAdamScheduleFree, "would be evaluated and saved at its gradient point"),
+        ({}, schedulefree.AdamWScheduleFree, "use hf_radam.RAdamScheduleFree"),
+        ({"optim": "radam_schedulefree"}, RAdam, "an optimizer of class RAdam given to the trainer: drop one"),
+        ({"optim": "radam"}, torch.optim.AdamW, "optim=radam and an optimizer of class AdamW"),
+    ],
+)
+def test_optimizers_that_contradict_the_flags_are_refused(tmp_path, options, optimizer, message):
+    model, args = tiny.llama(), tiny.arguments(tmp_path, **options)
+    with pytest.raises(ValueError, match=message):
+        RAdamTrainer(model, args, optimizers=(optimizer(model.parameters(), lr=0.1), None))
+    with pytest.raises(ValueError, match=message):
+        RAdamTrainer(model, args, optimizer_cls_and_kwargs=(optimizer, {"lr": 0.1}))
+
+
+def test_schedules_that_contradict_the_flags_are_refused(tmp_path):
+    model = tiny.llama()
+    optimizer = RAdam(model.parameters())
+    schedule = LambdaLR(optimizer, lambda step: 1.0)
+    with pytest.raises(ValueError, match="lr_scheduler_type=wsd and a schedule given to the trainer: drop one"):
+        RAdamTrainer(model, tiny.arguments(tmp_path, optim="radam"), optimizers=(optimizer, schedule))
+    optimizer = RAdamScheduleFree(model.parameters())
+    trainer = RAdamTrainer(
+        model, tiny.arguments(tmp_path), train_dataset=tiny.TRAIN, optimizers=(optimizer, None)
+    )  # the schedule is upstream's default, which decays
+    with pytest.raises(ValueError, match="needs a constant learning rate"):
+        trainer.train()
+
+
+def test_bf16_parameters_with_schedule_free_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep float32 parameters and train with bf16=True"):
+        tiny.trainer(tmp_path, tiny.bf16(), optim="radam_schedulefree").train()
+
+
+def test_bf16_autocast_is_what_to_use_instead(tmp_path):
+    trainer = tiny.trainer(
+        tmp_path, optim="radam_schedulefree", bf16=True, save_strategy="steps", save_steps=10, max_steps=20
+    )
+    trainer.train()
+    again = tiny.trainer(tmp_path, optim="radam_schedulefree", bf16=True)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(again.model))
+
+
+def test_fields_set_later_are_checked_before_training(tmp_path):
+    trainer = tiny.trainer(tmp_path, optim="radam")
+    trainer.args.decay_steps = 2.5
+    with pytest.raises(ValueError, match="decay_steps"):
+        trainer.train()
+
+
+def test_a_model_init_starts_over_each_time(tmp_path):
+    args = tiny.arguments(tmp_path, **tiny.METHODS["ewa"])
+    trainer = RAdamTrainer(args=args, model_init=lambda: tiny.llama(), train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
+    runs = []
+    for _ in range(2):
+        trainer.train()
+        runs.append(
+            (tiny.parameters(trainer.model), trainer.average.averaged_state_dict(), trainer.evaluate()["eval_loss"])
+        )
+    assert tiny.same(runs[0][0], runs[1][0]) and tiny.same(runs[0][1], runs[1][1])
+    assert runs[0][2] == runs[1][2]
+
+
+def test_torch_compile_averages_the_right_tensors(tmp_path):
+    """The compiled module's names have a prefix; the backend runs the captured graph as it is, to save time."""
+    options = tiny.METHODS["ewa"] | {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = tiny.trainer(tmp_path, **options, torch_compile=True, torch_compile_backend="eager")
+    trainer.train()
+    plain = tiny.trainer(tmp_path / "plain", **options)
+    plain.train()
+    ours, theirs = trainer.average.averaged_state_dict(), plain.average.averaged_state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-5)
+    shipped = tiny.llama()
+    shipped.load_state_dict(load_file(tmp_path / "checkpoint-4" / "ewa" / "model.safetensors"))
+    assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
+def test_the_hub_gets_the_evaluation_weights(tmp_path, monkeypatch, strategy):
+    """A spy at the edge of the hub's library keeps what would have been sent."""
+    from concurrent.futures import Future
+
+    from huggingface_hub import HfApi
+
+    sent = []
+
+    def upload_folder(self, *, folder_path, path_in_repo=None, **kwargs):
+        weights = load_file(Path(folder_path) / "model.safetensors")
+        sent.append((path_in_repo, weights, {p.name for p in Path(folder_path).iterdir()}))
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+    class Url(str):
+        repo_id = "me/run"
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url("me/run"))
+    trainer = tiny.trainer(
+        tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20, push_to_hub=True, hub_strategy=strategy
+    )
+    trainer.train()
+    average = trainer.average.averaged_state_dict()
+    models = [weights for path, weights, _ in sent if path is None]
+    assert len(models) == 1 and tiny.same(models[0], average)
+    checkpoints = {path: (weights, names) for path, weights, names in sent if path is not None}
+    expected = {"every_save": set(), "checkpoint": {"last-checkpoint"}, "all_checkpoints": {"checkpoint-20"}}
+    assert set(checkpoints) == expected[strategy]
+    for weights, names in checkpoints.values():  # whole, with the training weights at the root
+        assert tiny.same(weights, tiny.parameters(trainer.model))
+        assert {"ewa", "hf_radam.json", "optimizer.pt"} <= names
+    assert not (tmp_path / "_push").exists()
+    sent.clear()
+    trainer.push_to_hub()
+    assert tiny.same(sent[0][1], average)
