@@ -26,6 +26,7 @@ from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, vali
 from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
+from hf_radam.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +150,10 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, output_di
 
 def train(trainer: RAdamTrainer, resume_from_checkpoint: str | bool | None, blocks: Any) -> None:
     """Train, save the model (its evaluation weights) and the metrics."""
-    result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    try:
+        result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except CheckpointError as error:  # refused before the first update
+        fail(error)
     trainer.save_model()  # with the tokenizer
     metrics = dict(result.metrics)
     if isinstance(blocks, datasets.Dataset):

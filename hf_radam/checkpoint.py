@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
-from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, PathLike
+from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, CheckpointError, PathLike
 from hf_radam.random_state import preserved_random_state
 
 
@@ -101,7 +101,7 @@ def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     """Read a model folder as a state dict for `model`, in float32, on the CPU.
 
     Raises:
-        ValueError: if the folder does not hold exactly the weights of such a model.
+        CheckpointError: if the folder does not hold exactly the weights of such a model.
     """
     path = Path(folder)
     if not isinstance(model, PreTrainedModel):
@@ -119,7 +119,7 @@ def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
         missing = set(info["missing_keys"]) - set(model._keys_to_ignore_on_save or ())
         unexpected = set(info["unexpected_keys"]) | set(map(str, info["mismatched_keys"]))
     if missing or unexpected:
-        raise ValueError(
+        raise CheckpointError(
             f"{path} does not hold the weights of this {type(model).__name__}: "
             f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}."
         )
@@ -131,7 +131,7 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
     """Copy the weights and buffers of a model folder into `model`, in place and in its dtypes.
 
     Raises:
-        ValueError: if the folder does not hold exactly the weights of such a model.
+        CheckpointError: if the folder does not hold exactly the weights of such a model.
     """
     state = read_state_dict(model, folder)
     for name, value in model.state_dict(keep_vars=True).items():

@@ -18,7 +18,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.manifest import PathLike, read_manifest
+from hf_radam.manifest import CheckpointError, PathLike, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def load_evaluation_model(
 
     Raises:
         FileNotFoundError: if there is neither a model nor a whole checkpoint.
-        ValueError: if the checkpoint is damaged, or its model class is unknown to `transformers`.
+        ValueError: if the checkpoint is damaged (`CheckpointError`), or its model class is unknown to `transformers`.
     """
     root = Path(path)
     if is_checkpoint(root):
@@ -75,7 +75,7 @@ def newest_checkpoint(run: PathLike) -> Path:
     for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
             read_manifest(folder)
-        except ValueError as error:
+        except CheckpointError as error:
             logger.warning("Passing over %s: %s", folder, error)
             continue
         if is_checkpoint(folder) and holds_model(folder):
@@ -88,7 +88,7 @@ def evaluation_folder(checkpoint: PathLike) -> Path:
     """The model folder in a checkpoint that holds the weights that evaluation used.
 
     Raises:
-        ValueError: if the checkpoint is damaged.
+        CheckpointError: if the checkpoint is damaged.
     """
     manifest = read_manifest(checkpoint)
     folder = manifest["evaluation"]["folder"] if manifest else None

@@ -25,6 +25,10 @@ EVALUATION_FOLDERS = (EWA_FOLDER, SCHEDULE_FREE_FOLDER)
 PathLike = str | os.PathLike[str]
 
 
+class CheckpointError(ValueError):
+    """A checkpoint that is damaged, or that the arguments do not allow to go on from."""
+
+
 def parameter_dtypes(model: nn.Module) -> dict[str, Any]:
     """The dtype that most parameters have, and those of the parameters that have another one, by name."""
     dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
@@ -61,25 +65,25 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None for one that stock `Trainer` wrote.
 
     Raises:
-        ValueError: if the checkpoint has evaluation weights of ours but no manifest (it was not finished), if the
+        CheckpointError: if the checkpoint has evaluation weights of ours but no manifest (it was not finished), if the
             manifest is of a newer format, or if a file it lists is missing or has another size.
     """
     path = Path(checkpoint)
     if not (path / MANIFEST_NAME).is_file():
         leftovers = [folder for folder in EVALUATION_FOLDERS if (path / folder).is_dir()]
         if leftovers:
-            raise ValueError(f"{path} has {leftovers[0]}/ but no {MANIFEST_NAME}: it was not written to the end.")
+            raise CheckpointError(f"{path} has {leftovers[0]}/ but no {MANIFEST_NAME}: it was not written to the end.")
         return None
     manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
     if manifest["format_version"] > FORMAT_VERSION:
-        raise ValueError(
+        raise CheckpointError(
             f"{path / MANIFEST_NAME} has format {manifest['format_version']}, this hf_radam knows up to "
             f"{FORMAT_VERSION}: update hf_radam."
         )
     for name, facts in manifest["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != facts["size"]:
-            raise ValueError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")
+            raise CheckpointError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")
     return manifest
 
 

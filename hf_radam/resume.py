@@ -19,7 +19,7 @@ from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoint import read_parameters
-from hf_radam.manifest import EWA_FOLDER, read_manifest
+from hf_radam.manifest import EWA_FOLDER, CheckpointError, read_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -30,10 +30,10 @@ NOT_COMPARED = frozenset(
 
 
 def check_state_files(checkpoint: str) -> None:
-    """Raise `FileNotFoundError` if the optimizer or the schedule was not saved in the checkpoint."""
+    """Raise `CheckpointError` if the optimizer or the schedule was not saved in the checkpoint."""
     for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
         if not (Path(checkpoint) / name).is_file():
-            raise FileNotFoundError(
+            raise CheckpointError(
                 f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
                 "To start a new run from its weights, load them as the model instead."
             )
@@ -54,11 +54,11 @@ def same_optimizer(optimizer: torch.optim.Optimizer, *, name: str, checkpoint: s
         checkpoint: folder that the state is loaded from.
 
     Raises:
-        ValueError: if the checkpoint's optimizer is another one or has other hyper-parameters.
+        CheckpointError: if the checkpoint's optimizer is another one or has other hyper-parameters.
     """
     manifest = read_manifest(checkpoint)
     if manifest is not None and manifest["method"]["optim"] != name:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint} was trained with optim={manifest['method']['optim']}, the arguments say {name}: resume with "
             "the same, or start a new run from its weights."
         )
@@ -76,10 +76,10 @@ def same_optimizer(optimizer: torch.optim.Optimizer, *, name: str, checkpoint: s
 
 
 def check_same_hyperparameters(planned: list[dict[str, Any]], saved: list[dict[str, Any]], *, checkpoint: str) -> None:
-    """Raise `ValueError` if a group that was saved differs from the one that the arguments ask for."""
+    """Raise `CheckpointError` if a group that was saved differs from the one that the arguments ask for."""
     for ours, theirs in zip(planned, saved, strict=True):
         if set(ours) != set(theirs):
-            raise ValueError(
+            raise CheckpointError(
                 f"{checkpoint} was trained with another optimizer: its parameter groups differ in "
                 f"{sorted(set(ours) ^ set(theirs))}. Resume with the optimizer it was trained with, or start a new run "
                 "from its weights."
@@ -87,7 +87,7 @@ def check_same_hyperparameters(planned: list[dict[str, Any]], saved: list[dict[s
         for name, value in ours.items():
             if _plain(value) != _plain(theirs[name]):
                 flag = "learning_rate" if name == "initial_lr" else name
-                raise ValueError(
+                raise CheckpointError(
                     f"{checkpoint} was trained with {flag}={_plain(theirs[name])}, the arguments say "
                     f"{_plain(value)}: resume with the same, or start a new run from its weights."
                 )
@@ -98,7 +98,7 @@ def _plain(value: Any) -> Any:
 
 
 def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
-    """Raise `ValueError` if the schedule now asked for has another learning rate at the next update.
+    """Raise `CheckpointError` if the schedule now asked for has another learning rate at the next update.
 
     The optimizer's state carries the learning rate that the old schedule gave for that update.
     """
@@ -108,7 +108,7 @@ def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
     ):
         old, new = float(group["lr"]), float(base) * multiplier(update)
         if old != new:
-            raise ValueError(
+            raise CheckpointError(
                 f"{checkpoint} stands at update {update} with learning rate {old:.6g}, but the schedule of these "
                 f"arguments has {new:.6g} there. Resume with the flags the run was started with, or from a checkpoint "
                 "before its decay."
@@ -119,7 +119,7 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
     """Go on with the average that a checkpoint keeps, or begin one after update `step` if it keeps none, and say so.
 
     Raises:
-        ValueError: if the checkpoint is damaged, or its run asked for another `ewa_start_step`.
+        CheckpointError: if the checkpoint is damaged, or its run asked for another `ewa_start_step`.
     """
     manifest = read_manifest(checkpoint)
     kept = manifest["averaging"] if manifest else None
@@ -129,7 +129,7 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
         logger.warning(f"{checkpoint} keeps no average: averaging begins after update {average.start_step}.")
         return
     if average.start_step != kept["requested_start_step"]:
-        raise ValueError(
+        raise CheckpointError(
             f"{checkpoint} was trained with ewa_start_step={kept['requested_start_step']}, the arguments say "
             f"{average.start_step}: resume with the same."
         )

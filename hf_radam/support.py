@@ -8,11 +8,13 @@ from transformers.utils import is_peft_available
 
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
+from hf_radam.optim.checks import low_precision
 
 
 def check_supported(trainer: Any) -> None:
     """Raise `ValueError` for a combination of trainer, model, optimizer and back-end that is not supported."""
     _check_given_optimizer(trainer)
+    _check_precision(trainer)
     args = trainer.args
     if args.uses_hf_radam:
         # Not in every transformers from 5.17 on: there, a model is not sharded at load time either.
@@ -27,6 +29,17 @@ def check_supported(trainer: Any) -> None:
         raise ValueError(
             "PEFT models are not supported with ewa or radam_schedulefree by this version of hf_radam: their averaged "
             "adapter would not be saved. Use radam with wsd or wsd_s, or merge the adapter first."
+        )
+
+
+def _check_precision(trainer: Any) -> None:
+    """Refuse parameters in whose dtype the schedule-free optimizer would lose its updates, before any data is read."""
+    if trainer.args.optim != "radam_schedulefree" or trainer.model is None:
+        return
+    for param in low_precision([p for p in trainer.model.parameters() if p.requires_grad]):
+        raise ValueError(
+            f"The model has {param.dtype} parameters, in which radam_schedulefree would lose every small update: keep "
+            "float32 parameters and train with bf16=True (autocast) instead."
         )
 
 

@@ -87,6 +87,9 @@ class RAdamTrainerMixin(CheckpointingMixin):
         """
         schedule = self.args.schedule(num_training_steps)
         if schedule is not None and self.lr_scheduler is None:
+            decays = schedule.keywords["decay_steps"]
+            if 1 in (decays if isinstance(decays, list) else [decays]):
+                logger.warning("A decay of 1 update has no effect: its only update still has the peak. Use 2 or more.")
             scheduled = self.optimizer if optimizer is None else optimizer
             assert scheduled is not None, "upstream makes the optimizer first"
             self.lr_scheduler = LambdaLR(scheduled, schedule)

@@ -9,6 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_radam import RAdamTrainer
+from hf_radam.manifest import CheckpointError
 
 
 def finished(folder, build=tiny.llama, resume=None, **options):
@@ -188,7 +189,7 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
             resumed_without(name)
     stock = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 10, "save_only_model": True}
     finished(tmp_path / "stock", **stock)
-    with pytest.raises(FileNotFoundError, match=re.escape("has no optimizer.pt")):
+    with pytest.raises(CheckpointError, match=re.escape("has no optimizer.pt")):
         finished(tmp_path, resume=tmp_path / "stock/checkpoint-10", **stock | {"ewa": True})
 
 

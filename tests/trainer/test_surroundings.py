@@ -116,7 +116,7 @@ def test_schedules_that_contradict_the_flags_are_refused(tmp_path):
 
 def test_bf16_parameters_with_schedule_free_are_refused(tmp_path):
     with pytest.raises(ValueError, match="keep float32 parameters and train with bf16=True"):
-        tiny.trainer(tmp_path, tiny.bf16(), optim="radam_schedulefree").train()
+        tiny.trainer(tmp_path, tiny.bf16(), optim="radam_schedulefree")
 
 
 def test_bf16_autocast_is_what_to_use_instead(tmp_path):
