@@ -21,6 +21,7 @@ help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
 
 quickstart: .venv/.examples ## train a small model on the Python standard library, then evaluate raw and averaged weights
+	rm -rf runs/quickstart
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) examples/run_clm.py configs/quickstart.yaml
 	$(BIN)/python examples/evaluate_clm.py runs/quickstart

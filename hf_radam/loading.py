@@ -18,7 +18,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.manifest import CheckpointError, PathLike, read_manifest
+from hf_radam.manifest import MANIFEST_NAME, CheckpointError, PathLike, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,13 @@ def holds_model(folder: PathLike) -> bool:
 
 
 def is_checkpoint(folder: PathLike) -> bool:
-    """Whether `folder` is a checkpoint: a model with `trainer_state.json`, named `checkpoint-N`."""
+    """Whether `folder` is a checkpoint: it has our manifest, or it is named `checkpoint-N` and has a trainer state.
+
+    (The folder of a run may hold a trainer state as well.)
+    """
     path = Path(folder)
+    if (path / MANIFEST_NAME).is_file():
+        return True
     return bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name)) and (path / TRAINER_STATE_NAME).is_file()
 
 
