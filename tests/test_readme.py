@@ -1,0 +1,102 @@
+"""Every block of the README runs or parses, its flag table is the code's, its files exist.
+
+Run as a script, this file writes the flag table into the README.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TABLE = re.compile(r"(<!-- flags:.*?-->\n)(.*?)(<!-- end of flags -->)", re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def flag_table() -> str:
+    """The fields that are ours, or whose default is, with their help text."""
+    from transformers import TrainingArguments
+
+    from hf_radam import RAdamTrainingArguments
+
+    upstream = set(TrainingArguments.__dataclass_fields__)
+    rows = ["| flag | default | meaning |", "|---|---|---|"]
+    for field in dataclasses.fields(RAdamTrainingArguments):
+        if field.name not in upstream or field.name in ("optim", "lr_scheduler_type"):
+            default = "" if field.default is None else f"`{field.default}`"
+            if field.name == "optim":
+                default = "upstream's"
+            rows.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
+    return "\n".join(rows) + "\n"
+
+
+def test_the_flag_table_is_the_codes():
+    assert TABLE.search(README).group(2) == flag_table(), "write it anew: python tests/test_readme.py"
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=["trainer", "plain loop"])
+def test_python_blocks_run(block, tmp_path):
+    assert block.count("\n") < 20
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    numbers = [float(word) for word in re.findall(r"[-+]?\d+\.\d+", done.stdout.splitlines()[-1])]
+    assert numbers, done.stdout
+    if "runs/readme" in block:
+        assert (tmp_path / "runs/readme/checkpoint-60/ewa/model.safetensors").is_file()
+
+
+def commands() -> list[list[str]]:
+    lines = "\n".join(blocks("bash")).splitlines()
+    return [shlex.split(line) for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", commands(), ids=" ".join)
+def test_commands_parse(command, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "examples/run_clm.py" in command:
+        import clm_arguments
+
+        assert command[:2] == ["accelerate", "launch"]
+        clm_arguments.parse_arguments(command[command.index("examples/run_clm.py") + 1 :])
+    else:
+        import evaluate_clm
+
+        assert command[:2] == ["python", "examples/evaluate_clm.py"]
+        evaluate_clm.parse_arguments(command[2:])
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"^    make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_file_tree_is_complete():
+    tree = README.split("## Files")[1].split("## Sources")[0]
+    for path in [*(ROOT / "hf_radam").glob("[!_]*.py"), ROOT / "hf_radam/optim"]:
+        assert re.search(rf"^      {re.escape(path.name)}", tree, re.MULTILINE), path.name
+
+
+def test_every_config_has_been_measured_and_stands_in_the_table():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        header = path.read_text(encoding="utf-8").split("\n\n")[0]
+        assert "TO BE MEASURED" not in header
+        losses = re.findall(r"\d\.\d{3}", header)
+        assert losses and all(loss in README for loss in losses), path.name
+
+
+if __name__ == "__main__":
+    text = TABLE.sub(lambda match: match.group(1) + flag_table() + match.group(3), README)
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
