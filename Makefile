@@ -1,11 +1,11 @@
 # Everything runs in .venv, which the first target that needs it makes from the versions in constraints.txt.
 #   make quickstart PYTHON=python3.12        another interpreter (the pins need Python 3.11 or newer)
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"     torch without CUDA
-#   make test PYTEST_ARGS="-k schedules"     part of the tests
+#   make test PYTEST_ARGS="-k schedules"     part of the tests, in one process (the default is two)
 
 PYTHON ?= python3
 PIP_ARGS ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 BIN := .venv/bin
 
 # `accelerate launch` gives a process one CPU thread unless told otherwise. Recursive (=), so that it is asked only in use.

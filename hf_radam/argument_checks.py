@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 
 from hf_radam.averaging import check_averaging
 from hf_radam.names import CONSTANT_SCHEDULES, OUR_SCHEDULES, OptimizerName, SchedulerName
+from hf_radam.schedules import check_decay, count_from_ratio
 
+ANY_LENGTH = 10**6  # updates; only to ask whether a value is a count or a ratio at all
 SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
 EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
 
@@ -50,6 +53,24 @@ def check_names(args: Any) -> None:
         )
 
 
+def check_schedule(args: Any) -> None:
+    """Check what is known of our schedules before the length of the run is."""
+    if args.recalibrate_batch_norm_batches < 0:
+        raise ValueError(
+            f"recalibrate_batch_norm_batches={args.recalibrate_batch_norm_batches} must be 0 (off) or more."
+        )
+    if args.lr_scheduler_type not in OUR_SCHEDULES:
+        return
+    check_decay(args.decay_type, args.min_lr_ratio)
+    if args.budgets is not None and not isinstance(args.budgets, (list, tuple)):
+        raise ValueError(f"budgets={args.budgets} must be a list, for instance [{args.budgets}].")
+    for name, value in [("decay_steps", args.decay_steps), *(("budgets", b) for b in args.budgets or ())]:
+        count_from_ratio(value, ANY_LENGTH, name=name)
+    for earlier, later in itertools.pairwise(args.budgets or ()):
+        if (earlier < 1) == (later < 1) and earlier >= later:
+            raise ValueError(f"budgets must increase, got {later} after {earlier} in {args.budgets}: sort them.")
+
+
 def check_ewa(args: Any) -> None:
     """Check the flags of the average, and refuse them where no average is kept."""
     if not args.ewa:
@@ -75,12 +96,8 @@ def check_numbers(args: Any) -> None:
         if not 0.0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
     warmup = args.warmup_steps
-    if math.isnan(warmup) or (warmup >= 1 and warmup != int(warmup)):
+    if not math.isfinite(warmup) or (warmup >= 1 and warmup != int(warmup)):
         raise ValueError(f"warmup_steps={warmup} must be a whole number of updates, or a ratio below 1.")
-    if args.recalibrate_batch_norm_batches < 0:
-        raise ValueError(
-            f"recalibrate_batch_norm_batches={args.recalibrate_batch_norm_batches} must be 0 (off) or more."
-        )
     made = args.optimizer_class_and_kwargs()
     if made is not None:
         optimizer, kwargs = made
@@ -99,6 +116,11 @@ def check_combinations(args: Any) -> None:
                 f"{name} leaves the parameters cast after an evaluation, so what trains and ships would change: "
                 "use bf16 (autocast), which evaluates in bf16 too."
             )
+    if args.enable_jit_checkpoint:
+        raise ValueError(
+            "enable_jit_checkpoint saves in the middle of an update, from which a run does not resume exactly: leave "
+            "it out, and save often enough with save_steps."
+        )
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size restarts at update 0 with the used weights and optimizer state: "

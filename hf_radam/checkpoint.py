@@ -11,6 +11,7 @@ are not those of the model's state dict.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -98,32 +99,58 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
-    """Read a model folder as a state dict for `model`, in float32, on the CPU.
+    """Read a model folder as a state dict for `model`, on the CPU, in float32 (float64 if the model has any).
+
+    What the model's class does not save (`_keys_to_ignore_on_save`) is not in it.
 
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model.
     """
     path = Path(folder)
-    if not isinstance(model, PreTrainedModel):
-        file = safetensors.torch.load_file(path / SAFE_WEIGHTS_NAME)
-        names = model.state_dict(keep_vars=True)
-        first = {id(value): file[name] for name, value in names.items() if name in file}  # tied: written once
-        state = {name: first[id(value)] for name, value in names.items() if id(value) in first}
-        missing, unexpected = set(names) - set(state), set(file) - set(names)
+    if isinstance(model, PreTrainedModel):
+        state, missing, unexpected = _read_pretrained(model, path)
     else:
-        # Weights that are missing would be initialised, with random numbers of the running training.
-        with preserved_random_state(), _no_progress_bars():
-            result: Any = type(model).from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-        loaded, info = result
-        state = loaded.state_dict()
-        missing = set(info["missing_keys"]) - set(model._keys_to_ignore_on_save or ())
-        unexpected = set(info["unexpected_keys"]) | set(map(str, info["mismatched_keys"]))
-    if missing or unexpected:
+        state, missing, unexpected = _read_files(model, path)
+    own = model.state_dict()
+    other_shapes = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
+    if missing or unexpected or other_shapes:
         raise CheckpointError(
-            f"{path} does not hold the weights of this {type(model).__name__}: "
-            f"missing {sorted(missing)[:5]}, unexpected {sorted(unexpected)[:5]}."
+            f"{path} does not hold the weights of this {type(model).__name__}: missing {sorted(missing)[:5]}, "
+            f"unexpected {sorted(unexpected)[:5]}, of another shape {sorted(other_shapes)[:5]}."
         )
     return state
+
+
+def _read_pretrained(model: PreTrainedModel, path: Path) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Weights, missing and unexpected names, by way of `from_pretrained` with the configuration of `model`."""
+    wide = any(p.dtype == torch.float64 for p in model.parameters())
+    options: dict[str, Any] = {"config": copy.deepcopy(model.config), "dtype": torch.float64 if wide else torch.float32}
+    try:
+        # Weights that are missing would be initialised, with random numbers of the running training.
+        with preserved_random_state(), _no_progress_bars():
+            result: Any = type(model).from_pretrained(path, output_loading_info=True, **options)
+    except TypeError:
+        # The class is not made from a configuration alone, so it is not one whose file keys differ either.
+        return _read_files(model, path)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as a {type(model).__name__}: {error}") from error
+    loaded, info = result
+    absent = set(info["missing_keys"])
+    state = {name: value for name, value in loaded.state_dict().items() if name not in absent}
+    unexpected = set(info["unexpected_keys"]) | set(map(str, info["mismatched_keys"]))
+    return state, (set(model.state_dict()) - set(state)) - set(model._keys_to_ignore_on_save or ()), unexpected
+
+
+def _read_files(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], set[str], set[str]]:
+    """Weights, missing and unexpected names of a model whose file keys are those of its state dict."""
+    file: dict[str, Tensor] = {}
+    for part in sorted(path.glob("model*.safetensors")):
+        file |= safetensors.torch.load_file(part)
+    names = model.state_dict(keep_vars=True)
+    first = {id(value): file[name] for name, value in names.items() if name in file}  # tied: written once
+    state = {name: first[id(value)] for name, value in names.items() if id(value) in first}
+    ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return state, set(names) - set(state) - ignored, set(file) - set(names)
 
 
 @torch.no_grad()
@@ -131,17 +158,18 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
     """Copy the weights and buffers of a model folder into `model`, in place and in its dtypes.
 
     Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model.
+        CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
     """
     state = read_state_dict(model, folder)
     for name, value in model.state_dict(keep_vars=True).items():
-        value.copy_(state[name])
+        if name in state:
+            value.copy_(state[name])
 
 
 def read_parameters(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
-    """Read a model folder as float32 tensors by parameter name, tied parameters once."""
+    """Read a model folder as tensors by parameter name, tied parameters once."""
     state = read_state_dict(model, folder)
-    return {name: state[name] for name, _ in model.named_parameters()}
+    return {name: state[name] for name, _ in model.named_parameters() if name in state}
 
 
 def discard_evaluation_weights(checkpoint: PathLike) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer
 from transformers.utils import logging
 
@@ -19,6 +20,7 @@ from hf_radam.hub import push_evaluation_weights
 from hf_radam.loading import evaluation_folder
 from hf_radam.names import OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
+from hf_radam.support import is_peft, is_schedule_free
 from hf_radam.training_args import RAdamTrainingArguments
 
 if TYPE_CHECKING:
@@ -61,7 +63,11 @@ class CheckpointingMixin(_Base):
     @property
     def _active(self) -> bool:
         """Whether any of our methods is on; if not, every override steps aside."""
-        return self.args.uses_hf_radam or self._schedule_free is not None
+        return self.args.uses_hf_radam or is_schedule_free(self)
+
+    @property
+    def _optimizer_name(self) -> str:
+        return "radam_schedulefree" if is_schedule_free(self) else OptimizerName(self.args.optim).value
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
@@ -75,6 +81,12 @@ class CheckpointingMixin(_Base):
         Upstream's `_internal_call` is also set by `push_to_hub()`, so checkpoints have a mark of their own.
         """
         if not self._saving_checkpoint:
+            target = self.args.output_dir if output_dir is None else output_dir
+            if self._active and target is not None and Path(target, manifest.MANIFEST_NAME).is_file():
+                raise ValueError(
+                    f"save_model({target!r}) would overwrite the training weights of that checkpoint with evaluation "
+                    "weights: save to another folder. (The checkpoint holds both.)"
+                )
             with self.evaluation_weights():
                 super().save_model(output_dir, _internal_call)
             return
@@ -84,19 +96,39 @@ class CheckpointingMixin(_Base):
         super().save_model(output_dir, _internal_call)
         for name, weights in self._evaluation.folders(self.state.global_step):
             if self.args.should_save:
+                tokenizer = self.processing_class or getattr(
+                    self.data_collator, "tokenizer", None
+                )  # as upstream's root
                 folder = Path(output_dir, name)
-                checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=self.processing_class)
+                checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Mark the save as a checkpoint's, and write the manifest when every process has written its files."""
-        self._saving_checkpoint = True
-        try:
+        with self._checkpoint_mark():
             super()._save_checkpoint(model, trial)
-        finally:
-            self._saving_checkpoint = False
         if self._active:
             self.accelerator.wait_for_everyone()
             self._write_manifest(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+
+    def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Mark the save as a checkpoint's here as well: a trial of Ray resumes from it."""
+        with self._checkpoint_mark():
+            super()._tune_save_checkpoint(checkpoint_dir)
+        if self._active:
+            self._write_manifest(Path(checkpoint_dir, f"checkpoint-{self.state.global_step}"))
+
+    @contextmanager
+    def _checkpoint_mark(self) -> Iterator[None]:
+        if self._evaluation.inside:
+            raise RuntimeError(
+                "The model holds the evaluation weights here (evaluation_weights()), and a checkpoint's root must hold "
+                "those that train: save the checkpoint outside."
+            )
+        self._saving_checkpoint = True
+        try:
+            yield
+        finally:
+            self._saving_checkpoint = False
 
     def _write_manifest(self, folder: Path) -> None:
         if not self.args.should_save:
@@ -105,7 +137,7 @@ class CheckpointingMixin(_Base):
         content = {
             "hf_radam_version": __version__,
             "method": {
-                "optim": OptimizerName(self.args.optim).value,
+                "optim": self._optimizer_name,
                 "lr_scheduler_type": SchedulerName(self.args.lr_scheduler_type).value,
                 "ewa": self.args.ewa,
             },
@@ -133,7 +165,7 @@ class CheckpointingMixin(_Base):
         Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23).
         """
         if self._active and model is None and isinstance(self._bare_model, PreTrainedModel):
-            manifest.read_manifest(resume_from_checkpoint)
+            resume.check_checkpoint(resume_from_checkpoint)
             checkpoint.load_weights(self._bare_model, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -145,15 +177,14 @@ class CheckpointingMixin(_Base):
             return
         assert self.lr_scheduler is not None
         resume.check_state_files(checkpoint)
-        name = OptimizerName(self.args.optim).value
-        with resume.same_optimizer(self._bare_optimizer, name=name, checkpoint=checkpoint):
+        with resume.same_optimizer(self._bare_optimizer, name=self._optimizer_name, checkpoint=checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if self.args.schedule(self.state.max_steps) is not None:
+        if isinstance(self.lr_scheduler, LambdaLR):
             resume.check_same_learning_rate(self.lr_scheduler, checkpoint=checkpoint)
 
     def _load_best_model(self) -> None:
         """Leave the best evaluation weights in the model: upstream would load the checkpoint's training weights."""
-        if not self._active:
+        if not self._active or is_peft(self._bare_model):  # adapters are refused where evaluation has its own weights
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint

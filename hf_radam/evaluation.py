@@ -39,7 +39,12 @@ class EvaluationWeights:
         self.optimizer = optimizer
         self._recalibrate = recalibrate
         self._statistics: dict[str, tuple[int, list[Tensor]]] = {}
-        self._inside = False
+        self.inside = False
+        """Whether the model holds the evaluation weights now."""
+
+    def forget_statistics(self) -> None:
+        """Take BatchNorm statistics again at the next use: the weights have moved."""
+        self._statistics.clear()
 
     @property
     def averaged(self) -> bool:
@@ -59,15 +64,15 @@ class EvaluationWeights:
 
         The training weights come back bit for bit, whatever is raised. Entering it again inside changes nothing.
         """
-        if self._inside or self.source is None:
+        if self.inside or self.source is None:
             yield
             return
         with self._applied(self.source, update):
-            self._inside = True
+            self.inside = True
             try:
                 yield
             finally:
-                self._inside = False
+                self.inside = False
 
     @contextmanager
     def training_weights(self) -> Iterator[None]:

@@ -27,6 +27,8 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
     """
     args = trainer.args
     strategy = args.hub_strategy
+    if strategy == HubStrategy.END:
+        return
     with_checkpoint = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
     busy = trainer.is_world_process_zero() and _busy(trainer)
     staging = Path(args.output_dir, STAGING)

@@ -11,6 +11,7 @@ import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import (
+    ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -18,7 +19,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.manifest import MANIFEST_NAME, CheckpointError, PathLike, read_manifest
+from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, CheckpointError, PathLike, check_files, read_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +46,24 @@ def load_evaluation_model(
         ValueError: if the checkpoint is damaged (`CheckpointError`), or its model class is unknown to `transformers`.
     """
     root = Path(path)
+    if "torch_dtype" in from_pretrained_kwargs:  # the name that transformers 5 deprecates
+        from_pretrained_kwargs["dtype"] = from_pretrained_kwargs.pop("torch_dtype")
     if is_checkpoint(root):
         return _load_checkpoint(root, model_class, from_pretrained_kwargs)
     if holds_model(root):
+        _warn_if_stale(root)
         return _from_pretrained(root, model_class, from_pretrained_kwargs)
     return _load_checkpoint(newest_checkpoint(root), model_class, from_pretrained_kwargs)
+
+
+def _warn_if_stale(run: Path) -> None:
+    """Say so where a run went on after its root model was written, and was not finished."""
+    written = max((run / name).stat().st_mtime for name in WEIGHT_FILES if (run / name).is_file())
+    for folder in run.glob("checkpoint-*"):
+        state = folder / TRAINER_STATE_NAME
+        if state.is_file() and state.stat().st_mtime > written:
+            logger.warning("Loading the model at the root of %s, which is older than its %s.", run, folder.name)
+            return
 
 
 def holds_model(folder: PathLike) -> bool:
@@ -59,12 +73,12 @@ def holds_model(folder: PathLike) -> bool:
 
 
 def is_checkpoint(folder: PathLike) -> bool:
-    """Whether `folder` is a checkpoint: it has our manifest, or it is named `checkpoint-N` and has a trainer state.
+    """Whether `folder` is a checkpoint: it has parts of ours, or it is named `checkpoint-N` and has a trainer state.
 
     (The folder of a run may hold a trainer state as well.)
     """
     path = Path(folder)
-    if (path / MANIFEST_NAME).is_file():
+    if (path / MANIFEST_NAME).is_file() or any((path / name).is_dir() for name in EVALUATION_FOLDERS):
         return True
     return bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name)) and (path / TRAINER_STATE_NAME).is_file()
 
@@ -79,7 +93,7 @@ def newest_checkpoint(run: PathLike) -> Path:
     folders = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
     for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
         try:
-            read_manifest(folder)
+            evaluation_folder(folder)
         except CheckpointError as error:
             logger.warning("Passing over %s: %s", folder, error)
             continue
@@ -96,8 +110,10 @@ def evaluation_folder(checkpoint: PathLike) -> Path:
         CheckpointError: if the checkpoint is damaged.
     """
     manifest = read_manifest(checkpoint)
-    folder = manifest["evaluation"]["folder"] if manifest else None
-    return Path(checkpoint) / folder if folder else Path(checkpoint)
+    folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
+    if manifest is not None:
+        check_files(checkpoint, manifest, model_in=folder)
+    return Path(checkpoint) / folder
 
 
 def _load_checkpoint(
@@ -105,12 +121,13 @@ def _load_checkpoint(
 ) -> PreTrainedModel:
     folder = evaluation_folder(checkpoint)
     manifest = read_manifest(checkpoint)
-    if folder == checkpoint or manifest is None or "dtype" in kwargs:
+    if manifest is None or "dtype" in kwargs:
         return _from_pretrained(folder, model_class, kwargs)
     evaluated = manifest["evaluation"]
     if not evaluated["other_dtypes"]:
         return _from_pretrained(folder, model_class, {"dtype": getattr(torch, evaluated["dtype"])} | kwargs)
-    model = _from_pretrained(folder, model_class, kwargs)
+    wide = "float64" in (evaluated["dtype"], *evaluated["other_dtypes"].values())
+    model = _from_pretrained(folder, model_class, {"dtype": torch.float64 if wide else torch.float32} | kwargs)
     for name, parameter in model.named_parameters():
         dtype = evaluated["other_dtypes"].get(name, evaluated["dtype"])
         parameter.data = parameter.data.to(getattr(torch, dtype))
@@ -127,6 +144,8 @@ def _from_pretrained(
 
 def _model_class(folder: Path, kwargs: dict[str, Any]) -> Any:
     """The class that the configuration names; for a model with code of its own, the Auto class that finds it."""
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise ValueError(f"{folder} holds an adapter, not a model: load it with peft.AutoPeftModelForCausalLM.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load {SAFE_WEIGHTS_NAME} in it with "

@@ -65,8 +65,8 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
     """The manifest of a checkpoint, or None for one that stock `Trainer` wrote.
 
     Raises:
-        CheckpointError: if the checkpoint has evaluation weights of ours but no manifest (it was not finished), if the
-            manifest is of a newer format, or if a file it lists is missing or has another size.
+        CheckpointError: if the checkpoint has evaluation weights of ours but no manifest (it was not finished), or a
+            manifest that cannot be read.
     """
     path = Path(checkpoint)
     if not (path / MANIFEST_NAME).is_file():
@@ -74,17 +74,37 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
         if leftovers:
             raise CheckpointError(f"{path} has {leftovers[0]}/ but no {MANIFEST_NAME}: it was not written to the end.")
         return None
-    manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
-    if manifest["format_version"] > FORMAT_VERSION:
+    try:
+        manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        version = int(manifest["format_version"])
+        {name: facts["size"] for name, facts in manifest["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{path / MANIFEST_NAME} has format {manifest['format_version']}, this hf_radam knows up to "
-            f"{FORMAT_VERSION}: update hf_radam."
+            f"{path / MANIFEST_NAME} cannot be read ({error!r}): the checkpoint is damaged."
+        ) from error
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path / MANIFEST_NAME} has format {version}, this hf_radam knows up to {FORMAT_VERSION}: update hf_radam."
         )
+    return manifest
+
+
+def check_files(checkpoint: PathLike, manifest: Mapping[str, Any], *, model_in: str | None = None) -> None:
+    """Raise `CheckpointError` if a file that the manifest lists is missing or has another size.
+
+    Args:
+        checkpoint: the checkpoint's folder.
+        manifest: its manifest.
+        model_in: look only at the model in this folder of the checkpoint (``""`` is its root); by default at all files.
+    """
+    path = Path(checkpoint)
     for name, facts in manifest["files"].items():
         file = path / name
+        of_a_model = file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json"
+        if model_in is not None and not (of_a_model and file.parent == path / model_in):
+            continue
         if not file.is_file() or file.stat().st_size != facts["size"]:
             raise CheckpointError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")
-    return manifest
 
 
 def describe_average(average: WeightAverage | None, *, requested_start_step: int) -> dict[str, Any] | None:

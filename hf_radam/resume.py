@@ -6,6 +6,7 @@ or weight decay on the command line has no effect, and a checkpoint without opti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers import TrainerState
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoint import read_parameters
-from hf_radam.manifest import EWA_FOLDER, CheckpointError, read_manifest
+from hf_radam.manifest import EWA_FOLDER, CheckpointError, check_files, read_manifest
 
 logger = logging.get_logger(__name__)
 
@@ -27,6 +29,30 @@ logger = logging.get_logger(__name__)
 NOT_COMPARED = frozenset(
     "params lr k train_mode weight_sum lr_max scheduled_lr foreach fused capturable differentiable maximize".split()
 )
+
+
+def check_checkpoint(checkpoint: str) -> None:
+    """Raise `CheckpointError` if there is no checkpoint to resume from, or a file of it is missing or cut short."""
+    if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+        raise CheckpointError(
+            f"{checkpoint} has no {TRAINER_STATE_NAME}: to resume, give the folder of a whole checkpoint, checkpoint-N."
+        )
+    manifest = read_manifest(checkpoint)
+    if manifest is not None:
+        check_files(checkpoint, manifest)
+
+
+def check_data(state: TrainerState, *, sized: bool, checkpoint: str) -> None:
+    """Raise `CheckpointError` if the checkpoint stands in a later round through data without a length.
+
+    Upstream counts the batches to skip from the beginning of the run, as if such data never ended.
+    """
+    if not sized and state.epoch is not None and state.epoch > 1:
+        raise CheckpointError(
+            f"{checkpoint} stands in round {math.ceil(state.epoch)} through a train_dataset without a length, where "
+            "the place to go on from is not known: give the data a length, more data, or set ignore_data_skip "
+            "to begin it anew."
+        )
 
 
 def check_state_files(checkpoint: str) -> None:
@@ -115,6 +141,13 @@ def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
             )
 
 
+def warn_of_dropped_average(checkpoint: str) -> None:
+    """Say so where a run with an average goes on without one."""
+    manifest = read_manifest(checkpoint)
+    if manifest is not None and manifest["averaging"] is not None:
+        logger.warning(f"{checkpoint} keeps an average, and ewa is off: it ends here. Set --ewa to go on with it.")
+
+
 def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str, step: int) -> None:
     """Go on with the average that a checkpoint keeps, or begin one after update `step` if it keeps none, and say so.
 
@@ -133,6 +166,10 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
             f"{checkpoint} was trained with ewa_start_step={kept['requested_start_step']}, the arguments say "
             f"{average.start_step}: resume with the same."
         )
+    window = {"decay": average.decay, "half_life_ratio": average.half_life_ratio, "every": average.every}
+    changed = {name: (kept[name], value) for name, value in window.items() if kept[name] != value}
+    if changed:
+        logger.warning(f"{checkpoint}: the average goes on with another window (old, new): {changed}.")
     averages = read_parameters(model, Path(checkpoint, EWA_FOLDER)) if kept["num_averaged"] else {}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     average.load_state_dict(kept | {"averages": {n: t for n, t in averages.items() if n in trained}})

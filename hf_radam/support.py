@@ -4,19 +4,38 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.optimizer import AcceleratedOptimizer
 from transformers.utils import is_peft_available
 
+from hf_radam.argument_checks import check_combinations
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.checks import low_precision
 
 
+def given_optimizer_class(trainer: Any) -> type | None:
+    """Class of the optimizer that was handed to the trainer, as an instance or as a class; else None."""
+    if trainer.optimizer is not None:
+        optimizer = trainer.optimizer
+        return type(optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer)
+    given = trainer.optimizer_cls_and_kwargs
+    return given[0] if given is not None and isinstance(given[0], type) else None
+
+
+def is_schedule_free(trainer: Any) -> bool:
+    """Whether our schedule-free optimizer trains, or will, whichever way it was asked for."""
+    given = given_optimizer_class(trainer)
+    return trainer.args.optim == "radam_schedulefree" if given is None else issubclass(given, RAdamScheduleFree)
+
+
 def check_supported(trainer: Any) -> None:
     """Raise `ValueError` for a combination of trainer, model, optimizer and back-end that is not supported."""
     _check_given_optimizer(trainer)
-    _check_precision(trainer)
-    args = trainer.args
-    if args.uses_hf_radam:
+    args, schedule_free = trainer.args, is_schedule_free(trainer)
+    if schedule_free:
+        _check_precision(trainer)
+        check_combinations(args)
+    if args.uses_hf_radam or schedule_free:
         # Not in every transformers from 5.17 on: there, a model is not sharded at load time either.
         sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_at_load:
@@ -24,8 +43,7 @@ def check_supported(trainer: Any) -> None:
                 "FSDP, DeepSpeed and models sharded at load time are not supported by this version of hf_radam: the "
                 "average and x would not be those of the whole model. Use one process or DDP."
             )
-    averaging = args.ewa or args.optim == "radam_schedulefree" or isinstance(trainer.optimizer, RAdamScheduleFree)
-    if averaging and _is_peft(trainer.model):
+    if (args.ewa or schedule_free) and is_peft(trainer.model):
         raise ValueError(
             "PEFT models are not supported with ewa or radam_schedulefree by this version of hf_radam: their averaged "
             "adapter would not be saved. Use radam with wsd or wsd_s, or merge the adapter first."
@@ -34,8 +52,6 @@ def check_supported(trainer: Any) -> None:
 
 def _check_precision(trainer: Any) -> None:
     """Refuse parameters in whose dtype the schedule-free optimizer would lose its updates, before any data is read."""
-    if trainer.args.optim != "radam_schedulefree" or trainer.model is None:
-        return
     for param in low_precision([p for p in trainer.model.parameters() if p.requires_grad]):
         raise ValueError(
             f"The model has {param.dtype} parameters, in which radam_schedulefree would lose every small update: keep "
@@ -45,9 +61,9 @@ def _check_precision(trainer: Any) -> None:
 
 def _check_given_optimizer(trainer: Any) -> None:
     """Check an optimizer or schedule handed to the trainer against the flags that ask for another."""
-    args, optimizer = trainer.args, trainer.optimizer
+    args = trainer.args
     optim, schedule = OptimizerName(args.optim).value, SchedulerName(args.lr_scheduler_type).value
-    given = type(optimizer) if optimizer is not None else (trainer.optimizer_cls_and_kwargs or (None,))[0]
+    given = given_optimizer_class(trainer)
     if given is not None:
         if given.__module__.partition(".")[0] == "schedulefree":
             raise ValueError(
@@ -62,7 +78,10 @@ def _check_given_optimizer(trainer: Any) -> None:
         raise ValueError(f"lr_scheduler_type={schedule} and a schedule given to the trainer: drop one.")
 
 
-def _is_peft(model: Any) -> bool:
+def is_peft(model: Any) -> bool:
+    """Whether the model has adapters, from PEFT or by transformers' own `add_adapter`."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        return True
     if not is_peft_available():
         return False
     from peft import PeftModel

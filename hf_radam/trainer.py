@@ -28,15 +28,18 @@ from hf_radam.training_args import RAdamTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class FeedAverage(TrainerCallback):
-    """Tells the trainer's average of every optimizer step that was not skipped."""
+class AfterUpdate(TrainerCallback):
+    """Tells the trainer's average, and what depends on the weights, of every optimizer step that was not skipped."""
 
     def __init__(self, trainer: RAdamTrainerMixin):
         self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the update just made; `global_step` is advanced after this event, so it has the next number."""
-        if self.trainer.average is not None and not self.trainer.accelerator.optimizer_step_was_skipped:
+        if self.trainer.accelerator.optimizer_step_was_skipped:
+            return
+        self.trainer._evaluation.forget_statistics()
+        if self.trainer.average is not None:
             self.trainer.average.update(state.global_step + 1)
 
 
@@ -116,8 +119,11 @@ class RAdamTrainerMixin(CheckpointingMixin):
         self._best_model_loaded = False
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self.average = self._make_average(resume_from_checkpoint) if self.args.ewa else None
-        if self.average is not None and not any(isinstance(c, FeedAverage) for c in self.callback_handler.callbacks):
-            self.add_callback(FeedAverage(self))
+        if resume_from_checkpoint is not None and self._active:
+            self._check_resumed(train_dataloader, resume_from_checkpoint)
+        ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
+        if self._active and not any(callback.trainer is self for callback in ours):
+            self.add_callback(AfterUpdate(self))
         self._evaluation = EvaluationWeights(
             self._bare_model,
             average=self.average,
@@ -159,6 +165,12 @@ class RAdamTrainerMixin(CheckpointingMixin):
             steps_trained_in_current_epoch,
         )
 
+    def _check_resumed(self, train_dataloader: Any, checkpoint: str) -> None:
+        if not self.args.ignore_data_skip:
+            resume.check_data(self.state, sized=has_length(train_dataloader), checkpoint=checkpoint)
+        if self.average is None:
+            resume.warn_of_dropped_average(checkpoint)
+
     def _make_average(self, checkpoint: str | None) -> WeightAverage:
         average = WeightAverage(
             self._bare_model.named_parameters(),
@@ -192,6 +204,8 @@ class RAdamTrainerMixin(CheckpointingMixin):
         dataset: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()
+        if len(order) > batch_size:  # a last batch of one row has no variance
+            order = order[: len(order) // batch_size * batch_size]
         loader = DataLoader(
             Subset(dataset, order),
             batch_size=batch_size,

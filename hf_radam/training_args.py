@@ -108,8 +108,6 @@ class RAdamTrainingArguments(TrainingArguments):
         self.lr_scheduler_type = SchedulerType.CONSTANT if ours_schedule else schedule.value
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, schedule
-        if self.ewa and self.ewa_decay is None and self.ewa_half_life_ratio is None:
-            self.ewa_half_life_ratio = DEFAULT_HALF_LIFE_RATIO
         self.check()
 
     def _resolved_schedule(self, optim: Any, schedule: Any) -> Any:
@@ -125,6 +123,7 @@ class RAdamTrainingArguments(TrainingArguments):
         Called when the arguments are made, and by the trainer before training, as fields may have been set since.
         """
         argument_checks.check_names(self)
+        argument_checks.check_schedule(self)
         argument_checks.check_ewa(self)
         if self.uses_hf_radam:
             argument_checks.check_numbers(self)

@@ -26,9 +26,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
     "names": ({"optim"}, ANY),
-    "argument_checks": ({"averaging", "names"}, ANY),
+    "argument_checks": ({"schedules", "averaging", "names"}, ANY),
     "training_args": ({"schedules", "averaging", "names", "argument_checks"}, ANY),
-    "support": ({"optim", "names"}, ANY),
+    "support": ({"optim", "names", "argument_checks"}, ANY),
     "evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
     "manifest": ({"averaging"}, {"torch"}),
     "checkpoint": ({"random_state", "manifest"}, ANY),
@@ -37,7 +37,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "hub": (set(), ANY),
     "checkpointing": (
         {
-            *("averaging", "optim", "names", "training_args", "evaluation"),
+            *("averaging", "optim", "names", "training_args", "support", "evaluation"),
             *("manifest", "checkpoint", "loading", "resume", "hub"),
         },
         ANY,

@@ -83,7 +83,7 @@ def test_flags_on_the_command_line(tmp_path):
         look_for_args_file=False,
     )
     assert args.optim is OptimizerName.RADAM and args.lr_scheduler_type is SchedulerName.WSD_S
-    assert args.ewa and args.ewa_every == 4 and args.ewa_half_life_ratio == 0.0625
+    assert args.ewa and args.ewa_every == 4
     assert args.schedule(1000).keywords == {
         "warmup_steps": 0,
         "decay_type": "inverse",
@@ -91,6 +91,14 @@ def test_flags_on_the_command_line(tmp_path):
         "budgets": [300, 700, 1000],
         "decay_steps": [30, 70, 100],
     }
+
+
+def test_the_window_can_be_changed_in_a_copy(tmp_path):
+    args = make(tmp_path, ewa=True)
+    assert dataclasses.replace(args, ewa_decay=0.9).ewa_decay == 0.9
+    fields = {f.name for f in dataclasses.fields(args) if f.name.startswith("ewa")}
+    again = make(tmp_path, **{k: v for k, v in args.to_dict().items() if k in fields} | {"ewa_decay": 0.9})
+    assert again.ewa_decay == 0.9
 
 
 def test_seq2seq_arguments(tmp_path):
@@ -162,10 +170,20 @@ REFUSED = [
     ({"optim": "radam_schedulefree", "optim_args": "power=2"}, "radam_schedulefree has no option 'power'"),
     ({"optim": "radam_schedulefree", "optim_args": "r=much"}, "r='much' is not valid"),
     ({"optim": "radam", "optim_args": "foreach=perhaps"}, "must be true or false"),
-    ({"ewa": True, "recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 must be 0 (off) or more"),
+    ({"recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 must be 0 (off) or more"),
     ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval leaves the parameters cast"),
     ({"optim": "radam", "fp16_full_eval": True}, "fp16_full_eval leaves the parameters cast"),
     ({"optim": "radam", "auto_find_batch_size": True}, "auto_find_batch_size restarts at update 0"),
+    ({"ewa": True, "enable_jit_checkpoint": True}, "enable_jit_checkpoint saves in the middle of an update"),
+    ({"optim": "radam", "warmup_steps": math.inf}, "warmup_steps=inf must be"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": 10}, "budgets=10 must be a list, for instance [10]"),
+    # Also where the length of the run is not known yet
+    ({"optim": "radam", "max_steps": -1, "decay_type": "sqrt"}, "got 'sqrt'"),
+    ({"optim": "radam", "max_steps": -1, "decay_type": "inverse"}, "set --min_lr_ratio 0.1"),
+    ({"optim": "radam", "max_steps": -1, "min_lr_ratio": math.nan}, "min_lr_ratio must lie in [0, 1), got nan"),
+    ({"optim": "radam", "max_steps": -1, "decay_steps": math.nan}, "decay_steps must be a whole number"),
+    ({"lr_scheduler_type": "wsd_s", "max_steps": -1, "budgets": [10, 5]}, "budgets must increase, got 5 after 10"),
+    ({"lr_scheduler_type": "wsd_s", "max_steps": -1, "budgets": [0.5, 2.5]}, "budgets must be a whole number"),
     ({"optim": "radan"}, "radan"),
     ({"lr_scheduler_type": "wds"}, "wds"),
 ]

@@ -43,6 +43,10 @@ def bf16() -> LlamaForCausalLM:
     return llama().to(torch.bfloat16)
 
 
+def float64() -> LlamaForCausalLM:
+    return llama().double()
+
+
 def partly_frozen() -> LlamaForCausalLM:
     model = llama()
     model.model.embed_tokens.requires_grad_(False)

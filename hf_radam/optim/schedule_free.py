@@ -180,10 +180,15 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         for group in self.param_groups:
             if not group["train_mode"]:
                 continue
-            for p in group["params"]:
-                if "z" in self.state.get(p, {}):
-                    self._y[p] = p.detach().clone()
-                    p.copy_(x_from_y(p, self.state[p]["z"], group["betas"][0]))
+            try:
+                for p in group["params"]:
+                    if "z" in self.state.get(p, {}):
+                        y, x = p.detach().clone(), x_from_y(p, self.state[p]["z"], group["betas"][0])
+                        self._y[p] = y
+                        p.copy_(x)
+            except BaseException:  # out of memory half-way: all of the group holds y again
+                self._restore(group)
+                raise
             group["train_mode"] = False
 
     @torch.no_grad()
@@ -215,25 +220,24 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             write_x: False only changes the mode: for other weights that are in the parameters already.
         """
         modes = [group["train_mode"] for group in self.param_groups]
-        if write_x:
-            self.eval()
-        for group in self.param_groups:
-            group["train_mode"] = False
         try:
+            if write_x:
+                self.eval()
+            for group in self.param_groups:
+                group["train_mode"] = False
             yield
         finally:
-            if write_x:
-                self._leave(modes)
             for group, mode in zip(self.param_groups, modes, strict=True):
+                if write_x and mode:
+                    self._restore(group)
                 group["train_mode"] = mode
 
     @torch.no_grad()
-    def _leave(self, modes: list[bool]) -> None:
-        """Put the kept y back where training mode is returned to, whatever is in the parameters now."""
-        for group, mode in zip(self.param_groups, modes, strict=True):
-            for p in group["params"] if mode else []:
-                if p in self._y:
-                    p.copy_(self._y.pop(p))
+    def _restore(self, group: dict[str, Any]) -> None:
+        """Put the kept y of a group back, whatever is in the parameters now."""
+        for p in group["params"]:
+            if p in self._y:
+                p.copy_(self._y.pop(p))
 
     def forget_training_weights(self) -> None:
         """Take the weights now in the parameters for x: evaluation mode, and no y to bring back."""

@@ -33,7 +33,7 @@ def run(*command, cwd):
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(cwd / "home"),
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, *map(str, command)]

@@ -69,7 +69,7 @@ def test_resuming_is_bitwise_in_every_phase(tmp_path, method, accumulation):
             assert trainer.average.counters() == twin.average.counters()
 
 
-@pytest.mark.parametrize("build", [tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen])
+@pytest.mark.parametrize("build", [tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen, tiny.float64])
 def test_resuming_is_bitwise_for_other_models(tmp_path, build):
     options = {"optim": "adamw_torch", "ewa": True, "ewa_every": 2, "save_strategy": "steps", "save_steps": 7}
     weights, average, _ = finished(tmp_path, build, **options)
@@ -142,6 +142,85 @@ def test_resuming_with_other_hyperparameters_is_refused(tmp_path, changed, messa
     finished(tmp_path, **options)
     with pytest.raises(ValueError, match=re.escape(message)):
         finished(tmp_path, resume=tmp_path / "checkpoint-10", **options | changed)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "constant_with_warmup"])
+def test_leaving_a_decay_for_another_schedule_is_refused(tmp_path, schedule):
+    finished(tmp_path, **tiny.METHODS["wsd"], save_strategy="steps", save_steps=18)
+    with pytest.raises(CheckpointError, match="stands at update 18 with learning rate"):
+        finished(tmp_path, resume=tmp_path / "checkpoint-18", optim="radam", lr_scheduler_type=schedule, max_steps=40)
+
+
+def test_another_warm_up_is_refused(tmp_path):
+    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    finished(tmp_path, **options, warmup_steps=15)
+    with pytest.raises(CheckpointError, match="stands at update 10 with learning rate"):
+        finished(tmp_path, resume=tmp_path / "checkpoint-10", **options, warmup_steps=5)
+
+
+def test_a_dropped_or_changed_average_is_told(tmp_path, caplog):
+    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    finished(tmp_path, **options)
+    finished(tmp_path / "a", resume=tmp_path / "checkpoint-10", **options, ewa_every=2)
+    assert "goes on with another window (old, new): {'every': (1, 2)}" in caplog.text
+    finished(tmp_path / "b", resume=tmp_path / "checkpoint-10", optim="radam", lr_scheduler_type="constant")
+    assert "keeps an average, and ewa is off: it ends here" in caplog.text
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Data without a length: a round has 16 updates of 4 sequences."""
+
+    def __iter__(self):
+        return iter(tiny.TRAIN)
+
+
+def test_streaming_data_resumes_bitwise_in_its_first_round_and_is_refused_later(tmp_path):
+    def streamed(folder, resume=None):
+        args = tiny.arguments(folder, **tiny.METHODS["ewa"], max_steps=24, save_strategy="steps", save_steps=6)
+        trainer = RAdamTrainer(tiny.llama(), args, train_dataset=Stream())
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = streamed(tmp_path)
+    again = streamed(tmp_path / "again", str(tmp_path / "checkpoint-12"))
+    assert tiny.same(tiny.parameters(whole.model), tiny.parameters(again.model))
+    assert tiny.same(whole.average.averaged_state_dict(), again.average.averaged_state_dict())
+    with pytest.raises(CheckpointError, match="round 2 through a train_dataset without a length"):
+        streamed(tmp_path / "late", str(tmp_path / "checkpoint-18"))
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    finished(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10)
+    for folder in (tmp_path, tmp_path / "checkpoint-99"):
+        with pytest.raises(CheckpointError, match="has no trainer_state.json: to resume, give the folder"):
+            finished(tmp_path / "x", resume=folder, **tiny.METHODS["ewa"])
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    finished(tmp_path, **options)
+    for sizes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 16}):
+        with pytest.raises(CheckpointError, match="does not hold the weights of|cannot be read as a"):
+            finished(tmp_path, lambda sizes=sizes: tiny.llama(**sizes), resume=tmp_path / "checkpoint-10", **options)
+
+
+class OfTwo(tiny.LlamaForCausalLM):
+    """A model that is not made from a configuration alone."""
+
+    def __init__(self, config, extra):
+        super().__init__(config)
+        self.extra = extra
+
+
+def test_a_class_that_from_pretrained_cannot_make_resumes_bitwise(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        return OfTwo(tiny.LlamaConfig(**tiny.SIZES), extra=1)
+
+    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    weights, average, _ = finished(tmp_path, build, **options)
+    again, average_again, _ = finished(tmp_path / "again", build, resume=tmp_path / "checkpoint-10", **options)
+    assert tiny.same(weights, again) and tiny.same(average, average_again)
 
 
 def test_more_updates_may_be_asked_for_while_the_schedule_is_stable(tmp_path):

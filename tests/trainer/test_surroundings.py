@@ -4,6 +4,7 @@ import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import pytest
 import schedulefree
 import tiny
@@ -20,6 +21,7 @@ from transformers import (
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
 from hf_radam.checkpointing import CheckpointingMixin
+from hf_radam.manifest import read_manifest
 
 
 def overrides():
@@ -81,6 +83,50 @@ def test_an_optimizer_of_ours_may_be_handed_in(tmp_path):
     shipped.load_state_dict(load_file(tmp_path / "checkpoint-20" / "schedule_free" / "model.safetensors"))
     assert tiny.loss_of(shipped) == pytest.approx(loss, abs=2e-6)
     assert abs(tiny.loss_of(model) - loss) > 1e-4
+
+
+def test_a_class_of_ours_handed_in_is_treated_as_ours(tmp_path):
+    """Mixtral, whose resumption tells whether the weights were read the right way."""
+    given = (RAdamScheduleFree, {"lr": 1e-2, "betas": (0.9, 0.95)})
+
+    def run(folder, resume=None, **options):
+        args = tiny.arguments(folder, lr_scheduler_type="constant", save_strategy="steps", save_steps=10, **options)
+        trainer = RAdamTrainer(tiny.mixtral(), args, train_dataset=tiny.TRAIN, optimizer_cls_and_kwargs=given)
+        trainer.train(resume_from_checkpoint=resume)
+        return tiny.parameters(trainer.model)
+
+    weights = run(tmp_path)
+    assert tiny.same(weights, run(tmp_path / "again", str(tmp_path / "checkpoint-10")))
+    assert read_manifest(tmp_path / "checkpoint-10")["method"]["optim"] == "radam_schedulefree"
+    with pytest.raises(ValueError, match="auto_find_batch_size restarts"):
+        run(tmp_path, auto_find_batch_size=True)
+
+
+def test_adapters_are_refused_with_averaging_and_work_without(tmp_path):
+    def lora():
+        return peft.LoraConfig(target_modules=["q_proj"], r=2)
+
+    added = tiny.llama()
+    added.add_adapter(lora())
+    for model in (peft.get_peft_model(tiny.llama(), lora()), added):
+        with pytest.raises(ValueError, match="PEFT models are not supported with ewa"):
+            tiny.trainer(tmp_path, model, **tiny.METHODS["ewa"])
+    options = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
+    model = peft.get_peft_model(tiny.llama(), lora())
+    trainer = tiny.trainer(tmp_path, model, **tiny.METHODS["wsd"], **options, load_best_model_at_end=True)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=2e-6)
+
+
+def test_an_update_that_was_skipped_is_not_averaged(tmp_path, monkeypatch):
+    """Accelerate's word for an fp16 step that was skipped, here without a GPU: every third step says so."""
+    from accelerate import Accelerator
+
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], max_steps=9)
+    skipped = property(lambda self: trainer.state.global_step % 3 == 2)
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", skipped)
+    trainer.train()
+    assert trainer.average.num_averaged == 6
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,10 @@ import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainer
+from hf_radam.batch_norm import statistics_restored
 
 
 class ConvolutionalModel(nn.Module):
@@ -81,6 +83,33 @@ def test_recalibrating_changes_neither_the_run_nor_its_resumption(tmp_path, meth
     for other in (busy, resumed):
         for name, value in quiet.model.state_dict().items():
             assert torch.equal(value, other.model.state_dict()[name]), name
+
+
+def test_statistics_are_taken_again_for_each_update(tmp_path):
+    """Two evaluations in one run, each against statistics taken directly with the average of its update."""
+    seen = []
+
+    class Check(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step in (5, 20):
+                with trainer.average.applied(), statistics_restored(trainer.model):
+                    trainer._recalibrate_batch_norm()
+                    fresh = loss_of(trainer.model)
+                seen.append((trainer.evaluate()["eval_loss"], fresh))
+
+    trainer = make(tmp_path, **METHODS["ewa"])
+    trainer.add_callback(Check)
+    trainer.train()
+    assert len(seen) == 2 and seen[0][0] != seen[1][0]
+    for reported, fresh in seen:
+        assert reported == pytest.approx(fresh, abs=2e-6)
+
+
+def test_a_short_last_batch_is_left_out(tmp_path):
+    trainer = make(tmp_path, [*tiny.TRAIN, tiny.TRAIN[0]], **METHODS["ewa"], recalibrate_batch_norm_batches=50)
+    trainer.args.dataloader_drop_last = True
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] > 0  # a batch of one sequence at a time would raise
 
 
 def test_can_be_switched_off(tmp_path):
