@@ -51,7 +51,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("path", type=Path, help="Folder of a run, or one of its checkpoints.")
     parser.add_argument("--batch_size", type=int, default=16, help="Blocks evaluated at a time.")
     parser.add_argument("--max_blocks", type=int, help="Evaluate the first N blocks only; default: as the run did.")
-    parser.add_argument("--prompt", default="def ", help="Beginning of the text that is sampled.")
+    parser.add_argument("--prompt", default="    def __init__(self,", help="Beginning of the text that is sampled.")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="Length of that text; 0 samples none.")
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sample, the same for both weights.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
