@@ -203,6 +203,8 @@ def main() -> None:
     """Parse, prepare, train, evaluate, publish; a wrong request ends in one sentence and exit code 2."""
     model_args, data_args, training_args = parse_arguments()
     set_up_logging(training_args)
+    if training_args.device.type == "cpu":
+        training_args.dataloader_pin_memory = False  # does nothing without an accelerator, and torch warns
     set_seed(training_args.seed)
     try:
         resume_from_checkpoint = checkpoint_to_resume(training_args)

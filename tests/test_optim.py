@@ -208,6 +208,27 @@ def test_evaluating_restores_weights_and_modes_whatever_happens_inside():
     assert same(weights(model), y) and all(g["train_mode"] for g in optimizer.param_groups)
 
 
+@pytest.mark.parametrize(
+    "enter", [lambda o: o.eval(), lambda o: o.evaluating().__enter__()], ids=["eval", "evaluating"]
+)
+def test_running_out_of_memory_on_the_way_to_x_leaves_y(monkeypatch, enter):
+    from hf_radam.optim import schedule_free
+
+    model, optimizer = trained()
+    y, calls = weights(model), []
+
+    def fails_at_the_third(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError
+        return torch.lerp(args[0], args[1], 1 - 1 / args[2])
+
+    monkeypatch.setattr(schedule_free, "x_from_y", fails_at_the_third)
+    with pytest.raises(MemoryError):
+        enter(optimizer)
+    assert same(weights(model), y) and all(group["train_mode"] for group in optimizer.param_groups)
+
+
 def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
     model, _ = problem()
     model[2].requires_grad_(False)

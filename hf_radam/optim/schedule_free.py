@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import schedulefree
@@ -180,15 +180,14 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         for group in self.param_groups:
             if not group["train_mode"]:
                 continue
-            try:
+            with ExitStack() as undo:
+                undo.callback(self._restore, group)  # out of memory half-way: all of the group holds y again
                 for p in group["params"]:
                     if "z" in self.state.get(p, {}):
                         y, x = p.detach().clone(), x_from_y(p, self.state[p]["z"], group["betas"][0])
                         self._y[p] = y
                         p.copy_(x)
-            except BaseException:  # out of memory half-way: all of the group holds y again
-                self._restore(group)
-                raise
+                undo.pop_all()
             group["train_mode"] = False
 
     @torch.no_grad()
