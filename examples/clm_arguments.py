@@ -160,6 +160,11 @@ def _check_together(model_args: ModelArguments, data_args: DataArguments, traini
         )
     if training_args.do_predict:
         raise ValueError("do_predict has no test text here: leave it out, do_eval evaluates the validation text")
+    if not training_args.do_train and not model_args.model_name_or_path:
+        raise ValueError(
+            "do_train=false without model_name_or_path would evaluate an untrained model: name one, or evaluate a run "
+            "with examples/evaluate_clm.py"
+        )
     if not (training_args.do_train or training_args.do_eval):
         raise ValueError("do_train and do_eval are both false: nothing is left to do")
 

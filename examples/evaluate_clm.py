@@ -11,7 +11,6 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import datasets
 import torch
 import transformers
 import yaml
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,6 +28,7 @@ from clm_arguments import DataArguments, ModelArguments
 from clm_data import TextSize, load_texts, validation_blocks
 from clm_parser import InputError, fail
 from hf_radam import load_evaluation_model
+from hf_radam.loading import holds_model, is_checkpoint, newest_checkpoint
 from run_clm import RECIPE, bits_per_byte, perplexity
 
 DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")
@@ -113,12 +114,19 @@ def load_data(
     return blocks, size
 
 
-def training_weights(path: Path) -> Path | None:
-    """Give the folder with the training weights: a checkpoint's root, for a run that of its newest checkpoint."""
-    if re.fullmatch(r"checkpoint-\d+", path.resolve().name):
-        return path
-    found = [folder for folder in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", folder.name)]
-    return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+def folders(path: Path) -> tuple[Path, Path | None]:
+    """Give the folders of evaluation and of training weights: of a checkpoint itself, of a run its newest whole one.
+
+    The model at the root of a run, where there is one, is its evaluation weights; without a checkpoint it has no
+    training weights.
+    """
+    if is_checkpoint(path):
+        return path, path
+    try:
+        newest = newest_checkpoint(path)
+    except FileNotFoundError:
+        return path, None
+    return (path if holds_model(path) else newest), newest
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
@@ -164,15 +172,15 @@ def compare(args: argparse.Namespace) -> list[Column]:
     """
     recipe = read_recipe(args.path)
     trust = {"trust_remote_code": recipe["model"]["trust_remote_code"]}
-    raw_folder = training_weights(args.path)
+    shipped_folder, raw_folder = folders(args.path)
     try:
-        models = {"evaluation weights": (load_evaluation_model(args.path, **trust), args.path)}
+        models = {"evaluation weights": (load_evaluation_model(shipped_folder, **trust), shipped_folder)}
         if raw_folder is not None:
             raw = AutoModelForCausalLM.from_pretrained(raw_folder, **trust)
             models["training weights"] = raw, raw_folder
         holds_tokenizer = (args.path / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(args.path if holds_tokenizer else raw_folder or args.path, **trust)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"cannot load {args.path}: {error}") from error
     blocks, size = load_data(args, recipe, tokenizer)
     if raw_folder is None:

@@ -1,8 +1,8 @@
 """Train a causal language model with one of hf_radam's four methods, from one command.
 
     accelerate launch examples/run_clm.py configs/quickstart.yaml --learning_rate 2e-3
-    accelerate launch examples/run_clm.py --model_type llama --config_overrides hidden_size=128,num_attention_heads=4 \
-        --optim radam --lr_scheduler_type wsd --max_steps 300 --output_dir runs/flags
+    accelerate launch examples/run_clm.py --optim radam --lr_scheduler_type wsd --max_steps 300 --block_size 128 \
+        --output_dir runs/flags
 
 The flags are those of `RAdamTrainingArguments` and of `clm_arguments.py`. With no data named, the text is the source of
 the Python standard library; with no model named, a small llama is built. Evaluation uses the evaluation weights.
@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -26,6 +27,7 @@ from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, vali
 from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
+from hf_radam.argument_checks import HorizonError
 from hf_radam.manifest import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,11 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
         return True
     if not os.path.isdir(wanted):
         raise InputError(f"resume_from_checkpoint={wanted} is no folder: give a checkpoint's folder, or true")
+    if last is not None and not os.path.samefile(os.path.dirname(os.path.abspath(wanted)), output_dir):
+        raise InputError(
+            f"output_dir={output_dir} already holds {os.path.basename(last)} of another run than {wanted}: pass "
+            "another --output_dir, or remove the folder"
+        )
     return wanted
 
 
@@ -144,17 +151,43 @@ def write_recipe(model_args: ModelArguments, data_args: DataArguments, output_di
         data[name] = os.path.abspath(data[name]) if data[name] else None
     recipe = {"model": model, "data": data, "validation": dataclasses.asdict(ready.size)}
     os.makedirs(output_dir, exist_ok=True)
-    with open(os.path.join(output_dir, RECIPE), "w", encoding="utf-8") as file:
+    path = os.path.join(output_dir, RECIPE)
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            before = yaml.safe_load(file)
+        if (before["data"], before["validation"]) != (recipe["data"], recipe["validation"]):
+            logger.warning("the run goes on with other data than before: do not compare its losses with the old ones")
+    with open(path, "w", encoding="utf-8") as file:
         yaml.safe_dump(recipe, file, sort_keys=False)
 
 
-def train(trainer: RAdamTrainer, resume_from_checkpoint: str | bool | None, blocks: Any) -> None:
+class OnceAccepted(transformers.TrainerCallback):
+    """Does what must wait until the trainer has accepted arguments and checkpoint, just before the first update."""
+
+    def __init__(self, action: Callable[[], None]):
+        """Take the action, for the main process; `first_update` becomes the updates done before."""
+        self.action = action
+        self.first_update = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note where training begins and act."""
+        self.first_update = state.global_step
+        if state.is_world_process_zero:
+            self.action()
+
+
+def train(
+    trainer: RAdamTrainer, resume_from_checkpoint: str | bool | None, blocks: Any, accepted: OnceAccepted
+) -> None:
     """Train, save the model (its evaluation weights) and the metrics."""
+    trainer.add_callback(accepted)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    except CheckpointError as error:  # refused before the first update
+    except (CheckpointError, HorizonError) as error:  # refused before the first update
         fail(error)
     trainer.save_model()  # with the tokenizer
+    if trainer.state.global_step == accepted.first_update:
+        return  # a finished run was resumed: nothing was trained, and its metrics stay
     metrics = dict(result.metrics)
     if isinstance(blocks, datasets.Dataset):
         metrics["train_samples"] = len(blocks)
@@ -213,10 +246,9 @@ def main() -> None:
         trainer = build_trainer(ready, training_args)
     except InputError as error:
         fail(error)
-    if trainer.is_world_process_zero():
-        write_recipe(model_args, data_args, training_args.output_dir, ready)
     if training_args.do_train:
-        train(trainer, resume_from_checkpoint, ready.train)
+        accepted = OnceAccepted(lambda: write_recipe(model_args, data_args, training_args.output_dir, ready))
+        train(trainer, resume_from_checkpoint, ready.train, accepted)
     if training_args.do_eval:
         evaluate(trainer, ready)
     publish(trainer, model_args, data_args)

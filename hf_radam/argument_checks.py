@@ -13,6 +13,11 @@ from hf_radam.averaging import check_averaging
 from hf_radam.names import CONSTANT_SCHEDULES, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_decay, count_from_ratio
 
+
+class HorizonError(ValueError):
+    """Arguments that do not fit into a run whose length is known only when training begins."""
+
+
 ANY_LENGTH = 10**6  # updates; only to ask whether a value is a count or a ratio at all
 SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
 EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")

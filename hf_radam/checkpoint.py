@@ -21,6 +21,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
@@ -132,7 +133,7 @@ def _read_pretrained(model: PreTrainedModel, path: Path) -> tuple[dict[str, Tens
     except TypeError:
         # The class is not made from a configuration alone, so it is not one whose file keys differ either.
         return _read_files(model, path)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as a {type(model).__name__}: {error}") from error
     loaded, info = result
     absent = set(info["missing_keys"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, CheckpointError
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE_NAME = "trainer_state.json"
+TRAINER_STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
@@ -58,12 +59,22 @@ def load_evaluation_model(
 
 def _warn_if_stale(run: Path) -> None:
     """Say so where a run went on after its root model was written, and was not finished."""
-    written = max((run / name).stat().st_mtime for name in WEIGHT_FILES if (run / name).is_file())
-    for folder in run.glob("checkpoint-*"):
-        state = folder / TRAINER_STATE_NAME
-        if state.is_file() and state.stat().st_mtime > written:
-            logger.warning("Loading the model at the root of %s, which is older than its %s.", run, folder.name)
-            return
+    states = {folder.name: folder / TRAINER_STATE_NAME for folder in run.glob("checkpoint-*")}
+    if (run / TRAINER_STATE_NAME).is_file():  # `save_state()` wrote it beside the model
+
+        def age(state: Path) -> float:
+            return float(json.loads(state.read_text(encoding="utf-8"))["global_step"])
+
+        written = age(run / TRAINER_STATE_NAME)
+    else:
+
+        def age(state: Path) -> float:
+            return state.stat().st_mtime
+
+        written = max((run / name).stat().st_mtime for name in WEIGHT_FILES if (run / name).is_file())
+    later = [name for name, state in states.items() if state.is_file() and age(state) > written]
+    if later:
+        logger.warning("Loading the model at the root of %s, which is older than its %s.", run, later[0])
 
 
 def holds_model(folder: PathLike) -> bool:
@@ -78,9 +89,12 @@ def is_checkpoint(folder: PathLike) -> bool:
     (The folder of a run may hold a trainer state as well.)
     """
     path = Path(folder)
-    if (path / MANIFEST_NAME).is_file() or any((path / name).is_dir() for name in EVALUATION_FOLDERS):
+    if (path / MANIFEST_NAME).is_file():
         return True
-    return bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name)) and (path / TRAINER_STATE_NAME).is_file()
+    named = bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name))
+    if any((path / name).is_dir() for name in EVALUATION_FOLDERS) and (named or (path / OPTIMIZER_NAME).is_file()):
+        return True  # not written to the end, or damaged: `read_manifest` says so
+    return named and (path / TRAINER_STATE_NAME).is_file()
 
 
 def newest_checkpoint(run: PathLike) -> Path:

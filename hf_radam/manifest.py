@@ -77,7 +77,11 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
         version = int(manifest["format_version"])
-        {name: facts["size"] for name, facts in manifest["files"].items()}
+        for facts in manifest["files"].values():
+            int(facts["size"])
+        for part, key in (("evaluation", "folder"), ("evaluation", "dtype"), ("method", "optim")):
+            manifest[part][key]
+        manifest["averaging"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST_NAME} cannot be read ({error!r}): the checkpoint is damaged."
@@ -95,13 +99,12 @@ def check_files(checkpoint: PathLike, manifest: Mapping[str, Any], *, model_in: 
     Args:
         checkpoint: the checkpoint's folder.
         manifest: its manifest.
-        model_in: look only at the model in this folder of the checkpoint (``""`` is its root); by default at all files.
+        model_in: look only at the weights in this folder of the checkpoint (``""`` is its root); by default at all.
     """
     path = Path(checkpoint)
     for name, facts in manifest["files"].items():
         file = path / name
-        of_a_model = file.suffix in (".safetensors", ".json") and file.name != "trainer_state.json"
-        if model_in is not None and not (of_a_model and file.parent == path / model_in):
+        if model_in is not None and not (file.suffix == ".safetensors" and file.parent == path / model_in):
             continue
         if not file.is_file() or file.stat().st_size != facts["size"]:
             raise CheckpointError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")

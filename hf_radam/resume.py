@@ -133,6 +133,8 @@ def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
         scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         old, new = float(group["lr"]), float(base) * multiplier(update)
+        if isinstance(group["lr"], torch.Tensor):  # holds the number in its own precision
+            new = float(torch.tensor(new, dtype=group["lr"].dtype))
         if old != new:
             raise CheckpointError(
                 f"{checkpoint} stands at update {update} with learning rate {old:.6g}, but the schedule of these "

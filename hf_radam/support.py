@@ -48,6 +48,10 @@ def check_supported(trainer: Any) -> None:
             "PEFT models are not supported with ewa or radam_schedulefree by this version of hf_radam: their averaged "
             "adapter would not be saved. Use radam with wsd or wsd_s, or merge the adapter first."
         )
+    if args.uses_hf_radam and getattr(trainer.model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use peft.get_peft_model."
+        )
 
 
 def _check_precision(trainer: Any) -> None:

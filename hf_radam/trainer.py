@@ -166,7 +166,7 @@ class RAdamTrainerMixin(CheckpointingMixin):
         )
 
     def _check_resumed(self, train_dataloader: Any, checkpoint: str) -> None:
-        if not self.args.ignore_data_skip:
+        if not self.args.ignore_data_skip and self.state.global_step < self.state.max_steps:
             resume.check_data(self.state, sized=has_length(train_dataloader), checkpoint=checkpoint)
         if self.average is None:
             resume.warn_of_dropped_average(checkpoint)

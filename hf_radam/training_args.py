@@ -132,10 +132,13 @@ class RAdamTrainingArguments(TrainingArguments):
             self.check_horizon(self.max_steps)
 
     def check_horizon(self, num_training_steps: int) -> None:
-        """Raise `ValueError` if schedule or averaging do not fit into a run of so many updates."""
-        self.schedule(num_training_steps)
+        """Raise `HorizonError` (a `ValueError`) if schedule or averaging do not fit into a run of so many updates."""
+        try:
+            self.schedule(num_training_steps)
+        except ValueError as error:
+            raise argument_checks.HorizonError(str(error)) from error
         if self.ewa and num_training_steps < self.ewa_start_step + self.ewa_every:
-            raise ValueError(
+            raise argument_checks.HorizonError(
                 f"ewa_start_step={self.ewa_start_step} and ewa_every={self.ewa_every} leave no averaging in a run of "
                 f"{num_training_steps} updates: the first would come with update "
                 f"{self.ewa_start_step + self.ewa_every}."

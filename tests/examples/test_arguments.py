@@ -79,7 +79,7 @@ def test_neither_do_train_nor_do_eval_means_both(write):
 
     assert done() == done("--eval_strategy", "epoch") == done(write("seed: 1")) == (True, True)
     assert done("--do_train") == (True, False)
-    assert done("--do_eval") == (False, True)
+    assert done("--do_eval", "--model_name_or_path", "gpt2") == (False, True)
     assert done("--do_train", "--eval_strategy", "epoch") == (True, True)  # as upstream
 
 
@@ -107,7 +107,11 @@ WRONG = {
     "heads": (["--config_overrides", "num_attention_heads=3"], ["hidden size", "256"]),
     "vocabulary": (["--vocab_size", "100"], ["vocab_size=100", "257"]),
     "tokenizer": (["--vocab_size", "300", "--tokenizer_name", "x"], ["vocab_size=300", "leave it out"]),
-    "nothing": (["--do_train", "false", "--do_eval", "false"], ["do_train", "nothing is left"]),
+    "nothing": (
+        ["--do_train", "false", "--do_eval", "false", "--model_name_or_path", "gpt2"],
+        ["do_train", "nothing is left"],
+    ),
+    "untrained": (["--do_train", "false", "--do_eval"], ["do_train=false", "would evaluate an untrained model"]),
     "yaml missing": (["missing.yaml"], ["missing.yaml", "No such file"]),
     "no yaml": (["data.csv"], ["'data.csv'", ".yaml"]),
 }

@@ -6,6 +6,7 @@ Oracles: `eval_results.json`, which the trainer wrote; the loss of the folder `e
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clm_arguments import ModelArguments
 from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError
-from evaluate_clm import mean_loss, read_recipe, same_weights
+from evaluate_clm import folders, mean_loss, read_recipe, same_weights
 from hf_radam import RAdamTrainingArguments
 from run_clm import checkpoint_to_resume
 
@@ -143,9 +144,44 @@ def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
         resume(tmp_path, "true")
     with pytest.raises(InputError, match="nowhere is no folder"):
         resume(tmp_path, "nowhere")
+    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    with pytest.raises(InputError, match="already holds checkpoint-6 of another run"):
+        resume(folder / "run", str(tmp_path / "other" / "checkpoint-3"))
+    assert resume(folder / "run", str(folder / "run" / "checkpoint-3")) == str(folder / "run" / "checkpoint-3")
     assert resume(folder / "run", "True") is True
     assert resume(tmp_path, str(folder / "run" / "checkpoint-3")) == str(folder / "run" / "checkpoint-3")
     assert resume(tmp_path) is resume(tmp_path, "false") is resume(folder / "run", do_train=False) is None
+
+
+def test_what_is_refused_when_training_begins_is_one_sentence_and_changes_nothing(folder):
+    run_folder = folder / "run"
+    before = {path: path.read_bytes() for path in run_folder.glob("*.*")}
+    late = ("--max_steps", -1, "--num_train_epochs", 1, "--optim", "radam", "--lr_scheduler_type", "wsd")
+    texts = ("--train_file", "texts", "--validation_split_percentage", 20, "--block_size", 32, "--vocab_size", 300)
+    for arguments, message in (
+        ((*texts, *late, "--decay_steps", 5000, "--output_dir", "late"), "decay_steps=5000 need 5000 updates, but the"),
+        (("run.yaml", "--resume_from_checkpoint", "true", "--learning_rate", 0.01), "trained with learning_rate=0.05"),
+    ):
+        done = run(EXAMPLES / "run_clm.py", *arguments, cwd=folder)
+        assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+        assert "Traceback" not in done.stderr
+    assert before == {path: path.read_bytes() for path in run_folder.glob("*.*")}
+
+
+def test_resuming_a_finished_run_keeps_its_metrics(folder):
+    before = (folder / "run" / "train_results.json").read_bytes()
+    done = run(EXAMPLES / "run_clm.py", "run.yaml", "--resume_from_checkpoint", "true", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "run" / "train_results.json").read_bytes() == before
+
+
+def test_both_columns_are_of_one_checkpoint(folder, tmp_path):
+    shutil.copytree(folder / "run", tmp_path / "run")
+    assert folders(tmp_path / "run") == (tmp_path / "run", tmp_path / "run" / "checkpoint-6")
+    assert folders(tmp_path / "run" / "checkpoint-3") == (tmp_path / "run" / "checkpoint-3",) * 2
+    (tmp_path / "run" / "model.safetensors").unlink()
+    (tmp_path / "run" / "checkpoint-6" / "hf_radam.json").unlink()  # killed while it was saved
+    assert folders(tmp_path / "run") == (tmp_path / "run" / "checkpoint-3",) * 2
 
 
 def test_a_wrong_path_is_one_sentence_and_exit_code_2(folder):

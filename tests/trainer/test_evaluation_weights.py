@@ -6,6 +6,7 @@ The oracle is a plain forward pass over the evaluation data, without a trainer (
 import hashlib
 import json
 import os
+import shutil
 
 import pytest
 import tiny
@@ -195,6 +196,25 @@ def test_a_root_older_than_a_checkpoint_is_told(tmp_path, caplog):
     os.utime(tmp_path / "checkpoint-20" / "trainer_state.json", (later, later))
     load_evaluation_model(tmp_path)
     assert "which is older than its checkpoint-20" in caplog.text
+
+
+def test_a_run_that_keeps_its_average_elsewhere_is_no_checkpoint(tmp_path):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20)
+    trainer.train()
+    trainer.save_model()
+    shutil.copytree(tmp_path / "checkpoint-20" / "ewa", tmp_path / "ewa")
+    assert tiny.loss_of(load_evaluation_model(tmp_path)) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
+
+
+def test_settings_beside_the_weights_may_be_edited(tmp_path):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20)
+    trainer.train()
+    settings = tmp_path / "checkpoint-20" / "ewa" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 7}))
+    assert load_evaluation_model(tmp_path / "checkpoint-20").generation_config.max_new_tokens == 7
+    (tmp_path / "checkpoint-20" / "ewa" / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(CheckpointError, match="is missing or not"):
+        load_evaluation_model(tmp_path / "checkpoint-20")
 
 
 def test_a_checkpoints_root_is_not_overwritten_with_evaluation_weights(tmp_path):

@@ -85,6 +85,19 @@ def test_an_optimizer_of_ours_may_be_handed_in(tmp_path):
     assert abs(tiny.loss_of(model) - loss) > 1e-4
 
 
+def test_a_tensor_learning_rate_resumes_in_the_middle_of_a_warm_up(tmp_path):
+    def run(folder, resume=None):
+        model = tiny.llama()
+        optimizer = RAdamScheduleFree(model.parameters(), lr=torch.tensor(0.01), betas=(0.9, 0.95))
+        options = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 7}
+        args = tiny.arguments(folder, **options, save_strategy="steps", save_steps=5)
+        trainer = RAdamTrainer(model, args, train_dataset=tiny.TRAIN, optimizers=(optimizer, None))
+        trainer.train(resume_from_checkpoint=resume)
+        return tiny.parameters(model)
+
+    assert tiny.same(run(tmp_path), run(tmp_path / "again", str(tmp_path / "checkpoint-5")))
+
+
 def test_a_class_of_ours_handed_in_is_treated_as_ours(tmp_path):
     """Mixtral, whose resumption tells whether the weights were read the right way."""
     given = (RAdamScheduleFree, {"lr": 1e-2, "betas": (0.9, 0.95)})
@@ -111,6 +124,8 @@ def test_adapters_are_refused_with_averaging_and_work_without(tmp_path):
     for model in (peft.get_peft_model(tiny.llama(), lora()), added):
         with pytest.raises(ValueError, match="PEFT models are not supported with ewa"):
             tiny.trainer(tmp_path, model, **tiny.METHODS["ewa"])
+    with pytest.raises(ValueError, match="use peft.get_peft_model"):
+        tiny.trainer(tmp_path, added, **tiny.METHODS["wsd"])
     options = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
     model = peft.get_peft_model(tiny.llama(), lora())
     trainer = tiny.trainer(tmp_path, model, **tiny.METHODS["wsd"], **options, load_best_model_at_end=True)
