@@ -113,6 +113,19 @@ def build_trainer(ready: Prepared, training_args: RAdamTrainingArguments) -> RAd
         raise InputError(str(error)) from error
 
 
+def check_processes(training_args: RAdamTrainingArguments) -> None:
+    """Refuse several processes that do not know of each other: each would train alone and write the same files.
+
+    Upstream joins processes on CPUs only where `use_cpu` is set.
+
+    Raises:
+        InputError: the launcher started more processes than training will use.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and training_args.world_size == 1:
+        raise InputError(f"{launched} processes were launched, but each would train alone: on CPUs pass --use_cpu true")
+
+
 def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | None:
     """Translate `--resume_from_checkpoint` (true, false or a folder) and check it before any work.
 
@@ -240,6 +253,7 @@ def main() -> None:
         training_args.dataloader_pin_memory = False  # does nothing without an accelerator, and torch warns
     set_seed(training_args.seed)
     try:
+        check_processes(training_args)
         resume_from_checkpoint = checkpoint_to_resume(training_args)
         ready = prepare(model_args, data_args, training_args)
         set_seed(training_args.seed)  # whatever the preparation drew, a run depends on its seed only

@@ -22,7 +22,7 @@ from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError
 from evaluate_clm import folders, mean_loss, read_recipe, same_weights
 from hf_radam import RAdamTrainingArguments
-from run_clm import checkpoint_to_resume
+from run_clm import check_processes, checkpoint_to_resume
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
@@ -182,6 +182,26 @@ def test_both_columns_are_of_one_checkpoint(folder, tmp_path):
     (tmp_path / "run" / "model.safetensors").unlink()
     (tmp_path / "run" / "checkpoint-6" / "hf_radam.json").unlink()  # killed while it was saved
     assert folders(tmp_path / "run") == (tmp_path / "run" / "checkpoint-3",) * 2
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        InputError, match="2 processes were launched, but each would train alone: on CPUs pass --use_cpu"
+    ):
+        check_processes(RAdamTrainingArguments(str(tmp_path)))
+
+
+def test_two_processes_through_accelerate_launch(folder):
+    options = ("--multi_gpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no")
+    arguments = ("run.yaml", "--use_cpu", "true", "--output_dir", "two", "--per_device_train_batch_size", 2)
+    command = ("-m", "accelerate.commands.launch", *options, "--dynamo_backend", "no", EXAMPLES / "run_clm.py")
+    done = run(*command, *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (folder / "two" / "checkpoint-6" / "rng_state_1.pth").is_file()
+    loss = json.loads((folder / "two" / "eval_results.json").read_text())["eval_loss"]
+    # The same 4 sequences an update as with one process, with the gradient summed in another order.
+    assert loss == pytest.approx(json.loads((folder / "run" / "eval_results.json").read_text())["eval_loss"], abs=1e-3)
 
 
 def test_a_wrong_path_is_one_sentence_and_exit_code_2(folder):
