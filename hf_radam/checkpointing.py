@@ -72,7 +72,7 @@ class CheckpointingMixin(_Base):
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
         """Context in which `trainer.model` holds the evaluation weights; the training weights come back bit for bit."""
-        with self._evaluation.applied(self.state.global_step):
+        with self._evaluation.applied():
             yield
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -94,11 +94,10 @@ class CheckpointingMixin(_Base):
         if self.args.should_save:
             checkpoint.discard_evaluation_weights(output_dir)
         super().save_model(output_dir, _internal_call)
-        for name, weights in self._evaluation.folders(self.state.global_step):
+        # What upstream's root gets, too
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        for name, weights in self._evaluation.folders():
             if self.args.should_save:
-                tokenizer = self.processing_class or getattr(
-                    self.data_collator, "tokenizer", None
-                )  # as upstream's root
                 folder = Path(output_dir, name)
                 checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
 

@@ -23,7 +23,7 @@ class EvaluationWeights:
         average: its EWA, or None.
         optimizer: its schedule-free optimizer, or None.
         recalibrate: takes BatchNorm statistics again, in place, for the weights in the model; None if there is no
-            BatchNorm or it is switched off. Called once per update and kind of weights.
+            BatchNorm or it is switched off. Called once for each kind of weights until `forget_statistics()`.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class EvaluationWeights:
         self.average = average
         self.optimizer = optimizer
         self._recalibrate = recalibrate
-        self._statistics: dict[str, tuple[int, list[Tensor]]] = {}
+        self._statistics: dict[str, list[Tensor]] = {}
         self.inside = False
         """Whether the model holds the evaluation weights now."""
 
@@ -59,15 +59,15 @@ class EvaluationWeights:
         return "schedule_free" if self.optimizer is not None else None
 
     @contextmanager
-    def applied(self, update: int) -> Iterator[None]:
-        """Context in which the model holds the evaluation weights of update number `update`.
+    def applied(self) -> Iterator[None]:
+        """Context in which the model holds the evaluation weights.
 
         The training weights come back bit for bit, whatever is raised. Entering it again inside changes nothing.
         """
         if self.inside or self.source is None:
             yield
             return
-        with self._applied(self.source, update):
+        with self._applied(self.source):
             self.inside = True
             try:
                 yield
@@ -83,7 +83,7 @@ class EvaluationWeights:
             yield
 
     @contextmanager
-    def _applied(self, source: str, update: int) -> Iterator[None]:
+    def _applied(self, source: str) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(statistics_restored(self.model))
             if self.optimizer is not None:
@@ -92,15 +92,14 @@ class EvaluationWeights:
                 assert self.average is not None
                 stack.enter_context(self.average.applied())
             if self._recalibrate is not None:
-                cached_update, cached = self._statistics.get(source, (None, []))
-                if cached_update == update:
-                    load_statistics(self.model, cached)
+                if source in self._statistics:
+                    load_statistics(self.model, self._statistics[source])
                 else:
                     self._recalibrate()
-                    self._statistics[source] = (update, statistics(self.model))
+                    self._statistics[source] = statistics(self.model)
             yield
 
-    def folders(self, update: int) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def folders(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every set of weights that a checkpoint keeps beside the training weights, by the name of its folder.
 
         While one is handed out the model's BatchNorm buffers are those that belong to it.
@@ -112,7 +111,7 @@ class EvaluationWeights:
                 yield source, weights
                 continue
             with statistics_restored(self.model):
-                with self._applied(source, update):
+                with self._applied(source):
                     recalibrated = statistics(self.model)
                 load_statistics(self.model, recalibrated)
                 yield source, weights
