@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,13 +122,29 @@ def check_combinations(args: Any) -> None:
                 f"{name} leaves the parameters cast after an evaluation, so what trains and ships would change: "
                 "use bf16 (autocast), which evaluates in bf16 too."
             )
-    if args.enable_jit_checkpoint:
-        raise ValueError(
-            "enable_jit_checkpoint saves in the middle of an update, from which a run does not resume exactly: leave "
-            "it out, and save often enough with save_steps."
-        )
     if args.auto_find_batch_size:
         raise ValueError(
             "auto_find_batch_size restarts at update 0 with the used weights and optimizer state: "
             "set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
+        )
+
+
+def check_extension(args: Any) -> None:
+    """Check the flags of an extension, and that there is a run to extend."""
+    if args.extend_from is None:
+        return
+    schedule = SchedulerName(args.lr_scheduler_type).value
+    if schedule not in (*OUR_SCHEDULES, *CONSTANT_SCHEDULES):
+        raise ValueError(
+            f"extend_from={args.extend_from} with lr_scheduler_type={schedule}: its past would change with its length. "
+            "Use wsd, wsd_s or a constant learning rate."
+        )
+    if args.max_steps <= 0:
+        raise ValueError(f"extend_from={args.extend_from} needs max_steps, the new total of updates.")
+    if not Path(args.extend_from).is_dir():
+        raise ValueError(f"extend_from={args.extend_from} is no folder: give the folder of the run to go on with.")
+    if str(args.resume_from_checkpoint).lower() not in ("none", "true", "false"):
+        raise ValueError(
+            f"extend_from={args.extend_from} and resume_from_checkpoint={args.resume_from_checkpoint} both say where "
+            "to go on from: drop one. (extend_from also takes a checkpoint.)"
         )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
-from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, CheckpointError, PathLike
+from hf_radam.manifest import CheckpointError, PathLike
 from hf_radam.random_state import preserved_random_state
 
 
@@ -171,12 +170,3 @@ def read_parameters(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     """Read a model folder as tensors by parameter name, tied parameters once."""
     state = read_state_dict(model, folder)
     return {name: state[name] for name, _ in model.named_parameters() if name in state}
-
-
-def discard_evaluation_weights(checkpoint: PathLike) -> None:
-    """Remove our part of a checkpoint that is about to be written again, so that nothing stale survives."""
-    path = Path(checkpoint)
-    (path / MANIFEST_NAME).unlink(missing_ok=True)
-    for folder in EVALUATION_FOLDERS:
-        if (path / folder).is_dir():
-            shutil.rmtree(path / folder)

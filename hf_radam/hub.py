@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
-STAGING = "_push"
-"""In the run's folder; upstream keeps names with a leading underscore off the hub."""
+from hf_radam.storage import STAGING, remove_staging
 
 
 def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callable[[str], None]) -> None:
@@ -31,7 +29,7 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
         return
     with_checkpoint = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
     busy = trainer.is_world_process_zero() and _busy(trainer)
-    staging = Path(args.output_dir, STAGING)
+    staging = Path(args.output_dir, STAGING, "push")
     with trainer.evaluation_weights():
         trainer._save(str(staging))
     if with_checkpoint:
@@ -41,7 +39,7 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
     finally:
         args.hub_strategy = strategy
         if args.should_save:
-            shutil.rmtree(staging)
+            remove_staging(Path(args.output_dir))
     if with_checkpoint and not busy and trainer.is_world_process_zero():
         _push_checkpoint(trainer, Path(checkpoint))
 

@@ -14,18 +14,21 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
 )
 
-from hf_radam.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, CheckpointError, PathLike, check_files, read_manifest
+from hf_radam.integrity import OPTIMIZER_NAME, WEIGHT_FILES, check_whole
+from hf_radam.manifest import (
+    EVALUATION_FOLDERS,
+    MANIFEST_NAME,
+    TRAINER_STATE_NAME,
+    CheckpointError,
+    PathLike,
+    read_manifest,
+)
+from hf_radam.runs import newest
 
 logger = logging.getLogger(__name__)
-
-TRAINER_STATE_NAME, OPTIMIZER_NAME = "trainer_state.json", "optimizer.pt"
-WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 
 
 def load_evaluation_model(
@@ -98,35 +101,34 @@ def is_checkpoint(folder: PathLike) -> bool:
 
 
 def newest_checkpoint(run: PathLike) -> Path:
-    """The whole checkpoint with the highest number in a run's folder; damaged ones are passed over with a warning.
+    """The latest checkpoint of a run whose evaluation weights are whole; others are passed over with a warning.
 
     Raises:
         FileNotFoundError: if there is none.
     """
-    path = Path(run)
-    folders = [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
-    for folder in sorted(folders, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-        try:
-            evaluation_folder(folder)
-        except CheckpointError as error:
-            logger.warning("Passing over %s: %s", folder, error)
-            continue
-        if is_checkpoint(folder) and holds_model(folder):
-            return folder
-        logger.warning("Passing over %s: it has no %s or no weights.", folder, TRAINER_STATE_NAME)
-    raise FileNotFoundError(f"{path} holds neither a model (config.json and weights) nor a whole checkpoint-N folder.")
+
+    def accept(folder: Path) -> None:
+        evaluation_folder(folder)
+        if not (is_checkpoint(folder) and holds_model(folder)):
+            raise CheckpointError(f"it has no {TRAINER_STATE_NAME} or no weights.")
+
+    place = newest(run, accept)
+    if place is None:
+        raise FileNotFoundError(
+            f"{run} holds neither a model (config.json and weights) nor a whole checkpoint-N folder."
+        )
+    return place.path
 
 
 def evaluation_folder(checkpoint: PathLike) -> Path:
     """The model folder in a checkpoint that holds the weights that evaluation used.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged.
+        CheckpointError: if the files of that model, or the manifest that says which it is, are damaged.
     """
     manifest = read_manifest(checkpoint)
     folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
-    if manifest is not None:
-        check_files(checkpoint, manifest, model_in=folder)
+    check_whole(checkpoint, only=folder)
     return Path(checkpoint) / folder
 
 

@@ -1,6 +1,7 @@
 """`hf_radam.json`, the manifest of a checkpoint: what was trained and how far, what is evaluated, which files it has.
 
-The manifest is written last, so a checkpoint with evaluation weights but no manifest was not finished.
+It is written last and holds the checksum of every other file, and of itself. A checkpoint of ours also says so in its
+`trainer_state.json`, so that one whose manifest is lost is not taken for one of stock `Trainer`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from typing import Any
 from torch import nn
 
 from hf_radam.averaging import WeightAverage
+from hf_radam.storage import flush, seal
 
 MANIFEST_NAME = "hf_radam.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+OWN_CHECKSUM = "manifest_sha256"
+NO_CHECKSUM = "0" * 64
+TRAINER_STATE_NAME = "trainer_state.json"
+MARK = "hf_radam"
+"""Key of our mark among the `stateful_callbacks` of the trainer's state."""
 EWA_FOLDER = "ewa"
 SCHEDULE_FREE_FOLDER = "schedule_free"
 EVALUATION_FOLDERS = (EWA_FOLDER, SCHEDULE_FREE_FOLDER)
@@ -39,26 +46,48 @@ def parameter_dtypes(model: nn.Module) -> dict[str, Any]:
     return {"dtype": common, "other_dtypes": {name: d for name, d in dtypes.items() if d != common}}
 
 
-def sha256(file: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(2**22):
-            digest.update(chunk)
-    return digest.hexdigest()
+def mark(step: int) -> dict[str, int]:
+    """What the trainer's state says of a checkpoint of ours, under `MARK`.
+
+    With the update it was made at: stock `Trainer` carries it on into the checkpoints that it writes later.
+    """
+    return {"global_step": step}
+
+
+def is_marked(checkpoint: PathLike) -> bool:
+    """Whether the trainer's state in a checkpoint says that it is one of ours."""
+    try:
+        state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        return bool(state["stateful_callbacks"].get(MARK) == mark(state["global_step"]))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
+def is_ours(checkpoint: PathLike) -> bool:
+    """Whether a checkpoint has parts that only we write, whole or not."""
+    return any((Path(checkpoint) / name).exists() for name in (MANIFEST_NAME, *EVALUATION_FOLDERS)) or is_marked(
+        checkpoint
+    )
 
 
 def write_manifest(checkpoint: PathLike, content: Mapping[str, Any]) -> None:
-    """Write `hf_radam.json`: `content`, the format's version, and size and sha256 of every file in the checkpoint."""
+    """Write `hf_radam.json`: `content`, the format's version, and size and sha256 of every file in the checkpoint.
+
+    When it returns, everything in the checkpoint is on the disk.
+    """
     path = Path(checkpoint)
-    files = {}
-    for file in sorted(path.rglob("*")):
-        if file.is_file() and file.name != MANIFEST_NAME:
-            files[file.relative_to(path).as_posix()] = {"size": file.stat().st_size, "sha256": sha256(file)}
-    manifest = {"format_version": FORMAT_VERSION, **content, "files": files}
-    temporary = path / f".{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path / MANIFEST_NAME)
+    (path / MANIFEST_NAME).unlink(missing_ok=True)
+    files = {name: {"size": size, "sha256": checksum} for name, (size, checksum) in seal(path).items()}
+    manifest = {"format_version": FORMAT_VERSION, **content, "files": files, OWN_CHECKSUM: NO_CHECKSUM}
+    text = json.dumps(manifest, indent=2) + "\n"
+    (path / MANIFEST_NAME).write_text(text.replace(NO_CHECKSUM, _own_checksum(text)), encoding="utf-8")
+    flush(path / MANIFEST_NAME)
+    flush(path)
+
+
+def _own_checksum(text: str) -> str:
+    """The sha256 of a manifest's text in which the place of this checksum is filled with `NO_CHECKSUM`."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
@@ -70,44 +99,29 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
     """
     path = Path(checkpoint)
     if not (path / MANIFEST_NAME).is_file():
-        leftovers = [folder for folder in EVALUATION_FOLDERS if (path / folder).is_dir()]
-        if leftovers:
-            raise CheckpointError(f"{path} has {leftovers[0]}/ but no {MANIFEST_NAME}: it was not written to the end.")
+        leftovers = [f"{folder}/" for folder in EVALUATION_FOLDERS if (path / folder).is_dir()]
+        if leftovers or is_marked(path):
+            own = leftovers[0] if leftovers else f"our mark in {TRAINER_STATE_NAME}"
+            raise CheckpointError(f"{path} has {own} but no {MANIFEST_NAME}: it is damaged or was not finished.")
         return None
     try:
-        manifest: dict[str, Any] = json.loads((path / MANIFEST_NAME).read_text(encoding="utf-8"))
+        text = (path / MANIFEST_NAME).read_text(encoding="utf-8")
+        manifest: dict[str, Any] = json.loads(text)
         version = int(manifest["format_version"])
-        for facts in manifest["files"].values():
-            int(facts["size"])
-        for part, key in (("evaluation", "folder"), ("evaluation", "dtype"), ("method", "optim")):
-            manifest[part][key]
-        manifest["averaging"]
+        if version == FORMAT_VERSION:
+            own = manifest[OWN_CHECKSUM]
+            if _own_checksum(text.replace(own, NO_CHECKSUM)) != own:
+                raise ValueError("its checksum does not agree with its content")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{path / MANIFEST_NAME} cannot be read ({error!r}): the checkpoint is damaged."
         ) from error
-    if version > FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path / MANIFEST_NAME} has format {version}, this hf_radam knows up to {FORMAT_VERSION}: update hf_radam."
+            f"{path / MANIFEST_NAME} has format {version}, this hf_radam reads {FORMAT_VERSION}: use the hf_radam that "
+            "wrote it, or the newest."
         )
     return manifest
-
-
-def check_files(checkpoint: PathLike, manifest: Mapping[str, Any], *, model_in: str | None = None) -> None:
-    """Raise `CheckpointError` if a file that the manifest lists is missing or has another size.
-
-    Args:
-        checkpoint: the checkpoint's folder.
-        manifest: its manifest.
-        model_in: look only at the weights in this folder of the checkpoint (``""`` is its root); by default at all.
-    """
-    path = Path(checkpoint)
-    for name, facts in manifest["files"].items():
-        file = path / name
-        if model_in is not None and not (file.suffix == ".safetensors" and file.parent == path / model_in):
-            continue
-        if not file.is_file() or file.stat().st_size != facts["size"]:
-            raise CheckpointError(f"{file} is missing or not {facts['size']} bytes long: the checkpoint is damaged.")
 
 
 def describe_average(average: WeightAverage | None, *, requested_start_step: int) -> dict[str, Any] | None:

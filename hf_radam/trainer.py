@@ -15,13 +15,14 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
-from hf_radam import resume
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
-from hf_radam.checkpointing import CheckpointingMixin
 from hf_radam.evaluation import EvaluationWeights
+from hf_radam.just_in_time import SaveBetweenUpdates
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
+from hf_radam.resuming import ResumingMixin
+from hf_radam.saving import SavingMixin
 from hf_radam.support import check_supported
 from hf_radam.training_args import RAdamTrainingArguments
 
@@ -43,7 +44,7 @@ class AfterUpdate(TrainerCallback):
             self.trainer.average.update(state.global_step + 1)
 
 
-class RAdamTrainerMixin(CheckpointingMixin):
+class RAdamTrainerMixin(SavingMixin, ResumingMixin):
     """Our methods for any subclass of `Trainer`: `class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -74,6 +75,8 @@ class RAdamTrainerMixin(CheckpointingMixin):
         super().__init__(model, args, *others, **keywords)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
+        if self._active:
+            SaveBetweenUpdates.install(self)
 
     # ---- Optimizer and schedule ----
 
@@ -117,10 +120,11 @@ class RAdamTrainerMixin(CheckpointingMixin):
         self.args.check()
         self.args.check_horizon(max_steps)
         self._best_model_loaded = False
+        self._last_saved = None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        self.average = self._make_average(resume_from_checkpoint) if self.args.ewa else None
+        self.average = self._new_average() if self.args.ewa else None
         if resume_from_checkpoint is not None and self._active:
-            self._check_resumed(train_dataloader, resume_from_checkpoint)
+            self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
         if self._active and not any(callback.trainer is self for callback in ours):
             self.add_callback(AfterUpdate(self))
@@ -165,14 +169,8 @@ class RAdamTrainerMixin(CheckpointingMixin):
             steps_trained_in_current_epoch,
         )
 
-    def _check_resumed(self, train_dataloader: Any, checkpoint: str) -> None:
-        if not self.args.ignore_data_skip and self.state.global_step < self.state.max_steps:
-            resume.check_data(self.state, sized=has_length(train_dataloader), checkpoint=checkpoint)
-        if self.average is None:
-            resume.warn_of_dropped_average(checkpoint)
-
-    def _make_average(self, checkpoint: str | None) -> WeightAverage:
-        average = WeightAverage(
+    def _new_average(self) -> WeightAverage:
+        return WeightAverage(
             self._bare_model.named_parameters(),
             decay=self.args.ewa_decay,
             half_life_ratio=self.args.ewa_half_life_ratio,
@@ -180,9 +178,6 @@ class RAdamTrainerMixin(CheckpointingMixin):
             start_step=self.args.ewa_start_step,
             device=self.args.ewa_device,
         )
-        if checkpoint is not None:
-            resume.restore_average(average, self._bare_model, checkpoint=checkpoint, step=self.state.global_step)
-        return average
 
     def _must_recalibrate(self) -> bool:
         if not self.args.recalibrate_batch_norm_batches or not batch_norm_modules(self._bare_model):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,6 +90,13 @@ class RAdamTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Evaluate the training weights too and report them as `eval_raw_loss`."},
     )
+    extend_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a run to go on with until `max_steps`: from before its decay (WSD), from its last "
+            "budget (WSD-S), or from its last checkpoint; prints the old and the new schedule."
+        },
+    )
     recalibrate_batch_norm_batches: int = field(
         default=50,
         metadata={
@@ -96,6 +104,10 @@ class RAdamTrainingArguments(TrainingArguments):
             "those of the training weights. No effect on a model without BatchNorm."
         },
     )
+
+    # What an extended run keeps of the schedule it goes on with (`go_on_with_schedule`): no flags.
+    _kept_warmup_steps: int | None = field(default=None, init=False, repr=False)
+    _passed_budgets: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Resolve names, let upstream check its part with stand-ins for ours, then check ours."""
@@ -125,6 +137,7 @@ class RAdamTrainingArguments(TrainingArguments):
         argument_checks.check_names(self)
         argument_checks.check_schedule(self)
         argument_checks.check_ewa(self)
+        argument_checks.check_extension(self)
         if self.uses_hf_radam:
             argument_checks.check_numbers(self)
             argument_checks.check_combinations(self)
@@ -167,18 +180,56 @@ class RAdamTrainingArguments(TrainingArguments):
             options["decay_steps"] = count_from_ratio(self.decay_steps, num_training_steps, name="decay_steps")
             check_wsd(**options)
             return functools.partial(wsd, **options)
-        budgets = [count_from_ratio(b, num_training_steps, name="budgets") for b in self.budgets or ()]
-        if any(budget > num_training_steps for budget in budgets):
+        options["budgets"], options["decay_steps"] = self._resolved_budgets(num_training_steps)
+        check_wsd_s(**options)
+        return functools.partial(wsd_s, **options)
+
+    def _resolved_budgets(self, num_training_steps: int) -> tuple[list[int], list[int]]:
+        """Budgets in updates and the length of the decay before each: first those that were passed, the end last."""
+        asked = [count_from_ratio(b, num_training_steps, name="budgets") for b in self.budgets or ()]
+        if any(budget > num_training_steps for budget in asked):
             raise ValueError(
                 f"budgets={self.budgets} reach past the end of the run at {num_training_steps} updates: "
                 "raise max_steps or drop those budgets."
             )
+        passed = dict(self._passed_budgets)
+        last = max(passed, default=0)
+        late = [budget for budget in asked if budget <= last and budget not in passed]
+        if late:
+            raise ValueError(
+                f"budgets={self.budgets}: update {late[0]} of {num_training_steps} has passed in the run that is "
+                f"extended, which stands at its budget {last}: list later ones only, in updates."
+            )
+        budgets = [budget for budget in asked if budget > last]
         if not budgets or budgets[-1] != num_training_steps:
             budgets.append(num_training_steps)
-        options["budgets"] = budgets
-        options["decay_steps"] = [count_from_ratio(self.decay_steps, b, name="decay_steps") for b in budgets]
-        check_wsd_s(**options)
-        return functools.partial(wsd_s, **options)
+        lengths = [count_from_ratio(self.decay_steps, b, name="decay_steps") for b in budgets]
+        return [*passed, *budgets], [*passed.values(), *lengths]
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """Updates of the warm-up, as upstream counts them; an extended run keeps those it had."""
+        kept = self._kept_warmup_steps
+        return super().get_warmup_steps(num_training_steps) if kept is None else kept
+
+    def go_on_with_schedule(self, *, warmup_steps: int, schedule: Mapping[str, Any] | None, step: int) -> None:
+        """Keep the past of a run that is extended: its warm-up, and the budgets of WSD-S that it has passed.
+
+        Args:
+            warmup_steps: the warm-up that the run had, in updates.
+            schedule: keywords of the schedule that the run had; None for one of upstream's.
+            step: updates that it has counted.
+
+        Raises:
+            ValueError: if the arguments ask for another warm-up than the run had.
+        """
+        if self.warmup_steps >= 1 and self.warmup_steps != warmup_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}, but the run that is extended had {warmup_steps}: leave it out."
+            )
+        past = schedule if schedule is not None and "budgets" in schedule else {"budgets": [], "decay_steps": []}
+        passed = zip(past["budgets"], past["decay_steps"], strict=True)
+        self._kept_warmup_steps = warmup_steps
+        self._passed_budgets = {budget: decay for budget, decay in passed if budget <= step}
 
     def optimizer_class_and_kwargs(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
         """Class and options of our optimizer; None for upstream's.

@@ -30,7 +30,7 @@ def flag_table() -> str:
 
     upstream = set(TrainingArguments.__dataclass_fields__)
     rows = ["| flag | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(RAdamTrainingArguments):
+    for field in [field for field in dataclasses.fields(RAdamTrainingArguments) if field.init]:
         if field.name not in upstream or field.name in ("optim", "lr_scheduler_type"):
             default = "" if field.default is None else f"`{field.default}`"
             if field.name == "optim":

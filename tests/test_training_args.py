@@ -174,7 +174,10 @@ REFUSED = [
     ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval leaves the parameters cast"),
     ({"optim": "radam", "fp16_full_eval": True}, "fp16_full_eval leaves the parameters cast"),
     ({"optim": "radam", "auto_find_batch_size": True}, "auto_find_batch_size restarts at update 0"),
-    ({"ewa": True, "enable_jit_checkpoint": True}, "enable_jit_checkpoint saves in the middle of an update"),
+    ({"ewa": True, "extend_from": "nowhere"}, "extend_from=nowhere is no folder"),
+    ({"ewa": True, "extend_from": "tests", "max_steps": -1}, "extend_from=tests needs max_steps"),
+    ({"lr_scheduler_type": "cosine", "extend_from": "tests"}, "extend_from=tests with lr_scheduler_type=cosine"),
+    ({"ewa": True, "extend_from": "tests", "resume_from_checkpoint": "x"}, "both say where to go on from"),
     ({"optim": "radam", "warmup_steps": math.inf}, "warmup_steps=inf must be"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": 10}, "budgets=10 must be a list, for instance [10]"),
     # Also where the length of the run is not known yet

@@ -206,14 +206,15 @@ def test_a_run_that_keeps_its_average_elsewhere_is_no_checkpoint(tmp_path):
     assert tiny.loss_of(load_evaluation_model(tmp_path)) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
 
 
-def test_settings_beside_the_weights_may_be_edited(tmp_path):
+def test_settings_are_edited_in_a_copy_of_the_weights(tmp_path):
     trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20)
     trainer.train()
-    settings = tmp_path / "checkpoint-20" / "ewa" / "generation_config.json"
-    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 7}))
-    assert load_evaluation_model(tmp_path / "checkpoint-20").generation_config.max_new_tokens == 7
-    (tmp_path / "checkpoint-20" / "ewa" / "model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match="is missing or not"):
+    shutil.copytree(tmp_path / "checkpoint-20" / "ewa", tmp_path / "copy")
+    for folder in (tmp_path / "copy", tmp_path / "checkpoint-20" / "ewa"):
+        settings = folder / "generation_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 7}))
+    assert load_evaluation_model(tmp_path / "copy").generation_config.max_new_tokens == 7
+    with pytest.raises(CheckpointError, match="ewa/generation_config.json is .* bytes long, not"):
         load_evaluation_model(tmp_path / "checkpoint-20")
 
 
@@ -260,7 +261,7 @@ def test_manifest_lists_every_file_with_its_hash(tmp_path):
     assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "ewa/model.safetensors"} <= files
     for name, facts in manifest["files"].items():
         assert facts["sha256"] == hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
-    assert manifest["format_version"] == 1 and manifest["method"]["ewa"] is True
+    assert manifest["format_version"] == 2 and manifest["method"]["ewa"] is True
     assert manifest["averaging"]["num_averaged"] == manifest["averaging"]["last_step"] == 10
     assert json.loads((checkpoint / "ewa" / "config.json").read_text())["dtype"] == "float32"
 

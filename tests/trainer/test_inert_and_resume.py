@@ -260,9 +260,9 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
             shutil.rmtree(tmp_path / "copy")
 
     for name, message in (
-        ("ewa/model.safetensors", "ewa/model.safetensors is missing or not"),
-        ("optimizer.pt", "optimizer.pt is missing or not"),
-        ("hf_radam.json", "has ewa/ but no hf_radam.json: it was not written to the end"),
+        ("ewa/model.safetensors", "ewa/model.safetensors is missing"),
+        ("optimizer.pt", "optimizer.pt is missing"),
+        ("hf_radam.json", "has ewa/ but no hf_radam.json: it is damaged or was not finished"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             resumed_without(name)

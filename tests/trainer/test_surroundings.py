@@ -20,12 +20,13 @@ from transformers import (
 )
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
-from hf_radam.checkpointing import CheckpointingMixin
 from hf_radam.manifest import read_manifest
+from hf_radam.resuming import ResumingMixin
+from hf_radam.saving import SavingMixin
 
 
 def overrides():
-    for cls in (RAdamTrainerMixin, CheckpointingMixin):
+    for cls in (RAdamTrainerMixin, SavingMixin, ResumingMixin):
         for name in vars(cls):
             if name != "__init__" and not name.startswith("__") and hasattr(Trainer, name):
                 yield cls, name

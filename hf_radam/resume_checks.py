@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerState
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoint import read_parameters
-from hf_radam.manifest import EWA_FOLDER, CheckpointError, check_files, read_manifest
+from hf_radam.extension import right_command
+from hf_radam.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
+from hf_radam.runs import check_resumable
 
 logger = logging.get_logger(__name__)
 
@@ -32,37 +34,25 @@ NOT_COMPARED = frozenset(
 
 
 def check_checkpoint(checkpoint: str) -> None:
-    """Raise `CheckpointError` if there is no checkpoint to resume from, or a file of it is missing or cut short."""
-    if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file():
+    """Raise `CheckpointError` if there is no checkpoint to resume from, or it is damaged, naming the bad files."""
+    if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file() and read_manifest(checkpoint) is None:
         raise CheckpointError(
             f"{checkpoint} has no {TRAINER_STATE_NAME}: to resume, give the folder of a whole checkpoint, checkpoint-N."
         )
-    manifest = read_manifest(checkpoint)
-    if manifest is not None:
-        check_files(checkpoint, manifest)
+    check_resumable(checkpoint)
 
 
-def check_data(state: TrainerState, *, sized: bool, checkpoint: str) -> None:
+def check_data(state: TrainerState, train_dataloader: Any, *, checkpoint: str) -> None:
     """Raise `CheckpointError` if the checkpoint stands in a later round through data without a length.
 
     Upstream counts the batches to skip from the beginning of the run, as if such data never ended.
     """
-    if not sized and state.epoch is not None and state.epoch > 1:
+    if not has_length(train_dataloader) and state.epoch is not None and state.epoch > 1:
         raise CheckpointError(
             f"{checkpoint} stands in round {math.ceil(state.epoch)} through a train_dataset without a length, where "
             "the place to go on from is not known: give the data a length, more data, or set ignore_data_skip "
             "to begin it anew."
         )
-
-
-def check_state_files(checkpoint: str) -> None:
-    """Raise `CheckpointError` if the optimizer or the schedule was not saved in the checkpoint."""
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (Path(checkpoint) / name).is_file():
-            raise CheckpointError(
-                f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
-                "To start a new run from its weights, load them as the model instead."
-            )
 
 
 def hyperparameters(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -123,23 +113,41 @@ def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
 
-def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str) -> None:
+def planned_learning_rates(scheduler: LambdaLR) -> list[float]:
+    """The learning rate of each parameter group at the next update, as the schedule now asked for has it."""
+    bases = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+    rates = [(group["lr"], float(base) * multiplier(scheduler.last_epoch)) for group, base, multiplier in bases]
+    # A tensor holds the number in its own precision.
+    return [float(torch.tensor(rate, dtype=lr.dtype)) if isinstance(lr, Tensor) else rate for lr, rate in rates]
+
+
+def set_learning_rate(scheduler: LambdaLR) -> None:
+    """Go on with the schedule now asked for: a loaded optimizer carries the rate that the old one gave."""
+    for group, rate in zip(scheduler.optimizer.param_groups, planned_learning_rates(scheduler), strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+
+def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str, total_steps: int) -> None:
     """Raise `CheckpointError` if the schedule now asked for has another learning rate at the next update.
 
-    The optimizer's state carries the learning rate that the old schedule gave for that update.
+    The optimizer's state carries the learning rate that the old schedule gave for that update. With WSD, going on
+    without a jump means from before the decay, which is what the message then says how to do.
     """
-    update = scheduler.last_epoch
-    for group, base, multiplier in zip(
-        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        old, new = float(group["lr"]), float(base) * multiplier(update)
-        if isinstance(group["lr"], torch.Tensor):  # holds the number in its own precision
-            new = float(torch.tensor(new, dtype=group["lr"].dtype))
+    manifest = read_manifest(checkpoint)
+    in_decay = manifest is not None and manifest["schedule"] is not None
+    for group, new in zip(scheduler.optimizer.param_groups, planned_learning_rates(scheduler), strict=True):
+        old = float(group["lr"])
         if old != new:
+            way_out = "Resume with the flags the run was started with"
+            if in_decay:
+                way_out += f", or extend the run: {right_command(checkpoint, total_steps)}"
             raise CheckpointError(
-                f"{checkpoint} stands at update {update} with learning rate {old:.6g}, but the schedule of these "
-                f"arguments has {new:.6g} there. Resume with the flags the run was started with, or from a checkpoint "
-                "before its decay."
+                f"{checkpoint} stands at update {scheduler.last_epoch} with learning rate {old:.6g}, but the schedule "
+                f"of these arguments has {new:.6g} there. {way_out}."
             )
 
 

@@ -1,0 +1,170 @@
+"""Go on with a run on a longer schedule: which of its checkpoints, and what of its schedule stays.
+
+A run with WSD goes on from before its decay; one with WSD-S from the last budget it reached, or from later where it has
+not begun to decay again; any other from its last checkpoint. Warm-up, and the budgets that were passed, stay as they
+were: a ratio of the new total would change the past.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_radam.describe import describe_schedule
+from hf_radam.manifest import CheckpointError, read_manifest
+from hf_radam.names import SchedulerName
+from hf_radam.runs import PINNED_FOLDERS, Place, check_resumable, checkpoints, newest, step_of
+from hf_radam.training_args import RAdamTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Extension:
+    """Where an extended run begins.
+
+    Attributes:
+        checkpoint: what it goes on from: the source, or a later checkpoint of its own.
+        leaves_decay: whether that is the end of a decay of WSD-S, where the learning rate goes back to the peak.
+        kept: what `RAdamTrainingArguments.go_on_with_schedule` wants to know of the old schedule; empty if nothing.
+        words: the old and the new schedule, for the user.
+    """
+
+    checkpoint: Path
+    leaves_decay: bool
+    kept: Mapping[str, Any]
+    words: str
+
+
+def right_command(checkpoint: str, total_steps: int) -> str:
+    """What to say instead of resuming a decayed checkpoint into a longer schedule."""
+    return f"--extend_from {run_of(Path(checkpoint))} --max_steps {total_steps}"
+
+
+def extend(args: RAdamTrainingArguments) -> Extension:
+    """Choose where the extended run begins, and let its arguments go on with the old schedule.
+
+    Args:
+        args: `extend_from` is the run (or one checkpoint of it), `max_steps` the new total.
+
+    Raises:
+        CheckpointError: if no checkpoint of the run can be gone on from to that total; the message says why.
+    """
+    assert args.extend_from is not None
+    source = _source(Path(args.extend_from), args)
+    manifest = read_manifest(source.path)
+    old = "unknown (stock Trainer)"
+    if manifest is not None:
+        old = describe_schedule(
+            manifest["schedule"], name=manifest["method"]["lr_scheduler_type"], total_steps=manifest["max_steps"]
+        )
+    schedule = args.schedule(args.max_steps)
+    keywords = None if schedule is None else dict(schedule.keywords)
+    new = describe_schedule(keywords, name=SchedulerName(args.lr_scheduler_type).value, total_steps=args.max_steps)
+
+    def check_own(checkpoint: Path) -> None:
+        own = read_manifest(checkpoint)
+        if own is None or own["schedule"] != keywords:
+            raise CheckpointError("it is not on the schedule of the extended run.")
+        check_resumable(checkpoint)
+
+    own = newest(str(args.output_dir), check_own, among=lambda place: place.step > source.step)
+    begin = source if own is None else own
+    words = f"Extending {args.extend_from} from {begin.path}\n  old: {old}\n  new: {new}"
+    leaves_decay = own is None and manifest is not None and at_budget(manifest)
+    return Extension(begin.path, leaves_decay, _kept(manifest) if manifest else {}, words)
+
+
+def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "warmup_steps": manifest["warmup_steps"],
+        "schedule": manifest["schedule"],
+        "step": manifest["schedule_step"],
+    }
+
+
+def _source(root: Path, args: RAdamTrainingArguments) -> Place:
+    """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
+    step = step_of(root)
+    places = checkpoints(root) if step is None else [Place(step, "", root)]
+    reasons: list[str] = []
+    total_checked = False
+    for place in places:
+        try:
+            manifest = read_manifest(place.path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        if manifest is not None and not total_checked:
+            _check_total(manifest, args.max_steps, root)
+            total_checked = True
+        try:
+            _check_place(manifest, place, args)
+            check_resumable(place.path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            logger.warning("Passing over: %s", reason)
+        return place
+    why = " ".join(reasons) if reasons else "There is no checkpoint in it."
+    raise CheckpointError(f"extend_from={root}: nothing to go on from to {args.max_steps} updates. {why}")
+
+
+def _check_total(newest_manifest: Mapping[str, Any], total_steps: int, root: Path) -> None:
+    """Raise `CheckpointError` if the new total is no extension of what was planned (WSD) or done (others)."""
+    schedule = newest_manifest["schedule"]
+    if schedule is not None and "total_steps" in schedule and total_steps < schedule["total_steps"]:
+        raise CheckpointError(
+            f"max_steps={total_steps} is fewer than the {schedule['total_steps']} updates of {root}: raise it, or for "
+            f"a shorter decay resume the pre-decay checkpoint, --resume_from_checkpoint {root}/_pre_decay/checkpoint-N."
+        )
+    if (schedule is None or "budgets" in schedule) and total_steps <= newest_manifest["schedule_step"]:
+        raise CheckpointError(
+            f"max_steps={total_steps} leaves nothing to train: {root} has had {newest_manifest['schedule_step']} "
+            "updates. Raise max_steps, the new total."
+        )
+
+
+def _check_place(manifest: Mapping[str, Any] | None, place: Place, args: RAdamTrainingArguments) -> None:
+    """Raise `CheckpointError` if one checkpoint stands in a decay, of the old schedule or of the new one."""
+    step = place.step
+    if manifest is not None:
+        step, schedule = manifest["schedule_step"], manifest["schedule"]
+        if not at_budget(manifest):
+            _check_outside_decays(schedule, step, place.path, "the schedule it was trained with")
+        args.go_on_with_schedule(**_kept(manifest))
+    new = args.schedule(args.max_steps)
+    _check_outside_decays(None if new is None else new.keywords, step, place.path, "the new schedule")
+
+
+def _check_outside_decays(schedule: Mapping[str, Any] | None, step: int, checkpoint: Path, whose: str) -> None:
+    for start, end in decays(schedule):
+        if start < step and (step < end or (step == end and "total_steps" in (schedule or {}))):
+            raise CheckpointError(
+                f"{checkpoint} stands at update {step}, in the decay of {whose} (updates {start} to {end})."
+            )
+
+
+def decays(schedule: Mapping[str, Any] | None) -> list[tuple[int, int]]:
+    """Start and end of every decay of `wsd` or `wsd_s`, in updates, from their keywords; empty for another schedule."""
+    if schedule is None:
+        return []
+    if "budgets" not in schedule:
+        return [(schedule["total_steps"] - schedule["decay_steps"], schedule["total_steps"])]
+    pairs = zip(schedule["budgets"], schedule["decay_steps"], strict=True)
+    return [(budget - length, budget) for budget, length in pairs]
+
+
+def at_budget(manifest: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint stands at a budget of its WSD-S schedule."""
+    return manifest["schedule_step"] in (manifest["schedule"] or {}).get("budgets", ())
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name in PINNED_FOLDERS else parent

@@ -1,0 +1,134 @@
+"""Say of every file in a checkpoint whether it is whole.
+
+Files of a checkpoint of ours are compared with the manifest, byte for byte by their sha256. Of one that stock `Trainer`
+wrote only the form is known: that the files it cannot do without are there, and that each can be read to its end.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers.utils import (
+    ADAPTER_SAFE_WEIGHTS_NAME,
+    ADAPTER_WEIGHTS_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
+
+from hf_radam.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
+from hf_radam.storage import sha256
+
+OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
+WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+UNFINISHED = "checkpoint-is-incomplete.txt"
+"""Upstream's just-in-time save leaves this file in a checkpoint that it did not finish."""
+
+
+def damage(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
+    """What is wrong with a checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        only: look only at the model in this folder of the checkpoint (``""`` is its root), which is all that evaluating
+            it needs.
+
+    Returns:
+        What is wrong with each bad file, by its path in the checkpoint; empty for a whole checkpoint.
+    """
+    path = Path(checkpoint)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return {MANIFEST_NAME: str(error)}
+    if manifest is None:
+        return _damaged_form(path, only)
+    wrong = {}
+    for name, facts in manifest["files"].items():
+        if only is None or _belongs_to_model(name, only):
+            problem = _difference(path / name, facts)
+            if problem:
+                wrong[name] = problem
+    return wrong
+
+
+def check_whole(checkpoint: PathLike, *, only: str | None = None) -> None:
+    """Raise `CheckpointError`, naming the bad files, if `damage` finds any."""
+    wrong = damage(checkpoint, only=only)
+    if MANIFEST_NAME in wrong:
+        raise CheckpointError(wrong[MANIFEST_NAME])
+    if wrong:
+        listed = "; ".join(f"{Path(checkpoint, name)} {problem}" for name, problem in wrong.items())
+        raise CheckpointError(f"The checkpoint is damaged: {listed}.")
+
+
+def _belongs_to_model(name: str, folder: str) -> bool:
+    path = Path(name)
+    return (
+        path.parent == Path(folder)
+        and path.suffix in (".safetensors", ".bin", ".json")
+        and (path.name not in (TRAINER_STATE_NAME, "training_args.bin"))
+    )
+
+
+def _difference(file: Path, facts: dict[str, object]) -> str | None:
+    """What tells a file from the one that the manifest describes."""
+    try:
+        size = file.stat().st_size
+        if size != facts["size"]:
+            return f"is {size} bytes long, not {facts['size']}"
+        return None if sha256(file) == facts["sha256"] else "has another sha256 than when it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _damaged_form(path: Path, only: str | None) -> dict[str, str]:
+    """What is wrong with a checkpoint of stock `Trainer`, as far as its form tells."""
+    wrong = {}
+    if only is None and not (path / TRAINER_STATE_NAME).is_file():
+        wrong[TRAINER_STATE_NAME] = "is missing"
+    if (path / UNFINISHED).is_file():
+        wrong[UNFINISHED] = "says that the save did not come to its end"
+    if not any((path / name).is_file() for name in (*WEIGHT_FILES, *ADAPTER_FILES)):
+        wrong[SAFE_WEIGHTS_NAME] = "is missing, and there are no other weights"
+    for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+        for shard in _shards(path / index):
+            if not (path / shard).is_file():
+                wrong[shard] = f"is missing, though {index} names it"
+    for file in sorted(p for p in path.iterdir() if p.is_file()):
+        if only is None or _belongs_to_model(file.name, only):
+            problem = _malformed(file)
+            if problem:
+                wrong[file.name] = problem
+    return wrong
+
+
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def _malformed(file: Path) -> str | None:
+    """Why a file cannot be what its name says; torch's files are zip archives with a checksum of every part."""
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_text(encoding="utf-8"))
+        elif file.suffix == ".safetensors":
+            with safe_open(file, framework="pt"):
+                pass
+        elif file.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(file) as archive:
+                bad = archive.testzip()
+            return None if bad is None else f"has another checksum in its part {bad} than when it was written"
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"cannot be read ({error})"
+    return None

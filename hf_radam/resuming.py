@@ -1,0 +1,165 @@
+"""The half of the trainer that resumes: which checkpoint, what it must agree with, and what is loaded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from hf_radam import checkpoint, resume_checks, storage
+from hf_radam.averaging import WeightAverage
+from hf_radam.evaluation import EvaluationWeights
+from hf_radam.extension import Extension, extend
+from hf_radam.loading import evaluation_folder
+from hf_radam.manifest import CheckpointError
+from hf_radam.parts import PartsMixin
+from hf_radam.runs import PREFIX, check_resumable, newest, pinned_folder
+from hf_radam.support import is_peft
+
+logger = logging.get_logger(__name__)
+
+
+class ResumingMixin(PartsMixin):
+    """Overrides of `Trainer`'s resuming and loading; `RAdamTrainerMixin` brings what they speak of."""
+
+    _extension: Extension | None = None
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Choose the checkpoint to go on from, whole and verified: upstream takes the one with the highest number.
+
+        Raises:
+            CheckpointError: if the checkpoint named is damaged, or there is none to go on from.
+        """
+        self._extension = None
+        if self._active:
+            resume_from_checkpoint = self._chosen(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    # ---- Which checkpoint ----
+
+    def _chosen(self, wanted: str | bool | None) -> str | None:
+        """The checkpoint to go on from, or None to begin; the first process looks, and all go by what it finds."""
+        if self.args.extend_from is not None:
+            if isinstance(wanted, str):
+                raise ValueError(
+                    f"extend_from={self.args.extend_from} and resume_from_checkpoint={wanted} both say where to go on "
+                    "from: drop one."
+                )
+            self._extension = self._agreed(lambda: extend(self.args))
+            if self._extension.kept:
+                self.args.go_on_with_schedule(**self._extension.kept)
+            if self.is_world_process_zero():
+                print(self._extension.words)
+            return str(self._extension.checkpoint)
+        if wanted is None or wanted is False:
+            return None
+        return self._agreed(lambda: self._newest() if wanted is True else self._named(str(wanted)))
+
+    def _newest(self) -> str:
+        run = Path(str(self.args.output_dir))
+        storage.recover(run)
+        place = newest(run, check_resumable)
+        if place is None:
+            raise CheckpointError(
+                f"There is no whole checkpoint in {run} to resume from: leave resume_from_checkpoint out to begin."
+            )
+        return str(place.path)
+
+    def _named(self, path: str) -> str:
+        resume_checks.check_checkpoint(path)
+        return path
+
+    def _agreed(self, decide: Callable[[], Any]) -> Any:
+        """What `decide` returns or raises on the first process, on every process."""
+        outcome: list[Any] = [None, None]
+        if self.is_world_process_zero():
+            try:
+                outcome[0] = decide()
+            except (ValueError, OSError) as error:
+                outcome[1] = error
+        if self.args.world_size > 1:
+            broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    # ---- What is loaded ----
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Read the training weights as `from_pretrained` does: upstream silently skips keys that files spell otherwise.
+
+        Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23).
+        """
+        if self._active and model is None and isinstance(self._bare_model, PreTrainedModel):
+            checkpoint.load_weights(self._bare_model, resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both as upstream does, and refuse what it would let pass: see `hf_radam.resume_checks`."""
+        if checkpoint is None or not self._active:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.lr_scheduler is not None
+        with resume_checks.same_optimizer(self._bare_optimizer, name=self._optimizer_name, checkpoint=checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        if not isinstance(self.lr_scheduler, LambdaLR):
+            return
+        if self._extension is not None and self._extension.leaves_decay:
+            resume_checks.set_learning_rate(self.lr_scheduler)
+        else:
+            resume_checks.check_same_learning_rate(
+                self.lr_scheduler, checkpoint=checkpoint, total_steps=self.state.max_steps
+            )
+
+    def _go_on_from(self, average: WeightAverage | None, train_dataloader: Any, checkpoint: str) -> None:
+        """Check the place in the data, restore the average, and keep the checkpoint if it is one that is pinned."""
+        if not self.args.ignore_data_skip and self.state.global_step < self.state.max_steps:
+            resume_checks.check_data(self.state, train_dataloader, checkpoint=checkpoint)
+        if average is None:
+            resume_checks.warn_of_dropped_average(checkpoint)
+        else:
+            step = self.state.global_step
+            resume_checks.restore_average(average, self._bare_model, checkpoint=checkpoint, step=step)
+        self._keep_pinned(Path(checkpoint))
+
+    def _keep_pinned(self, checkpoint: Path) -> None:
+        """Pin the checkpoint that is gone on from where this run would have pinned it and has not."""
+        schedule = self.args.schedule(self.state.max_steps)
+        folder = None if schedule is None else pinned_folder(schedule.keywords, self._updates_scheduled())
+        run = Path(str(self.args.output_dir))
+        if folder is not None and self.args.should_save:
+            place = Path(folder, f"{PREFIX}{self.state.global_step}")
+            if not (run / place).exists():
+                storage.recover(run)
+                storage.link_tree(checkpoint, run / storage.STAGING / place)
+                storage.publish(run, place)
+                storage.remove_staging(run)
+        self.accelerator.wait_for_everyone()
+
+    def _load_best_model(self) -> None:
+        """Leave the best evaluation weights in the model: upstream would load the checkpoint's training weights."""
+        if not self._active or is_peft(self._bare_model):  # adapters are refused where evaluation has its own weights
+            super()._load_best_model()
+            return
+        best = self.state.best_model_checkpoint
+        assert best is not None, "upstream asks only after a best checkpoint was saved"
+        logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
+        checkpoint.load_weights(self._bare_model, evaluation_folder(best))
+        if self._schedule_free is not None:
+            self._schedule_free.forget_training_weights()
+        self.average = None
+        self._evaluation = EvaluationWeights(self._bare_model)
+        self._best_model_loaded = True

@@ -1,0 +1,241 @@
+"""The half of the trainer that saves: training weights at a checkpoint's root, the others beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers.utils import logging
+
+from hf_radam import __version__, checkpoint, manifest, storage
+from hf_radam.hub import push_evaluation_weights
+from hf_radam.just_in_time import SaveBetweenUpdates
+from hf_radam.names import SchedulerName
+from hf_radam.parts import PartsMixin
+from hf_radam.runs import PREFIX, pinned_folder, rotate
+
+logger = logging.get_logger(__name__)
+
+
+class CheckpointSaveError(OSError):
+    """A checkpoint that could not be written; every earlier one is as it was."""
+
+
+class SavingMixin(PartsMixin):
+    """Overrides of `Trainer`'s saving; `RAdamTrainerMixin` brings what they speak of."""
+
+    _saving_checkpoint: bool = False
+    _last_saved: tuple[int, bool] | None = None
+    """Update of the last save, and whether it is at the run's root or only pinned."""
+
+    @contextmanager
+    def evaluation_weights(self) -> Iterator[None]:
+        """Context in which `trainer.model` holds the evaluation weights; the training weights come back bit for bit."""
+        with self._evaluation.applied():
+            yield
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the evaluation weights; inside a checkpoint the training weights, and the others beside them.
+
+        Upstream's `_internal_call` is also set by `push_to_hub()`, so checkpoints have a mark of their own.
+        """
+        if not self._saving_checkpoint:
+            target = self.args.output_dir if output_dir is None else output_dir
+            if self._active and target is not None and Path(target, manifest.MANIFEST_NAME).is_file():
+                raise ValueError(
+                    f"save_model({target!r}) would overwrite the training weights of that checkpoint with evaluation "
+                    "weights: save to another folder. (The checkpoint holds both.)"
+                )
+            with self.evaluation_weights():
+                super().save_model(output_dir, _internal_call)
+            return
+        assert output_dir is not None
+        super().save_model(output_dir, _internal_call)
+        # What upstream's root gets, too
+        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+        for name, weights in self._evaluation.folders():
+            if self.args.should_save:
+                folder = Path(output_dir, name)
+                checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
+
+    # ---- When ----
+
+    def _maybe_log_save_evaluate(
+        self,
+        tr_loss: torch.Tensor,
+        grad_norm: torch.Tensor | float | None,
+        model: nn.Module,
+        trial: Any,
+        epoch: float,
+        ignore_keys_for_eval: list[str] | None,
+        start_time: float,
+        learning_rate: float | None = None,
+    ) -> None:
+        """Save what `save_strategy` does not know of: what is pinned, and the state after a SIGTERM."""
+        super()._maybe_log_save_evaluate(
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+        )
+        if not self._active:
+            return
+        step = self.state.global_step
+        if SaveBetweenUpdates.requested(self):
+            self.control.should_training_stop = True
+            if self._last_saved != (step, True):
+                self._write_checkpoint(model, trial, at_root=True)
+        elif self._pinned_in() is not None and (self._last_saved is None or self._last_saved[0] != step):
+            self._write_checkpoint(model, trial, at_root=False)
+
+    def _pinned_in(self) -> str | None:
+        """The folder in which the state after the update just made is kept for good, if it is."""
+        schedule = self.args.schedule(self.state.max_steps)
+        if schedule is None or self.accelerator.optimizer_step_was_skipped:
+            return None
+        return pinned_folder(schedule.keywords, self._updates_scheduled())
+
+    # ---- Where and how ----
+
+    def _get_output_dir(self, trial: Any) -> str:
+        """While a checkpoint is written, the place where it is staged."""
+        run = super()._get_output_dir(trial)
+        return os.path.join(run, storage.STAGING) if self._saving_checkpoint else run
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Have upstream write the checkpoint aside, and rename it into place when it is whole and on the disk."""
+        if self._active:
+            self._write_checkpoint(model, trial, at_root=True)
+            return
+        run, name = Path(self._get_output_dir(trial)), f"{PREFIX}{self.state.global_step}"
+        if self.args.should_save and manifest.is_ours(run / name):
+            storage.remove(run, run / name)  # upstream would write between our files
+        super()._save_checkpoint(model, trial)
+
+    def _write_checkpoint(self, model: nn.Module, trial: Any, *, at_root: bool) -> None:
+        """Write the state after the last update: at the run's root, and where it is pinned."""
+        run, step = Path(self._get_output_dir(trial)), self.state.global_step
+        name = f"{PREFIX}{step}"
+        pin = self._pinned_in()
+        places = [Path(pin, name)] if pin else []
+        places += [Path(name)] if at_root else []
+        best_before = self.state.best_model_checkpoint
+        self._mark_state()
+        try:
+            with self._checkpoint_mark():
+                if self.args.should_save:
+                    storage.recover(run)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+            self._correct_best(run, best_before, written=step if at_root else None)
+            if self.args.should_save:
+                self._publish(run, name, places)
+        except BaseException as error:
+            self.state.best_model_checkpoint = best_before
+            self._abandon(run, name, error)
+            raise
+        self.accelerator.wait_for_everyone()
+        self._last_saved = (step, at_root)
+        if at_root:
+            self._push_and_rotate(run, run / name)
+
+    def _correct_best(self, run: Path, before: str | None, *, written: int | None) -> None:
+        """Let the state name the best checkpoint by its name in the run: upstream looked where this one is staged."""
+        self.state.best_model_checkpoint = before
+        best = self.state.best_global_step
+        if best and (best == written or (run / f"{PREFIX}{best}").is_dir()):
+            self.state.best_model_checkpoint = str(run / f"{PREFIX}{best}")
+
+    def _publish(self, run: Path, name: str, places: list[Path]) -> None:
+        """Complete the staged checkpoint and give it its places; the files are stored once."""
+        staging = run / storage.STAGING
+        self.state.save_to_json(str(staging / name / manifest.TRAINER_STATE_NAME))
+        self._write_manifest(staging / name)
+        for place in places:
+            if staging / place != staging / name:
+                storage.link_tree(staging / name, staging / place)
+        for place in places:
+            storage.publish(run, place)
+        storage.remove_staging(run)
+
+    def _abandon(self, run: Path, name: str, error: BaseException) -> None:
+        """Remove what a failed save left, and say what to do if it was the disk that failed it."""
+        if self.args.should_save:
+            with suppress(OSError):
+                storage.recover(run)
+        # Torch tells of a failed write in a RuntimeError, by the file of its source that found it.
+        if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):
+            raise CheckpointSaveError(
+                f"{run / name} could not be written: {error} ({storage.free_space(run)}). Every earlier checkpoint is "
+                "as it was: make room in the folder or make it writable, and go on with --resume_from_checkpoint true."
+            ) from error
+
+    def _push_and_rotate(self, run: Path, written: Path) -> None:
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(written))
+        if self.args.should_save:
+            best = self.state.best_model_checkpoint
+            protected = {written, *([Path(best)] if best else [])}
+            rotate(run, self.args.save_total_limit, protected=protected)
+
+    def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Mark the save as a checkpoint's here as well: a trial of Ray resumes from it, and Ray moves it when whole."""
+        self._mark_state()
+        with self._checkpoint_mark():
+            super()._tune_save_checkpoint(checkpoint_dir)
+        if self._active and self.args.should_save:
+            self._write_manifest(Path(checkpoint_dir, f"{PREFIX}{self.state.global_step}"))
+
+    def _mark_state(self) -> None:
+        states: Any = self.state.stateful_callbacks  # upstream's type is that of the argument it is made from
+        states[manifest.MARK] = manifest.mark(self.state.global_step)
+
+    @contextmanager
+    def _checkpoint_mark(self) -> Iterator[None]:
+        if self._evaluation.inside:
+            raise RuntimeError(
+                "The model holds the evaluation weights here (evaluation_weights()), and a checkpoint's root must hold "
+                "those that train: save the checkpoint outside."
+            )
+        self._saving_checkpoint = True
+        try:
+            yield
+        finally:
+            self._saving_checkpoint = False
+
+    def _write_manifest(self, folder: Path) -> None:
+        schedule = self.args.schedule(self.state.max_steps)
+        content = {
+            "hf_radam_version": __version__,
+            "method": {
+                "optim": self._optimizer_name,
+                "lr_scheduler_type": SchedulerName(self.args.lr_scheduler_type).value,
+                "ewa": self.args.ewa,
+            },
+            "global_step": self.state.global_step,
+            "max_steps": self.state.max_steps,
+            "learning_rate": self.args.learning_rate,
+            "weight_decay": self.args.weight_decay,
+            "warmup_steps": self.args.get_warmup_steps(self.state.max_steps),
+            "schedule": None if schedule is None else dict(schedule.keywords),
+            "schedule_step": self._updates_scheduled(),
+            "averaging": manifest.describe_average(self.average, requested_start_step=self.args.ewa_start_step),
+            "evaluation": {"folder": self._evaluation.source, **manifest.parameter_dtypes(self._bare_model)},
+        }
+        manifest.write_manifest(folder, content)
+
+    # ---- Hub ----
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push the evaluation weights as the model: upstream copies the checkpoint's root, the training weights.
+
+        Upstream calls this before the checkpoint has its place; then it is put off.
+        """
+        if not self._active:
+            super()._push_from_checkpoint(checkpoint_folder)
+        elif not self._saving_checkpoint:
+            push_evaluation_weights(self, checkpoint_folder, push_model=super()._push_from_checkpoint)

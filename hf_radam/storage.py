@@ -1,0 +1,165 @@
+"""Folders that are there whole or not at all: written aside, flushed to the disk, then renamed into place.
+
+    run/
+      _staging/checkpoint-500/            being written
+      _staging/replaced/checkpoint-500/   an older one of that name, while the new one takes its place
+      checkpoint-500/                     whole: it got its name by a rename after everything in it was on the disk
+
+A rename within a file system is atomic, so a process that is killed leaves the old state or the new one. Only where a
+folder of that name exists are there two renames; `recover` finishes what was begun between them.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+STAGING = "_staging"
+"""In the run's folder, so in its file system; upstream keeps names with a leading underscore off the hub."""
+REPLACED = "replaced"
+CHUNK = 2**22  # bytes
+SEALING_THREADS = 4
+"""So that the disk writes one file while another is read for its checksum."""
+
+NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
+
+
+def sha256(file: Path) -> str:
+    """The sha256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Have the operating system write a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # a folder cannot be opened there
+    descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def seal(folder: Path) -> dict[str, tuple[int, str]]:
+    """Flush every file and folder in `folder`, and itself.
+
+    Returns:
+        Size in bytes and sha256 of every file, by its path in the folder.
+    """
+
+    def sealed(file: Path) -> tuple[str, tuple[int, str]]:
+        checksum = sha256(file)
+        flush(file)
+        return file.relative_to(folder).as_posix(), (file.stat().st_size, checksum)
+
+    inside = sorted(folder.rglob("*"))
+    with ThreadPoolExecutor(SEALING_THREADS) as pool:
+        facts = dict(pool.map(sealed, [path for path in inside if path.is_file()]))
+    for path in [path for path in inside if path.is_dir()][::-1] + [folder]:
+        flush(path)
+    return facts
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Make a folder with the same files: by hard links where the file system has them, else by copies, flushed."""
+    target.mkdir(parents=True)
+    for path in sorted(source.rglob("*")):
+        copy = target / path.relative_to(source)
+        if path.is_dir():
+            copy.mkdir()
+            continue
+        try:
+            os.link(path, copy)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            shutil.copy2(path, copy)
+            flush(copy)
+    for path in [path for path in sorted(target.rglob("*")) if path.is_dir()][::-1] + [target]:
+        flush(path)
+
+
+def publish(run: Path, inside: Path) -> None:
+    """Give a staged folder its place: `run/_staging/<inside>` becomes `run/<inside>`, safe at every instant.
+
+    A folder that has the name already is moved aside first, and removed afterwards.
+
+    Args:
+        run: folder of the run.
+        inside: path of the folder in it; `seal` or `link_tree` flushed what is staged there.
+    """
+    staged, target, aside = run / STAGING / inside, run / inside, run / STAGING / REPLACED / inside
+    target.parent.mkdir(parents=True, exist_ok=True)
+    replaces = target.exists()
+    if replaces:
+        aside.parent.mkdir(parents=True, exist_ok=True)
+        _move(target, aside)
+    try:
+        _move(staged, target)
+    except OSError:
+        if replaces and not target.exists():
+            _move(aside, target)
+        raise
+    flush(run)
+    if replaces:
+        shutil.rmtree(aside)
+
+
+def _move(source: Path, target: Path) -> None:
+    source.rename(target)
+    flush(target.parent)
+    flush(source.parent)
+
+
+def interrupted(run: Path) -> Iterator[tuple[Path, Path]]:
+    """Every folder that lost its place to a successor which did not take it any more.
+
+    Yields:
+        The path the folder had, and where its successor is, which is whole: it was flushed before the first rename.
+    """
+    staging = run / STAGING
+    for aside in sorted([*(staging / REPLACED).glob("checkpoint-*"), *(staging / REPLACED).glob("_*/checkpoint-*")]):
+        inside = aside.relative_to(staging / REPLACED)
+        if not (run / inside).exists():
+            yield run / inside, staging / inside if (staging / inside).is_dir() else aside
+
+
+def recover(run: Path) -> None:
+    """Finish what a killed process had begun, and remove what it left; nothing that was whole is lost.
+
+    Only a process that is about to write into the run may call this.
+    """
+    for target, successor in interrupted(run):
+        _move(successor, target)
+    remove_staging(run)
+
+
+def remove_staging(run: Path) -> None:
+    """Remove whatever is staged in a run."""
+    if (run / STAGING).exists():
+        shutil.rmtree(run / STAGING)
+
+
+def remove(run: Path, folder: Path) -> None:
+    """Remove a folder of the run at once: it loses its name before its first file goes."""
+    trash = run / STAGING / "removed" / folder.name
+    trash.parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(trash)
+    shutil.rmtree(run / STAGING)
+
+
+def free_space(folder: Path) -> str:
+    """Room that is left in the file system of `folder`, for a message."""
+    try:
+        return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
+    except OSError as error:
+        return f"free space unknown: {error}"
