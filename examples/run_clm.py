@@ -20,7 +20,6 @@ import datasets
 import transformers
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from clm_arguments import DataArguments, ModelArguments, parse_arguments
 from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, validation_blocks
@@ -29,6 +28,7 @@ from clm_parser import InputError, fail
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
 from hf_radam.manifest import CheckpointError
+from hf_radam.runs import checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,9 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
     """
     wanted = training_args.resume_from_checkpoint
     output_dir = training_args.output_dir
-    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if training_args.extend_from is not None:
+        return None  # the trainer goes on from that run, or from its own checkpoints of the longer schedule
+    last = next((str(place.path) for place in checkpoints(output_dir)), None)
     if wanted is None or wanted.lower() == "false":
         if training_args.do_train and last is not None:
             raise InputError(

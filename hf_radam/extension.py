@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_radam.argument_checks import HorizonError
 from hf_radam.describe import describe_schedule
 from hf_radam.manifest import CheckpointError, read_manifest
 from hf_radam.names import SchedulerName
@@ -52,6 +53,7 @@ def extend(args: RAdamTrainingArguments) -> Extension:
 
     Raises:
         CheckpointError: if no checkpoint of the run can be gone on from to that total; the message says why.
+        HorizonError: if that total is no extension.
     """
     assert args.extend_from is not None
     source = _source(Path(args.extend_from), args)
@@ -63,6 +65,7 @@ def extend(args: RAdamTrainingArguments) -> Extension:
         )
     schedule = args.schedule(args.max_steps)
     keywords = None if schedule is None else dict(schedule.keywords)
+    _check_decay_to_come(keywords, manifest["schedule_step"] if manifest else source.step, source.path)
     new = describe_schedule(keywords, name=SchedulerName(args.lr_scheduler_type).value, total_steps=args.max_steps)
 
     def check_own(checkpoint: Path) -> None:
@@ -90,62 +93,67 @@ def _source(root: Path, args: RAdamTrainingArguments) -> Place:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
     step = step_of(root)
     places = checkpoints(root) if step is None else [Place(step, "", root)]
-    reasons: list[str] = []
+    damaged: list[str] = []
+    in_decay: list[str] = []
     total_checked = False
     for place in places:
         try:
             manifest = read_manifest(place.path)
-        except CheckpointError as error:
-            reasons.append(str(error))
-            continue
-        if manifest is not None and not total_checked:
-            _check_total(manifest, args.max_steps, root)
-            total_checked = True
-        try:
-            _check_place(manifest, place, args)
+            if manifest is not None and not total_checked:
+                _check_total(manifest, root, args)
+                total_checked = True
+            reason = None if manifest is None else _in_decay(manifest, place.path)
+            if reason is not None:
+                in_decay.append(reason)
+                continue
             check_resumable(place.path)
         except CheckpointError as error:
-            reasons.append(str(error))
+            damaged.append(str(error))
             continue
-        for reason in reasons:
-            logger.warning("Passing over: %s", reason)
+        for text in damaged:
+            logger.warning("Passing over: %s", text)
+        if manifest is not None:
+            args.go_on_with_schedule(**_kept(manifest))
         return place
-    why = " ".join(reasons) if reasons else "There is no checkpoint in it."
+    why = " ".join([*damaged, *in_decay]) or "There is no checkpoint in it."
     raise CheckpointError(f"extend_from={root}: nothing to go on from to {args.max_steps} updates. {why}")
 
 
-def _check_total(newest_manifest: Mapping[str, Any], total_steps: int, root: Path) -> None:
-    """Raise `CheckpointError` if the new total is no extension of what was planned (WSD) or done (others)."""
-    schedule = newest_manifest["schedule"]
-    if schedule is not None and "total_steps" in schedule and total_steps < schedule["total_steps"]:
-        raise CheckpointError(
-            f"max_steps={total_steps} is fewer than the {schedule['total_steps']} updates of {root}: raise it, or for "
-            f"a shorter decay resume the pre-decay checkpoint, --resume_from_checkpoint {root}/_pre_decay/checkpoint-N."
+def _check_total(newest_manifest: Mapping[str, Any], root: Path, args: RAdamTrainingArguments) -> None:
+    """Raise `HorizonError` if the new total is no extension of what was planned (WSD) or done (others)."""
+    schedule, total = newest_manifest["schedule"], args.max_steps
+    if schedule is not None and "total_steps" in schedule:
+        if total < schedule["total_steps"]:
+            raise HorizonError(
+                f"max_steps={total} is fewer than the {schedule['total_steps']} updates of {root}: raise it, or for a "
+                f"shorter decay resume the pre-decay checkpoint: --resume_from_checkpoint "
+                f"{root}/_pre_decay/checkpoint-N."
+            )
+        return
+    done = newest_manifest["schedule_step"]
+    in_place = root.resolve() == Path(str(args.output_dir)).resolve()  # the command may be given again at the end
+    if total < done or (total == done and not in_place):
+        raise HorizonError(
+            f"max_steps={total} leaves nothing to train: {root} has had {done} updates. Raise max_steps, the new total."
         )
-    if (schedule is None or "budgets" in schedule) and total_steps <= newest_manifest["schedule_step"]:
-        raise CheckpointError(
-            f"max_steps={total_steps} leaves nothing to train: {root} has had {newest_manifest['schedule_step']} "
-            "updates. Raise max_steps, the new total."
-        )
 
 
-def _check_place(manifest: Mapping[str, Any] | None, place: Place, args: RAdamTrainingArguments) -> None:
-    """Raise `CheckpointError` if one checkpoint stands in a decay, of the old schedule or of the new one."""
-    step = place.step
-    if manifest is not None:
-        step, schedule = manifest["schedule_step"], manifest["schedule"]
-        if not at_budget(manifest):
-            _check_outside_decays(schedule, step, place.path, "the schedule it was trained with")
-        args.go_on_with_schedule(**_kept(manifest))
-    new = args.schedule(args.max_steps)
-    _check_outside_decays(None if new is None else new.keywords, step, place.path, "the new schedule")
+def _in_decay(manifest: Mapping[str, Any], checkpoint: Path) -> str | None:
+    """Why a checkpoint is nothing to extend from, if it is in a decay; the end of one belongs to it, but for WSD-S."""
+    step = manifest["schedule_step"]
+    for start, end in [] if at_budget(manifest) else decays(manifest["schedule"]):
+        if start < step <= end:
+            return f"{checkpoint} stands at update {step}, in the decay from {start} to {end}."
+    return None
 
 
-def _check_outside_decays(schedule: Mapping[str, Any] | None, step: int, checkpoint: Path, whose: str) -> None:
+def _check_decay_to_come(schedule: Mapping[str, Any] | None, step: int, checkpoint: Path) -> None:
+    """Raise `HorizonError` if a decay of the new schedule should have begun before the checkpoint."""
     for start, end in decays(schedule):
-        if start < step and (step < end or (step == end and "total_steps" in (schedule or {}))):
-            raise CheckpointError(
-                f"{checkpoint} stands at update {step}, in the decay of {whose} (updates {start} to {end})."
+        if start < step < end:
+            raise HorizonError(
+                f"The decay to update {end} would begin at {start}, before {checkpoint} at update {step}: raise "
+                "max_steps, shorten decay_steps, or name an earlier checkpoint of the run in extend_from."
             )
 
 

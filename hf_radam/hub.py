@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.trainer_utils import HubStrategy
 from hf_radam.storage import STAGING, remove_staging
 
 
-def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callable[[str], None]) -> None:
+def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callable[[str], None]) -> Future[Any] | None:
     """Push the evaluation weights as the model, then the checkpoint as it is where `hub_strategy` asks for it.
 
     Every process calls it; only the first one pushes, in the background.
@@ -22,11 +23,14 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
         checkpoint: the checkpoint's folder.
         push_model: upstream's push, which takes the model from the folder it is given. It would also send that folder
             as the checkpoint, so it runs under a strategy that sends the model alone.
+
+    Returns:
+        The upload of the checkpoint, which reads its files until it is done; None if there is none.
     """
     args = trainer.args
     strategy = args.hub_strategy
     if strategy == HubStrategy.END:
-        return
+        return None
     with_checkpoint = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
     busy = trainer.is_world_process_zero() and _busy(trainer)
     staging = Path(args.output_dir, STAGING, "push")
@@ -41,7 +45,8 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
         if args.should_save:
             remove_staging(Path(args.output_dir))
     if with_checkpoint and not busy and trainer.is_world_process_zero():
-        _push_checkpoint(trainer, Path(checkpoint))
+        return _push_checkpoint(trainer, Path(checkpoint))
+    return None
 
 
 def _busy(trainer: Any) -> bool:
@@ -50,7 +55,7 @@ def _busy(trainer: Any) -> bool:
     return not trainer.args.hub_always_push and last is not None and not last.is_done()
 
 
-def _push_checkpoint(trainer: Any, checkpoint: Path) -> None:
+def _push_checkpoint(trainer: Any, checkpoint: Path) -> Future[Any]:
     args = trainer.args
     job = HfApi().upload_folder(
         repo_id=trainer.hub_model_id,
@@ -62,3 +67,4 @@ def _push_checkpoint(trainer: Any, checkpoint: Path) -> None:
         revision=args.hub_revision,
     )
     trainer.push_in_progress.jobs.append(job)
+    return job

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class SavingMixin(PartsMixin):
     """Overrides of `Trainer`'s saving; `RAdamTrainerMixin` brings what they speak of."""
 
     _saving_checkpoint: bool = False
+    _uploads: Mapping[Path, Future[Any]] = MappingProxyType({})
     _last_saved: tuple[int, bool] | None = None
     """Update of the last save, and whether it is at the run's root or only pinned."""
 
@@ -179,7 +182,8 @@ class SavingMixin(PartsMixin):
             self._push_from_checkpoint(str(written))
         if self.args.should_save:
             best = self.state.best_model_checkpoint
-            protected = {written, *([Path(best)] if best else [])}
+            uploading = [folder for folder, job in self._uploads.items() if not job.done()]
+            protected = {written, *([Path(best)] if best else []), *uploading}
             rotate(run, self.args.save_total_limit, protected=protected)
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -238,4 +242,7 @@ class SavingMixin(PartsMixin):
         if not self._active:
             super()._push_from_checkpoint(checkpoint_folder)
         elif not self._saving_checkpoint:
-            push_evaluation_weights(self, checkpoint_folder, push_model=super()._push_from_checkpoint)
+            upload = push_evaluation_weights(self, checkpoint_folder, push_model=super()._push_from_checkpoint)
+            if upload is not None:
+                under_way = {folder: job for folder, job in self._uploads.items() if not job.done()}
+                self._uploads = under_way | {Path(checkpoint_folder): upload}

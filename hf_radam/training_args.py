@@ -196,7 +196,7 @@ class RAdamTrainingArguments(TrainingArguments):
         last = max(passed, default=0)
         late = [budget for budget in asked if budget <= last and budget not in passed]
         if late:
-            raise ValueError(
+            raise argument_checks.HorizonError(
                 f"budgets={self.budgets}: update {late[0]} of {num_training_steps} has passed in the run that is "
                 f"extended, which stands at its budget {last}: list later ones only, in updates."
             )
@@ -220,10 +220,10 @@ class RAdamTrainingArguments(TrainingArguments):
             step: updates that it has counted.
 
         Raises:
-            ValueError: if the arguments ask for another warm-up than the run had.
+            HorizonError: if the arguments ask for another warm-up than the run had.
         """
         if self.warmup_steps >= 1 and self.warmup_steps != warmup_steps:
-            raise ValueError(
+            raise argument_checks.HorizonError(
                 f"warmup_steps={self.warmup_steps}, but the run that is extended had {warmup_steps}: leave it out."
             )
         past = schedule if schedule is not None and "budgets" in schedule else {"budgets": [], "decay_steps": []}

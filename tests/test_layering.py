@@ -37,7 +37,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoint": ({"random_state", "manifest"}, ANY),
     "loading": ({"manifest", "integrity", "runs"}, ANY),
     "describe": (set(), set()),
-    "extension": ({"names", "training_args", "manifest", "runs", "describe"}, set()),
+    "extension": ({"argument_checks", "names", "training_args", "manifest", "runs", "describe"}, set()),
     "resume_checks": ({"averaging", "manifest", "checkpoint", "runs", "extension"}, ANY),
     "hub": ({"storage"}, ANY),
     "just_in_time": (set(), ANY),

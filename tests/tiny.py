@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 
@@ -104,6 +111,16 @@ def loss_of(model: PreTrainedModel) -> float:
     with torch.no_grad():
         losses = [model(**{k: v[None] for k, v in row.items()}).loss.double() for row in EVAL]
     return float(torch.stack(losses).mean())
+
+
+class StopAfter(TrainerCallback):
+    """Ends the training after an update, as an interruption would: nothing is saved that is not due."""
+
+    def __init__(self, update: int):
+        self.update = update
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= state.global_step >= self.update
 
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,250 @@
+"""`--extend_from`: a run that goes on is, bit for bit, the run that was planned for the new length from the start."""
+
+import json
+import os
+import re
+import shutil
+
+import pytest
+import tiny
+from transformers import Trainer, TrainingArguments
+
+from hf_radam.argument_checks import HorizonError
+from hf_radam.manifest import CheckpointError, read_manifest
+
+WSD = {"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True, "ewa_every": 3}
+WSD_S = {"optim": "radam", "lr_scheduler_type": "wsd_s", "ewa": True, "ewa_decay": 0.9}
+
+
+def run(folder, *, until=None, source=None, resume=None, **options):
+    """Train for as long as the arguments say, or be interrupted after update `until`."""
+    if source is not None:
+        options["extend_from"] = str(source)
+    trainer = tiny.trainer(folder, **options)
+    if until is not None:
+        trainer.add_callback(tiny.StopAfter(until))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def state(trainer):
+    """Everything that training would go on with."""
+    average = trainer.average
+    optimizer = trainer.optimizer.state_dict()
+    moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    return (
+        tiny.parameters(trainer.model),
+        {} if average is None else average.averaged_state_dict() | {k: v for k, v in moments.items()},
+        None if average is None else average.counters(),
+        [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
+    )
+
+
+def assert_same(one, other):
+    for a, b in zip(state(one), state(other), strict=True):
+        assert tiny.same(a, b) if isinstance(a, dict) and a and hasattr(next(iter(a.values())), "shape") else a == b
+
+
+def test_wsd_of_400_updates_extended_to_800_is_the_run_of_800_up_to_its_decay_and_after(tmp_path):
+    run(tmp_path / "short", **WSD, max_steps=400)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD, max_steps=800)
+    planned = run(tmp_path / "planned", **WSD, max_steps=800)
+    assert_same(extended, planned)
+    for folder in ("extended", "planned"):
+        assert os.listdir(tmp_path / folder / "_pre_decay") == ["checkpoint-720"]
+    at_720 = [
+        run(tmp_path / name, until=720, source=source, **WSD, max_steps=800)
+        for name, source in (("a", tmp_path / "short"), ("b", None))
+    ]
+    assert_same(*at_720)
+
+
+def test_wsd_s_in_one_piece_is_400_extended_to_800(tmp_path):
+    whole = run(tmp_path / "whole", **WSD_S, budgets=[400], max_steps=800)
+    run(tmp_path / "short", **WSD_S, max_steps=400)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD_S, max_steps=800)
+    assert_same(whole, extended)
+    assert sorted(os.listdir(tmp_path / "whole" / "_budgets")) == ["checkpoint-400", "checkpoint-800"]
+    for update in (400, 800):
+        manifests = [read_manifest(tmp_path / run / f"_budgets/checkpoint-{update}") for run in ("whole", "extended")]
+        weights = [manifest["files"]["model.safetensors"] for manifest in manifests]
+        assert weights[0] == weights[1]
+    assert manifests[0]["schedule"] == manifests[1]["schedule"]
+
+
+@pytest.mark.parametrize("method", ["ewa", "schedule_free", "schedule_free_ewa"])
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_constant_rates_go_on_from_the_last_checkpoint(tmp_path, method, warmup):
+    options = tiny.METHODS[method] | {"warmup_steps": warmup, "save_strategy": "steps", "save_steps": 10}
+    run(tmp_path / "short", **options, max_steps=20)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **options, max_steps=36)
+    planned = run(tmp_path / "planned", **options, max_steps=36)
+    assert_same(extended, planned)
+
+
+def test_the_warm_up_stays_where_it_was_though_it_was_a_ratio(tmp_path, capsys):
+    options = WSD | {"warmup_steps": 0.5, "decay_steps": 0.2}
+    run(tmp_path / "short", **options, max_steps=20)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **options, max_steps=40)
+    assert "warm-up 10 updates, peak until update 32" in capsys.readouterr().out
+    planned = run(tmp_path / "planned", **options | {"warmup_steps": 10}, max_steps=40)
+    assert_same(extended, planned)
+    with pytest.raises(ValueError, match="warmup_steps=12, but the run that is extended had 10: leave it out"):
+        run(tmp_path / "x", source=tmp_path / "short", **options | {"warmup_steps": 12}, max_steps=40)
+
+
+def test_several_extensions_in_a_row_in_place_and_elsewhere(tmp_path, capsys):
+    run(tmp_path / "a", **WSD, max_steps=20, save_strategy="steps", save_steps=10)
+    run(tmp_path / "a", source=tmp_path / "a", **WSD, max_steps=40, save_strategy="steps", save_steps=10)
+    last = run(tmp_path / "b", source=tmp_path / "a", **WSD, max_steps=60)
+    assert f"from {tmp_path / 'a' / '_pre_decay' / 'checkpoint-36'}" in capsys.readouterr().out
+    assert_same(last, run(tmp_path / "planned", **WSD, max_steps=60))
+    assert sorted(os.listdir(tmp_path / "a" / "_pre_decay")) == ["checkpoint-18", "checkpoint-36"]
+
+
+def test_wsd_s_several_extensions_in_a_row(tmp_path):
+    run(tmp_path / "a", **WSD_S, max_steps=20)
+    run(tmp_path / "b", source=tmp_path / "a", **WSD_S, max_steps=40)
+    last = run(tmp_path / "c", source=tmp_path / "b", **WSD_S, budgets=[50], max_steps=60)
+    whole = run(tmp_path / "whole", **WSD_S, budgets=[20, 40, 50], max_steps=60)
+    assert_same(last, whole)
+    with pytest.raises(ValueError, match="budgets=\\[30\\]: update 30 of 60 has passed .* stands at its budget 40"):
+        run(tmp_path / "x", source=tmp_path / "b", **WSD_S, budgets=[30], max_steps=60)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_several_decays_branch_from_one_pre_decay_checkpoint(tmp_path, shape):
+    options = WSD | {"decay_steps": 5}
+    run(tmp_path / "trunk", **options, max_steps=20)
+    branch = run(tmp_path / shape, source=tmp_path / "trunk", **options, decay_type=shape, max_steps=20)
+    planned = run(tmp_path / "planned", **options, decay_type=shape, max_steps=20)
+    assert_same(branch, planned)
+    # The branch has a pre-decay checkpoint of its own, so it can be extended without the trunk.
+    shutil.rmtree(tmp_path / "trunk")
+    longer = run(tmp_path / "longer", source=tmp_path / shape, **options, decay_type=shape, max_steps=30)
+    assert_same(longer, run(tmp_path / "planned30", **options, decay_type=shape, max_steps=30))
+
+
+def test_a_decay_branches_from_a_constant_run(tmp_path):
+    constant = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    run(tmp_path / "trunk", **constant, max_steps=20)
+    decayed = constant | {"lr_scheduler_type": "wsd", "decay_steps": 6}
+    branch = run(tmp_path / "branch", source=tmp_path / "trunk", **decayed, max_steps=26)
+    assert_same(branch, run(tmp_path / "planned", **decayed, max_steps=26))
+
+
+@pytest.mark.parametrize("options", [WSD, WSD_S], ids=["wsd", "wsd_s"])
+def test_the_command_can_be_given_again_after_an_interruption(tmp_path, options, capsys):
+    options = options | {"save_strategy": "steps", "save_steps": 7}
+    run(tmp_path / "short", **options, max_steps=20)
+    for folder in ("elsewhere", "short"):
+        run(tmp_path / folder, until=31, source=tmp_path / "short", **options, max_steps=40)
+        capsys.readouterr()
+        again = run(tmp_path / folder, source=tmp_path / "short", **options, max_steps=40)
+        assert f"from {tmp_path / folder / 'checkpoint-28'}\n" in capsys.readouterr().out
+        budgets = {"budgets": [20]} if options["lr_scheduler_type"] == "wsd_s" else {}
+        assert_same(again, run(tmp_path / "planned", **options | budgets, max_steps=40))
+
+
+def test_an_interrupted_run_is_extended_from_where_it_stood(tmp_path, capsys):
+    for name, options in (("wsd", WSD), ("wsd_s", WSD_S | {"budgets": [10]})):
+        options = options | {"save_strategy": "steps", "save_steps": 4}
+        run(tmp_path / name, until=13, **options, max_steps=40)
+        longer = run(tmp_path / f"{name}-longer", source=tmp_path / name, **options, max_steps=60)
+        assert f"from {tmp_path / name / 'checkpoint-12'}\n" in capsys.readouterr().out
+        assert_same(longer, run(tmp_path / f"{name}-planned", **options, max_steps=60))
+
+
+def test_resuming_a_finished_run_into_a_longer_schedule_is_refused_with_the_right_command(tmp_path):
+    for name, options in (("wsd", WSD), ("wsd_s", WSD_S)):
+        options = options | {"save_strategy": "steps", "save_steps": 10}
+        run(tmp_path / name, **options, max_steps=20)
+        command = f"extend the run: --extend_from {tmp_path / name} --max_steps 40"
+        for resume in (True, str(tmp_path / name / "checkpoint-20")):
+            with pytest.raises(CheckpointError, match=re.escape(command)):
+                run(tmp_path / name, resume=resume, **options, max_steps=40)
+
+
+def test_what_is_no_extension_is_refused(tmp_path):
+    run(tmp_path / "wsd", **WSD, max_steps=20, save_strategy="steps", save_steps=19)
+    ewa = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    run(tmp_path / "ewa", **ewa)
+    os.mkdir(tmp_path / "empty")
+    for name, options, total, message in (
+        ("wsd", WSD, 19, "max_steps=19 is fewer than the 20 updates"),
+        ("wsd", WSD | {"decay_steps": 15}, 25, "The decay to update 25 would begin at 10, before"),
+        ("ewa", ewa, 20, "max_steps=20 leaves nothing to train"),
+        ("ewa", ewa | {"lr_scheduler_type": "wsd", "decay_steps": 8}, 22, "would begin at 14, before"),
+        ("empty", ewa, 30, "There is no checkpoint in it"),
+        ("ewa", ewa | {"learning_rate": 0.02}, 30, "trained with learning_rate=0.01"),
+        ("ewa", ewa | {"optim": "adamw_torch"}, 30, "trained with optim=radam, the arguments say adamw_torch"),
+    ):
+        with pytest.raises((CheckpointError, HorizonError), match=re.escape(message)):
+            run(tmp_path / "x", source=tmp_path / name, **options, max_steps=total)
+    with pytest.raises(ValueError, match="both say where to go on from"):
+        run(tmp_path / "x", source=tmp_path / "ewa", resume=str(tmp_path), **ewa, max_steps=30)
+
+
+def test_a_damaged_pre_decay_checkpoint_is_passed_over(tmp_path, caplog):
+    options = WSD | {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "short", **options, max_steps=20)
+    (tmp_path / "short/_pre_decay/checkpoint-18/optimizer.pt").unlink()
+    (tmp_path / "short/checkpoint-18/hf_radam.json").unlink()  # not written into: the pinned one is the same file
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **options, max_steps=40)
+    for reason in ("_pre_decay/checkpoint-18/optimizer.pt is missing", "no hf_radam.json: it is damaged"):
+        assert reason in caplog.text
+    assert_same(extended, run(tmp_path / "planned", **options, max_steps=40))
+
+
+def test_one_checkpoint_may_be_named_as_the_source(tmp_path):
+    options = WSD | {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "short", **options, max_steps=20)
+    named = run(tmp_path / "named", source=tmp_path / "short" / "checkpoint-6", **options, max_steps=30)
+    assert named._extension.checkpoint == tmp_path / "short" / "checkpoint-6"
+    assert_same(named, run(tmp_path / "planned", **options, max_steps=30))
+
+
+def test_a_run_of_stock_trainer_is_extended(tmp_path):
+    common = {"optim": "adamw_torch", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 10}
+    args = tiny.arguments(tmp_path / "stock", **common).to_dict()
+    args = TrainingArguments(**{k: v for k, v in args.items() if k in TrainingArguments.__dataclass_fields__})
+    Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train()
+    options = common | {"lr_scheduler_type": "wsd", "decay_steps": 4, "max_steps": 30}
+    extended = run(tmp_path / "extended", source=tmp_path / "stock", **options)
+    planned = run(tmp_path / "planned", **options)
+    assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
+
+
+def test_the_pre_decay_checkpoint_is_stored_once_and_outlives_rotation(tmp_path):
+    options = WSD | {"max_steps": 20, "save_total_limit": 1, "save_strategy": "steps"}
+    run(tmp_path, **options, save_steps=18)  # a normal checkpoint falls on the same update
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["_pre_decay", "checkpoint-20"]
+    run(tmp_path / "both", **options | {"save_total_limit": 2}, save_steps=18)
+    kept, normal = tmp_path / "both/_pre_decay/checkpoint-18", tmp_path / "both/checkpoint-18"
+    files = [path for path in kept.rglob("*") if path.is_file()]
+    assert files and all(os.path.samefile(path, normal / path.relative_to(kept)) for path in files)
+    assert json.loads((kept / "trainer_state.json").read_text())["global_step"] == 18
+
+
+@pytest.mark.parametrize("strategy", ["no", "epoch", "best"])
+def test_pins_do_not_depend_on_the_save_strategy_and_change_nothing(tmp_path, strategy):
+    options = WSD | {"max_steps": 20, "save_strategy": strategy}
+    if strategy == "best":
+        options |= {"eval_strategy": "steps", "eval_steps": 9, "metric_for_best_model": "loss"}
+    pinned = run(tmp_path / "pinned", **options)
+    assert os.listdir(tmp_path / "pinned" / "_pre_decay") == ["checkpoint-18"]
+    plain = run(tmp_path / "plain", optim="radam", ewa=True, ewa_every=3, max_steps=18)  # constant: no pins
+    assert not (tmp_path / "plain" / "_pre_decay").exists()
+    resumed = run(tmp_path / "again", resume=str(tmp_path / "pinned/_pre_decay/checkpoint-18"), **options)
+    assert_same(pinned, resumed)
+    at_18 = run(tmp_path / "at", until=18, **options)
+    assert tiny.same(tiny.parameters(at_18.model), tiny.parameters(plain.model))
+
+
+def test_the_command_can_be_given_again_at_the_end(tmp_path):
+    for name, options in (("wsd", WSD), ("ewa", tiny.METHODS["ewa"])):
+        options = options | {"save_strategy": "steps", "save_steps": 10}
+        run(tmp_path / name, **options, max_steps=20)
+        first, again = (run(tmp_path / name, source=tmp_path / name, **options, max_steps=40) for _ in range(2))
+        assert again.state.global_step == 40
+        assert_same(first, again)

@@ -1,0 +1,121 @@
+"""SIGTERM with upstream's `enable_jit_checkpoint`: the state is saved between two updates, and resumes bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from hf_radam import RAdamTrainer
+from hf_radam.just_in_time import SaveBetweenUpdates
+
+TESTS = Path(__file__).parents[1]
+
+
+class Request(TrainerCallback):
+    """Asks for the checkpoint in the middle of an update, as upstream's timer does some time after a SIGTERM."""
+
+    def __init__(self, trainer, update, event):
+        self.manager = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")).jit_manager
+        self.update = update
+        setattr(self, event, self.ask)
+
+    def ask(self, args, state, control, **kwargs):
+        self.manager.is_checkpoint_requested |= state.global_step == self.update - 1
+
+
+@pytest.fixture(autouse=True)
+def sigterm_handler():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def options(method):
+    return tiny.METHODS[method] | {"gradient_accumulation_steps": 2, "enable_jit_checkpoint": True}
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"])
+@pytest.mark.parametrize("method", tiny.METHODS)
+def test_a_request_at_any_moment_of_an_update_is_met_after_it(tmp_path, method, event):
+    twin = tiny.trainer(tmp_path / "twin", **options(method))
+    twin.train()
+    for update in (3, 8):  # 8 is the last of its epoch
+        folder = tmp_path / str(update)
+        trainer = tiny.trainer(folder, **options(method))
+        trainer.add_callback(Request(trainer, update, event))
+        trainer.train()
+        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{update}"]
+        resumed = tiny.trainer(folder, **options(method))
+        resumed.train(resume_from_checkpoint=True)
+        assert tiny.same(tiny.parameters(twin.model), tiny.parameters(resumed.model))
+        if twin.average is not None:
+            assert tiny.same(twin.average.averaged_state_dict(), resumed.average.averaged_state_dict())
+
+
+def test_the_evaluation_that_decides_about_saving_does_not_decide_about_this_save(tmp_path):
+    """With `save_strategy="best"` an evaluation in that update says there is nothing to save."""
+    strategy = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+    trainer = tiny.trainer(tmp_path, **options("ewa"), **strategy, greater_is_better=True)  # the first is the best
+    trainer.add_callback(Request(trainer, 5, "on_pre_optimizer_step"))
+    trainer.train()
+    assert trainer.state.global_step == 5 and (tmp_path / "checkpoint-5" / "hf_radam.json").is_file()
+
+
+def test_with_none_of_our_methods_the_callback_is_upstreams(tmp_path):
+    trainer = tiny.trainer(tmp_path, enable_jit_checkpoint=True)
+    kinds = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
+    assert kinds == [JITCheckpointCallback]
+    ours = tiny.trainer(tmp_path, enable_jit_checkpoint=True, ewa=True)
+    assert [c for c in ours.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)] != []
+    assert not [c for c in ours.callback_handler.callbacks if type(c) is JITCheckpointCallback]
+    assert any(isinstance(c, SaveBetweenUpdates) for c in ours.callback_handler.callbacks)
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import tiny
+from transformers import TrainerCallback
+
+class Slow(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        print("update", state.global_step, flush=True)
+        time.sleep(0.1)
+
+trainer = tiny.trainer({folder!r}, max_steps=400, optim="radam", ewa=True, enable_jit_checkpoint=True)
+trainer.add_callback(Slow())
+trainer.train()
+"""
+
+
+def test_a_real_sigterm(tmp_path):
+    """Upstream waits three seconds after the signal, in case it is followed by a SIGKILL."""
+    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
+    script = SCRIPT.format(tests=str(TESTS), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:
+            if line.startswith("update 5"):
+                process.send_signal(signal.SIGTERM)
+                break
+        process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    update = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 5 < update < 400
+    common = {"optim": "radam", "ewa": True, "max_steps": update + 5}
+    resumed = tiny.trainer(tmp_path, **common)
+    resumed.train(resume_from_checkpoint=True)
+    twin = tiny.trainer(tmp_path / "twin", **common)
+    twin.train()
+    assert isinstance(resumed, RAdamTrainer)
+    assert tiny.same(tiny.parameters(resumed.model), tiny.parameters(twin.model))
+    assert tiny.same(resumed.average.averaged_state_dict(), twin.average.averaged_state_dict())
