@@ -102,11 +102,13 @@ class EvaluationWeights:
     def folders(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """Every set of weights that a checkpoint keeps beside the training weights, by the name of its folder.
 
+        Parameters that are not in a set are as in the model: frozen ones, of which a model with an adapter has many.
+
         While one is handed out the model's BatchNorm buffers are those that belong to it.
         """
         sources = [("ewa", self.averaged), ("schedule_free", self.optimizer is not None)]
         for source in [name for name, kept in sources if kept]:
-            weights = self._copy(source)
+            weights = self._weights(source)
             if self._recalibrate is None:
                 yield source, weights
                 continue
@@ -116,9 +118,9 @@ class EvaluationWeights:
                 load_statistics(self.model, recalibrated)
                 yield source, weights
 
-    def _copy(self, source: str) -> dict[str, Tensor]:
+    def _weights(self, source: str) -> dict[str, Tensor]:
         if source == "ewa":
             assert self.average is not None
-            return self.average.averaged_state_dict()
+            return self.average.state_dict()["averages"]
         assert self.optimizer is not None
-        return schedule_free_x(self.model, self.optimizer)
+        return schedule_free_x(self.model, self.optimizer, changed_only=True)

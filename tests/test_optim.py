@@ -234,6 +234,15 @@ def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
     model[2].requires_grad_(False)
     optimizer = RAdamScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert same(schedule_free_x(model, optimizer), weights(model))
+    assert not schedule_free_x(model, optimizer, changed_only=True)
+    optimizer.train()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    changed = schedule_free_x(model, optimizer, changed_only=True)
+    assert changed.keys() == trained < weights(model).keys()
+    assert same(changed, {name: schedule_free_x(model, optimizer)[name] for name in trained})
 
 
 def test_tensor_learning_rate_gives_no_nan_in_the_silent_phase():

@@ -250,8 +250,13 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self._y = {}
 
 
-def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str, Tensor]:
+def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree, *, changed_only: bool = False) -> dict[str, Tensor]:
     """The evaluation weights x of `model`, computed without touching model or optimizer.
+
+    Args:
+        model: the model that trains.
+        optimizer: its optimizer.
+        changed_only: leave out the parameters that hold x already, such as frozen ones.
 
     Returns:
         Copies by parameter name (tied parameters once): x where the optimizer has made an update, else the
@@ -262,6 +267,6 @@ def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str,
     for name, p in model.named_parameters():
         if p in beta1_of and "z" in optimizer.state.get(p, {}):
             x[name] = x_from_y(p.detach(), optimizer.state[p]["z"], beta1_of[p])
-        else:
+        elif not changed_only:
             x[name] = p.detach().clone()
     return x
