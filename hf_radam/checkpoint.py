@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
+from hf_radam.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
 from hf_radam.manifest import CheckpointError, PathLike
 from hf_radam.random_state import preserved_random_state
 
@@ -51,7 +52,7 @@ def full_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str
 def save_model_folder(
     folder: PathLike, model: nn.Module, weights: Mapping[str, Tensor], *, processing_class: Any
 ) -> None:
-    """Write a complete model folder with `weights` in place of the model's own, in float32.
+    """Write a complete model folder, of a PEFT model an adapter folder, with `weights` in place of its own, in float32.
 
     Args:
         folder: where to; made if needed. Only the process that saves may call this.
@@ -60,6 +61,9 @@ def save_model_folder(
         processing_class: tokenizer or processor to save beside them, or None.
     """
     path = Path(folder)
+    if is_peft(model):
+        save_adapter_folder(path, model, weights, processing_class=processing_class)
+        return
     state = full_state_dict(model, weights)
     if isinstance(model, PreTrainedModel):
         with _no_progress_bars():
@@ -155,11 +159,14 @@ def _read_files(model: nn.Module, path: Path) -> tuple[dict[str, Tensor], set[st
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: PathLike) -> None:
-    """Copy the weights and buffers of a model folder into `model`, in place and in its dtypes.
+    """Copy the weights and buffers of a model or adapter folder into `model`, in place and in its dtypes.
 
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
     """
+    if is_peft(model):
+        load_adapter(model, folder)
+        return
     state = read_state_dict(model, folder)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in state:
@@ -167,6 +174,6 @@ def load_weights(model: nn.Module, folder: PathLike) -> None:
 
 
 def read_parameters(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
-    """Read a model folder as tensors by parameter name, tied parameters once."""
-    state = read_state_dict(model, folder)
+    """Read a model or adapter folder as tensors by parameter name, tied parameters once."""
+    state = read_adapter(model, folder) if is_peft(model) else read_state_dict(model, folder)
     return {name: state[name] for name, _ in model.named_parameters() if name in state}

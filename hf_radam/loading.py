@@ -17,7 +17,8 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from hf_radam.integrity import OPTIMIZER_NAME, WEIGHT_FILES, check_whole
+from hf_radam.adapters import base_and_adapter
+from hf_radam.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole
 from hf_radam.manifest import (
     EVALUATION_FOLDERS,
     MANIFEST_NAME,
@@ -36,18 +37,22 @@ def load_evaluation_model(
 ) -> PreTrainedModel:
     """Load the weights with which the trainer evaluated, in the dtype in which it did.
 
+    An adapter is loaded on top of the base model that its configuration names.
+
     Args:
         path: a checkpoint, or the folder of a run: there its root model (what `save_model()` wrote), else its newest
             whole checkpoint.
-        model_class: class to load; by default the one that the folder's configuration names.
+        model_class: class to load, of an adapter that of its base model; by default the one that the folder's
+            configuration names.
         **from_pretrained_kwargs: passed on; a `dtype` given here wins.
 
     Returns:
-        The model in evaluation mode (`model.eval()`), as `from_pretrained` leaves it.
+        The model in evaluation mode (`model.eval()`), as `from_pretrained` leaves it; for an adapter a `PeftModel`.
 
     Raises:
         FileNotFoundError: if there is neither a model nor a whole checkpoint.
-        ValueError: if the checkpoint is damaged (`CheckpointError`), or its model class is unknown to `transformers`.
+        ValueError: if the checkpoint is damaged (`CheckpointError`), its model class is unknown to `transformers`, or
+            an adapter does not name its base model.
     """
     root = Path(path)
     if "torch_dtype" in from_pretrained_kwargs:  # the name that transformers 5 deprecates
@@ -74,16 +79,19 @@ def _warn_if_stale(run: Path) -> None:
         def age(state: Path) -> float:
             return state.stat().st_mtime
 
-        written = max((run / name).stat().st_mtime for name in WEIGHT_FILES if (run / name).is_file())
+        written = max(
+            (run / name).stat().st_mtime for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (run / name).is_file()
+        )
     later = [name for name, state in states.items() if state.is_file() and age(state) > written]
     if later:
         logger.warning("Loading the model at the root of %s, which is older than its %s.", run, later[0])
 
 
 def holds_model(folder: PathLike) -> bool:
-    """Whether `folder` has a configuration and weights at its root."""
+    """Whether `folder` has a configuration and weights, of a model or of an adapter, at its root."""
     path = Path(folder)
-    return (path / CONFIG_NAME).is_file() and any((path / name).is_file() for name in WEIGHT_FILES)
+    kinds = ((CONFIG_NAME, WEIGHT_FILES), (ADAPTER_CONFIG_NAME, ADAPTER_FILES))
+    return any((path / config).is_file() and any((path / f).is_file() for f in files) for config, files in kinds)
 
 
 def is_checkpoint(folder: PathLike) -> bool:
@@ -140,6 +148,8 @@ def _load_checkpoint(
     if manifest is None or "dtype" in kwargs:
         return _from_pretrained(folder, model_class, kwargs)
     evaluated = manifest["evaluation"]
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return base_and_adapter(folder, model_class=model_class, dtypes=evaluated, **kwargs)
     if not evaluated["other_dtypes"]:
         return _from_pretrained(folder, model_class, {"dtype": getattr(torch, evaluated["dtype"])} | kwargs)
     wide = "float64" in (evaluated["dtype"], *evaluated["other_dtypes"].values())
@@ -153,6 +163,8 @@ def _load_checkpoint(
 def _from_pretrained(
     folder: Path, model_class: type[PreTrainedModel] | None, kwargs: dict[str, Any]
 ) -> PreTrainedModel:
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return base_and_adapter(folder, model_class=model_class, dtypes=None, **kwargs)
     if model_class is None:
         model_class = _model_class(folder, kwargs)
     return model_class.from_pretrained(folder, **kwargs)
@@ -160,8 +172,6 @@ def _from_pretrained(
 
 def _model_class(folder: Path, kwargs: dict[str, Any]) -> Any:
     """The class that the configuration names; for a model with code of its own, the Auto class that finds it."""
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        raise ValueError(f"{folder} holds an adapter, not a model: load it with peft.AutoPeftModelForCausalLM.")
     if not (folder / CONFIG_NAME).is_file():
         raise ValueError(
             f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load {SAFE_WEIGHTS_NAME} in it with "

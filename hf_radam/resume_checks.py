@@ -19,6 +19,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
+from hf_radam.adapters import evaluation_subfolder
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoint import read_parameters
 from hf_radam.extension import right_command
@@ -180,6 +181,7 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
     changed = {name: (kept[name], value) for name, value in window.items() if kept[name] != value}
     if changed:
         logger.warning(f"{checkpoint}: the average goes on with another window (old, new): {changed}.")
-    averages = read_parameters(model, Path(checkpoint, EWA_FOLDER)) if kept["num_averaged"] else {}
+    folder = Path(checkpoint, evaluation_subfolder(EWA_FOLDER, model))
+    averages = read_parameters(model, folder) if kept["num_averaged"] else {}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     average.load_state_dict(kept | {"averages": {n: t for n, t in averages.items() if n in trained}})

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hf_radam import checkpoint, resume_checks, storage
+from hf_radam import adapters, checkpoint, resume_checks, storage
 from hf_radam.averaging import WeightAverage
 from hf_radam.evaluation import EvaluationWeights
 from hf_radam.extension import Extension, extend
@@ -21,7 +21,6 @@ from hf_radam.loading import evaluation_folder
 from hf_radam.manifest import CheckpointError
 from hf_radam.parts import PartsMixin
 from hf_radam.runs import PREFIX, check_resumable, newest, pinned_folder
-from hf_radam.support import is_peft
 
 logger = logging.get_logger(__name__)
 
@@ -102,8 +101,10 @@ class ResumingMixin(PartsMixin):
 
         Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23).
         """
-        if self._active and model is None and isinstance(self._bare_model, PreTrainedModel):
-            checkpoint.load_weights(self._bare_model, resume_from_checkpoint)
+        bare = self._bare_model
+        ours = self._active and model is None
+        if ours and (isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare)):
+            checkpoint.load_weights(bare, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -151,7 +152,7 @@ class ResumingMixin(PartsMixin):
 
     def _load_best_model(self) -> None:
         """Leave the best evaluation weights in the model: upstream would load the checkpoint's training weights."""
-        if not self._active or is_peft(self._bare_model):  # adapters are refused where evaluation has its own weights
+        if not self._active:
             super()._load_best_model()
             return
         best = self.state.best_model_checkpoint

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
-from hf_radam import __version__, checkpoint, manifest, storage
+from hf_radam import __version__, adapters, checkpoint, manifest, storage
 from hf_radam.hub import push_evaluation_weights
 from hf_radam.just_in_time import SaveBetweenUpdates
 from hf_radam.names import SchedulerName
@@ -64,7 +64,7 @@ class SavingMixin(PartsMixin):
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         for name, weights in self._evaluation.folders():
             if self.args.should_save:
-                folder = Path(output_dir, name)
+                folder = Path(output_dir, adapters.evaluation_subfolder(name, self._bare_model))
                 checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
 
     # ---- When ----
@@ -213,6 +213,7 @@ class SavingMixin(PartsMixin):
 
     def _write_manifest(self, folder: Path) -> None:
         schedule = self.args.schedule(self.state.max_steps)
+        source = self._evaluation.source
         content = {
             "hf_radam_version": __version__,
             "method": {
@@ -228,7 +229,10 @@ class SavingMixin(PartsMixin):
             "schedule": None if schedule is None else dict(schedule.keywords),
             "schedule_step": self._updates_scheduled(),
             "averaging": manifest.describe_average(self.average, requested_start_step=self.args.ewa_start_step),
-            "evaluation": {"folder": self._evaluation.source, **manifest.parameter_dtypes(self._bare_model)},
+            "evaluation": {
+                "folder": source and adapters.evaluation_subfolder(source, self._bare_model),
+                **manifest.parameter_dtypes(self._bare_model),
+            },
         }
         manifest.write_manifest(folder, content)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
-from transformers.utils import is_peft_available
 
+from hf_radam.adapters import check_adapter, is_peft
 from hf_radam.argument_checks import check_combinations
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
@@ -43,15 +43,14 @@ def check_supported(trainer: Any) -> None:
                 "FSDP, DeepSpeed and models sharded at load time are not supported by this version of hf_radam: the "
                 "average and x would not be those of the whole model. Use one process or DDP."
             )
-    if (args.ewa or schedule_free) and is_peft(trainer.model):
-        raise ValueError(
-            "PEFT models are not supported with ewa or radam_schedulefree by this version of hf_radam: their averaged "
-            "adapter would not be saved. Use radam with wsd or wsd_s, or merge the adapter first."
-        )
-    if args.uses_hf_radam and getattr(trainer.model, "_hf_peft_config_loaded", False):
-        raise ValueError(
-            "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use peft.get_peft_model."
-        )
+        if getattr(trainer.model, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use "
+                "peft.get_peft_model."
+            )
+    own_weights = args.ewa or schedule_free or (args.uses_hf_radam and args.load_best_model_at_end)
+    if own_weights and is_peft(trainer.model):
+        check_adapter(trainer.model)
 
 
 def _check_precision(trainer: Any) -> None:
@@ -80,14 +79,3 @@ def _check_given_optimizer(trainer: Any) -> None:
             )
     if trainer.lr_scheduler is not None and schedule in OUR_SCHEDULES:
         raise ValueError(f"lr_scheduler_type={schedule} and a schedule given to the trainer: drop one.")
-
-
-def is_peft(model: Any) -> bool:
-    """Whether the model has adapters, from PEFT or by transformers' own `add_adapter`."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        return True
-    if not is_peft_available():
-        return False
-    from peft import PeftModel
-
-    return isinstance(model, PeftModel)

@@ -4,7 +4,6 @@ import inspect
 from dataclasses import dataclass
 from pathlib import Path
 
-import peft
 import pytest
 import schedulefree
 import tiny
@@ -114,24 +113,6 @@ def test_a_class_of_ours_handed_in_is_treated_as_ours(tmp_path):
     assert read_manifest(tmp_path / "checkpoint-10")["method"]["optim"] == "radam_schedulefree"
     with pytest.raises(ValueError, match="auto_find_batch_size restarts"):
         run(tmp_path, auto_find_batch_size=True)
-
-
-def test_adapters_are_refused_with_averaging_and_work_without(tmp_path):
-    def lora():
-        return peft.LoraConfig(target_modules=["q_proj"], r=2)
-
-    added = tiny.llama()
-    added.add_adapter(lora())
-    for model in (peft.get_peft_model(tiny.llama(), lora()), added):
-        with pytest.raises(ValueError, match="PEFT models are not supported with ewa"):
-            tiny.trainer(tmp_path, model, **tiny.METHODS["ewa"])
-    with pytest.raises(ValueError, match="use peft.get_peft_model"):
-        tiny.trainer(tmp_path, added, **tiny.METHODS["wsd"])
-    options = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
-    model = peft.get_peft_model(tiny.llama(), lora())
-    trainer = tiny.trainer(tmp_path, model, **tiny.METHODS["wsd"], **options, load_best_model_at_end=True)
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=2e-6)
 
 
 def test_an_update_that_was_skipped_is_not_averaged(tmp_path, monkeypatch):

@@ -1,0 +1,422 @@
+"""PEFT models with averaging: the adapter folders in a checkpoint, loaded by PEFT itself, are what was evaluated.
+
+The oracles: the average in float64 of weights recorded after every update; x from y and the optimizer's z; PEFT's own
+loading; a forward pass over the evaluation data without a trainer (`tiny.loss_of`).
+"""
+
+import math
+
+import peft
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+
+from hf_radam import load_evaluation_model
+from hf_radam.manifest import CheckpointError, read_manifest, write_manifest
+
+CLOSE = 2e-6  # as in test_evaluation_weights.py
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+AVERAGING = ("ewa", "schedule_free", "schedule_free_ewa")
+MODULES = [None, ["lm_head"], ["embed_tokens"]]
+
+
+def lora(folder, *, build=tiny.llama, autocast=True, **options) -> peft.PeftModel:
+    """An adapter on a base model that lies in `folder`, as a user makes it."""
+    if not (folder / "base").is_dir():
+        build().save_pretrained(folder / "base")
+    base = LlamaForCausalLM.from_pretrained(folder / "base")
+    torch.manual_seed(1)
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"} | options
+    return peft.get_peft_model(base, peft.LoraConfig(**config), autocast_adapter_dtype=autocast)
+
+
+def base_of(folder) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder / "base")
+
+
+def trained(model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def only(weights, names) -> dict[str, torch.Tensor]:
+    return {name: weights[name] for name in names}
+
+
+class Recorder(TrainerCallback):
+    def __init__(self):
+        self.weights = []
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.weights.append({name: value.double() for name, value in trained(model).items()})
+
+
+def average_in_float64(weights, method):
+    """The update rule of `WeightAverage`, written out for the two windows in `tiny.METHODS`."""
+    average, total = None, 0.0
+    for update, theta in enumerate(weights, start=1):
+        if method == "ewa":
+            size = 1 - 0.5 ** (1 / (0.0625 * update)) if average else 1.0
+        elif update % 3:
+            continue
+        else:
+            total = 1 + 0.9**3 * total
+            size = 1 / total
+        average = theta if average is None else {n: a + size * (theta[n] - a) for n, a in average.items()}
+    return average
+
+
+@pytest.mark.parametrize("modules", MODULES, ids=str)
+@pytest.mark.parametrize("method", AVERAGING)
+def test_the_adapter_in_a_checkpoint_is_the_evaluation_weights(tmp_path, method, modules):
+    model = lora(tmp_path, modules_to_save=modules)
+    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS[method], **SAVING)
+    recorder = Recorder()
+    trainer.add_callback(recorder)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-20"
+    source = "schedule_free" if method == "schedule_free" else "ewa"
+    assert read_manifest(checkpoint)["evaluation"]["folder"] == f"{source}/adapter"
+    weights = trained(model)
+    if source == "ewa":
+        expected = average_in_float64(recorder.weights, method)
+    else:
+        z = {
+            name: trainer._bare_optimizer.state[p]["z"].double()
+            for name, p in model.named_parameters()
+            if name in weights
+        }
+        expected = {name: (y.double() - 0.1 * z[name]) / 0.9 for name, y in weights.items()}
+    shipped = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint / source / "adapter"))
+    for name, value in expected.items():  # 20 roundings of fp32 values of size 1
+        torch.testing.assert_close(shipped[name].double(), value, rtol=0, atol=5e-6)
+    with trainer.evaluation_weights():
+        assert tiny.same(shipped, tiny.parameters(model))  # frozen parameters too
+    assert not tiny.same(weights, only(shipped, weights))
+    # The root holds the adapter that trains, and no file holds more than an adapter
+    root = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint))
+    assert tiny.same(weights, only(root, weights))
+    for folder in (checkpoint, checkpoint / source / "adapter"):
+        assert len(load_file(folder / "adapter_model.safetensors")) == len(weights)
+    assert {p.name for p in (checkpoint / source).iterdir()} == {"adapter"}
+
+
+@pytest.mark.parametrize("method", [*AVERAGING, "wsd"])
+def test_evaluate_is_what_ships(tmp_path, method):
+    trainer = tiny.trainer(tmp_path / "run", lora(tmp_path), **tiny.METHODS[method], **SAVING)
+    trainer.train()
+    before = tiny.parameters(trainer.model)
+    loss = trainer.evaluate()["eval_loss"]
+    shipped = load_evaluation_model(tmp_path / "run")  # the newest checkpoint
+    assert isinstance(shipped, peft.PeftModelForCausalLM) and not shipped.training
+    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=CLOSE)
+    trainer.save_model()
+    assert tiny.loss_of(peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run")) == pytest.approx(
+        loss, abs=CLOSE
+    )
+    assert tiny.loss_of(load_evaluation_model(tmp_path / "run")) == pytest.approx(loss, abs=CLOSE)  # its root now
+    assert tiny.same(before, tiny.parameters(trainer.model))
+    assert (abs(tiny.loss_of(trainer.model) - loss) > 10 * CLOSE) == (method != "wsd")
+
+
+def finished(folder, model, resume=None, **options):
+    trainer = tiny.trainer(folder, model, **options)
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    states = trainer._bare_optimizer.state_dict()["state"]
+    optimizer = {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
+    average = {} if trainer.average is None else trainer.average.averaged_state_dict()
+    return trained(model), average, optimizer, trainer
+
+
+@pytest.mark.parametrize("modules", MODULES[:2], ids=str)
+@pytest.mark.parametrize("method", [*AVERAGING, "wsd"])
+def test_resuming_is_bitwise(tmp_path, method, modules):
+    options = tiny.METHODS[method] | SAVING
+    *twin, first = finished(tmp_path / "run", lora(tmp_path, modules_to_save=modules), **options)
+    for update in (5, 15):
+        *again, second = finished(
+            tmp_path / "again",
+            lora(tmp_path, modules_to_save=modules),
+            resume=tmp_path / "run" / f"checkpoint-{update}",
+            **options,
+        )
+        assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True)), update
+        assert twin[0] and twin[2] and bool(twin[1]) == ("ewa" in options)
+        if first.average is not None:
+            assert first.average.counters() == second.average.counters()
+
+
+@pytest.mark.parametrize("kind", ["as PEFT makes it", "all bf16", "all that trains in fp32"])
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+def test_a_bf16_base(tmp_path, method, kind):
+    """PEFT makes fp32 adapters and leaves modules_to_save in the dtype of the base, which schedule-free refuses."""
+
+    def make():
+        model = lora(tmp_path, build=tiny.bf16, autocast=kind != "all bf16", modules_to_save=["lm_head"])
+        for parameter in model.parameters():
+            if parameter.requires_grad and kind == "all that trains in fp32":
+                parameter.data = parameter.data.float()
+        return model
+
+    # What is not all bf16 takes autocast
+    options = tiny.METHODS[method] | SAVING | {"bf16": kind != "all bf16"}
+    if method == "schedule_free" and kind != "all that trains in fp32":
+        with pytest.raises(ValueError, match="keep float32 parameters"):
+            tiny.trainer(tmp_path, make(), **options)
+        return
+    options |= {"optim": "adamw_torch"} if method == "ewa" else {}
+    *twin, trainer = finished(tmp_path / "run", make(), **options)
+    *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
+    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+    file = load_file(tmp_path / "run" / "checkpoint-20" / method / "adapter" / "adapter_model.safetensors")
+    assert {value.dtype for value in file.values()} == {torch.float32}
+    with trainer.evaluation_weights():
+        evaluated = tiny.parameters(trainer.model)
+    shipped = tiny.parameters(load_evaluation_model(tmp_path / "run"))
+    assert {n: p.dtype for n, p in shipped.items()} == {n: p.dtype for n, p in evaluated.items()}
+    assert tiny.same(shipped, evaluated)
+    as_told = load_evaluation_model(tmp_path / "run", dtype=torch.float32)
+    assert {p.dtype for p in as_told.parameters()} == {torch.float32}
+    assert only(tiny.parameters(as_told), twin[0]).keys() == twin[0].keys()
+    if method == "ewa":  # in float32 nothing of the average is lost
+        assert tiny.same(only(tiny.parameters(as_told), twin[0]), only(twin[1], twin[0]))
+
+
+def test_a_base_of_two_dtypes_comes_back_as_it_was(tmp_path):
+    base = tiny.llama()
+    with torch.no_grad():
+        base.model.norm.weight += 1e-4  # no bf16 number
+    model = lora(tmp_path, build=lambda: base)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad and "norm" not in name:
+            parameter.data = parameter.data.bfloat16()
+    for module in model.modules():
+        if "Norm" in type(module).__name__:
+            module.register_forward_hook(lambda module, args, output: output.bfloat16())
+    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
+    trainer.train()
+    shipped = tiny.parameters(load_evaluation_model(tmp_path / "run"))
+    assert {p.dtype for n, p in shipped.items() if "q_proj.base" in n} == {torch.bfloat16}
+    with trainer.evaluation_weights():
+        assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in shipped.items()}
+        assert tiny.same(tiny.parameters(model), shipped)
+
+
+def test_a_quantized_base_is_loaded_as_it_is(tmp_path):
+    """Its packed weights are parameters of whole numbers; here the manifest alone says so, for want of a GPU."""
+    model = lora(tmp_path)
+    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
+    trainer.train()
+    checkpoint = tmp_path / "run" / "checkpoint-20"
+    manifest = read_manifest(checkpoint)
+    others = {name: "float32" for name in trained(model)}
+    manifest["evaluation"] |= {"dtype": "uint8", "other_dtypes": others}
+    write_manifest(checkpoint, manifest)
+    with trainer.evaluation_weights():
+        assert tiny.same(tiny.parameters(model), tiny.parameters(load_evaluation_model(checkpoint)))
+
+
+@pytest.mark.parametrize("method", AVERAGING)
+def test_tied_embeddings_that_train(tmp_path, method):
+    def make():
+        return lora(tmp_path, build=tiny.tied, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+
+    options = tiny.METHODS[method] | SAVING
+    *twin, trainer = finished(tmp_path / "run", make(), **options)
+    *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
+    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+    shipped = load_evaluation_model(tmp_path / "run")
+    assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
+    source = "schedule_free" if method == "schedule_free" else "ewa"
+    plain = peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run" / "checkpoint-20" / source / "adapter")
+    assert tiny.loss_of(plain) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
+
+
+@pytest.mark.parametrize("method", [*AVERAGING[:2], "wsd"])
+def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
+    # Far too high on purpose, so that the best comes before the end.
+    options = tiny.METHODS[method] | {"learning_rate": 3.0, "max_steps": 40, "max_grad_norm": 0.0}
+    saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
+    model = lora(tmp_path, modules_to_save=["lm_head"])
+    trainer = tiny.trainer(tmp_path / "run", model, **options, **saving, load_best_model_at_end=True)
+    trainer.train()
+    best = trainer.state.best_metric
+    reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert best == min(reported) < reported[-1] - 1e-3 and math.isfinite(best)
+    for _ in range(2):
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
+    with trainer.evaluation_weights():
+        inside = tiny.parameters(model)
+    assert tiny.same(inside, tiny.parameters(model))
+    assert tiny.loss_of(model) == pytest.approx(best, abs=CLOSE)
+    trainer.save_model()
+    assert tiny.loss_of(load_evaluation_model(tmp_path / "run")) == pytest.approx(best, abs=CLOSE)
+    with pytest.raises(RuntimeError, match="holds the best evaluation weights"):
+        trainer.train()
+
+
+def test_a_base_model_that_is_not_named(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    trainer = tiny.trainer(tmp_path, peft.get_peft_model(tiny.llama(), config), **tiny.METHODS["ewa"], **SAVING)
+    trainer.train()
+    with pytest.raises(ValueError, match=r"does not name the base model .* peft.PeftModel.from_pretrained\(base"):
+        load_evaluation_model(tmp_path)
+    shipped = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "checkpoint-20" / "ewa" / "adapter")
+    assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
+
+
+class MyLlama(LlamaForCausalLM):
+    """A class of the user's."""
+
+
+def test_the_class_of_the_base_model_may_be_given_or_found_without_a_task(tmp_path):
+    trainer = tiny.trainer(tmp_path / "run", lora(tmp_path, task_type=None), **tiny.METHODS["ewa"], **SAVING)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    for options, expected in (({}, LlamaForCausalLM), ({"model_class": MyLlama}, MyLlama)):
+        shipped = load_evaluation_model(tmp_path / "run" / "checkpoint-20", **options)
+        assert type(shipped.get_base_model()) is expected
+        assert tiny.loss_of(shipped) == pytest.approx(loss, abs=CLOSE)
+
+
+def test_an_adapter_for_another_task(tmp_path):
+    torch.manual_seed(0)
+    LlamaForSequenceClassification(LlamaConfig(**tiny.SIZES)).save_pretrained(tmp_path / "base")
+    base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "run")
+    shipped = load_evaluation_model(tmp_path / "run")
+    assert isinstance(shipped, peft.PeftModelForSequenceClassification)
+    assert tiny.same(tiny.parameters(model), tiny.parameters(shipped))
+
+
+def test_embeddings_that_were_resized_and_train_are_kept(tmp_path):
+    """PEFT writes them without being told, as the vocabulary is no longer the base model's."""
+
+    def make():
+        model = lora(tmp_path)
+        torch.manual_seed(2)
+        model.get_base_model().resize_token_embeddings(tiny.VOCABULARY + 2, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.requires_grad_(True)
+        return model
+
+    options = tiny.METHODS["ewa"] | SAVING
+    with pytest.warns(UserWarning, match="embedding layer has been resized"):
+        *twin, _ = finished(tmp_path / "run", make(), **options)
+        *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
+    assert "base_model.model.lm_head.weight" in twin[0]
+    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+
+
+def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    two = peft.get_peft_model(tiny.llama(), config)
+    two.add_adapter("other", config)
+    named = peft.get_peft_model(tiny.llama(), config, adapter_name="mine")
+    thawed = peft.get_peft_model(tiny.llama(), config)
+    thawed.base_model.model.model.norm.weight.requires_grad_(True)
+    prompt = peft.get_peft_model(tiny.llama(), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    normed = peft.get_peft_model(tiny.llama(), config)
+    normed.base_model.model.model.extra = torch.nn.BatchNorm1d(4).requires_grad_(False)
+    for model, message in (
+        (two, r"has the adapters \['default', 'other'\]: train one"),
+        (named, r"has the adapters \['mine'\]"),
+        (thawed, r"PEFT does not write base_model\.model\.model\.norm\.weight, which trains"),
+        (prompt, r"PEFT does not write prompt_encoder"),
+        (normed, "BatchNorm layers, whose statistics no adapter holds"),
+    ):
+        for method in ("ewa", "schedule_free"):
+            with pytest.raises(ValueError, match=message):
+                tiny.trainer(tmp_path, model, **tiny.METHODS[method])
+        tiny.trainer(tmp_path, model, **tiny.METHODS["wsd"])
+    added = tiny.llama()
+    added.add_adapter(config)
+    for method in tiny.METHODS:
+        with pytest.raises(ValueError, match="use peft.get_peft_model"):
+            tiny.trainer(tmp_path, added, **tiny.METHODS[method])
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_other_adapters_without_averaging_are_left_to_upstream(tmp_path, name):
+    config = peft.LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
+
+    def make():
+        if name == "default":
+            model = lora(tmp_path)
+            model.add_adapter("other", config)
+            return model
+        base = lora(tmp_path).unload()
+        torch.manual_seed(1)
+        return peft.get_peft_model(base, config, adapter_name=name)
+
+    options = tiny.METHODS["wsd"] | SAVING
+    *twin, _ = finished(tmp_path / "run", make(), **options)
+    *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
+    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+    best = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+    with pytest.raises(ValueError, match="load_best_model_at_end are one adapter folder, but the model has"):
+        tiny.trainer(tmp_path, make(), **options, **best)
+
+
+@pytest.mark.parametrize("method", ["ewa", "wsd"])
+def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
+    options = tiny.METHODS[method] | SAVING
+    finished(tmp_path / "run", lora(tmp_path), **options)
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    for other, message in (
+        ({"target_modules": ["q_proj", "k_proj"]}, "missing .*k_proj.* unexpected .*v_proj"),
+        ({"r": 3}, "of another shape .*q_proj"),
+    ):
+        model = lora(tmp_path, **other)
+        before = tiny.parameters(model)
+        with pytest.raises(CheckpointError, match=message):
+            finished(tmp_path / "again", model, resume=checkpoint, **options)
+        assert tiny.same(before, tiny.parameters(model))
+    with pytest.raises(CheckpointError):  # nor is it the checkpoint of a whole model
+        finished(tmp_path / "again", tiny.llama(), resume=checkpoint, **options)
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(CheckpointError, match="is 9 bytes long, not"):
+        finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
+    write_manifest(checkpoint, read_manifest(checkpoint))  # as if it had been written so
+    with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
+        finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
+
+
+def test_a_checkpoint_before_the_first_averaging(tmp_path):
+    options = tiny.METHODS["ewa"] | SAVING | {"ewa_start_step": 7}
+    *twin, _ = finished(tmp_path / "run", lora(tmp_path), **options)
+    checkpoint = tmp_path / "run" / "checkpoint-5"
+    assert not (checkpoint / "ewa").exists() and read_manifest(checkpoint)["evaluation"]["folder"] is None
+    root = peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint)
+    assert tiny.same(tiny.parameters(load_evaluation_model(checkpoint)), tiny.parameters(root))
+    *again, _ = finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
+    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+
+
+def test_torch_compile_and_the_hub_see_the_same_adapter(tmp_path, monkeypatch):
+    """The compiled module's names have a prefix; a spy at the edge of the hub's library keeps what would be sent."""
+    from concurrent.futures import Future
+
+    from huggingface_hub import HfApi
+
+    sent = []
+
+    def upload_folder(self, *, folder_path, **kwargs):
+        sent.append(load_file(f"{folder_path}/adapter_model.safetensors"))
+        done: Future = Future()
+        done.set_result(None)
+        return done
+
+    class Url(str):
+        repo_id = "me/run"
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url("me/run"))
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 5}
+    options = tiny.METHODS["ewa"] | SAVING | compiled | {"push_to_hub": True, "hub_strategy": "every_save"}
+    tiny.trainer(tmp_path / "run", lora(tmp_path), **options).train()
+    kept = load_file(tmp_path / "run" / "checkpoint-5" / "ewa" / "adapter" / "adapter_model.safetensors")
+    assert len(sent) == 1 and tiny.same(sent[0], kept)
+    assert not tiny.same(kept, load_file(tmp_path / "run" / "checkpoint-5" / "adapter_model.safetensors"))
