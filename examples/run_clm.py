@@ -14,6 +14,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -27,6 +28,7 @@ from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
+from hf_radam.extension import run_of
 from hf_radam.manifest import CheckpointError
 from hf_radam.runs import checkpoints
 
@@ -150,7 +152,7 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
         return True
     if not os.path.isdir(wanted):
         raise InputError(f"resume_from_checkpoint={wanted} is no folder: give a checkpoint's folder, or true")
-    if last is not None and not os.path.samefile(os.path.dirname(os.path.abspath(wanted)), output_dir):
+    if last is not None and not os.path.samefile(run_of(Path(wanted).absolute()), output_dir):
         raise InputError(
             f"output_dir={output_dir} already holds {os.path.basename(last)} of another run than {wanted}: pass "
             "another --output_dir, or remove the folder"

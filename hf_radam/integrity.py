@@ -96,7 +96,8 @@ def _damaged_form(path: Path, only: str | None) -> dict[str, str]:
         wrong[TRAINER_STATE_NAME] = "is missing"
     if (path / UNFINISHED).is_file():
         wrong[UNFINISHED] = "says that the save did not come to its end"
-    if not any((path / name).is_file() for name in (*WEIGHT_FILES, *ADAPTER_FILES)):
+    adapters = [folder for folder in path.glob("*/") if any((folder / name).is_file() for name in ADAPTER_FILES)]
+    if not adapters and not any((path / name).is_file() for name in (*WEIGHT_FILES, *ADAPTER_FILES)):
         wrong[SAFE_WEIGHTS_NAME] = "is missing, and there are no other weights"
     for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         for shard in _shards(path / index):

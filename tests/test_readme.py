@@ -63,8 +63,10 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
-def test_commands_parse(command, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_commands_parse(command, monkeypatch, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "runs" / "radam_wsd").mkdir(parents=True)  # the run that is extended
+    monkeypatch.chdir(tmp_path)
     if "examples/run_clm.py" in command:
         import clm_arguments
 

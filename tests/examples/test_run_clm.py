@@ -131,6 +131,13 @@ def test_flags_only(folder):
     ).split()
     done = launch(*flags, cwd=folder)
     assert done.returncode == 0, done.stderr
+    flags = [*flags[: flags.index("--max_steps")], "--max_steps", "8", "--resume_from_checkpoint", "true"]
+    refused = run(EXAMPLES / "run_clm.py", *flags, "--output_dir", "flags", cwd=folder)
+    assert refused.returncode == 2 and "extend the run: --extend_from flags --max_steps 8" in refused.stderr
+    done = launch(*flags, "--output_dir", "longer", "--extend_from", "flags", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "new: wsd, 8 updates: peak until update 7, 1-sqrt decay over updates 7-8" in done.stdout
+    assert sorted(path.name for path in (folder / "longer" / "_pre_decay").iterdir()) == ["checkpoint-7"]
 
 
 def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
@@ -145,6 +152,9 @@ def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
     with pytest.raises(InputError, match="nowhere is no folder"):
         resume(tmp_path, "nowhere")
     (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
+    (folder / "run" / "_pre_decay" / "checkpoint-5").mkdir(parents=True)  # no other run than that of the folder
+    assert resume(folder / "run", str(folder / "run/_pre_decay/checkpoint-5")).endswith("_pre_decay/checkpoint-5")
+    shutil.rmtree(folder / "run" / "_pre_decay")
     with pytest.raises(InputError, match="already holds checkpoint-6 of another run"):
         resume(folder / "run", str(tmp_path / "other" / "checkpoint-3"))
     assert resume(folder / "run", str(folder / "run" / "checkpoint-3")) == str(folder / "run" / "checkpoint-3")

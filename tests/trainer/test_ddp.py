@@ -17,7 +17,7 @@ from hf_radam.manifest import read_manifest
 HERE = Path(__file__).parent
 
 
-def launch(folder: Path, processes: int, options: dict) -> list[dict]:
+def launch(folder: Path, processes: int, options: dict, *action: str) -> list[dict]:
     """Run `ddp_script.py` in so many processes; returns what each of them saw."""
     folder.mkdir()
     environment = os.environ | {
@@ -25,13 +25,13 @@ def launch(folder: Path, processes: int, options: dict) -> list[dict]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    script = [str(HERE / "ddp_script.py"), str(folder), json.dumps(options)]
+    script = [str(HERE / "ddp_script.py"), str(folder), json.dumps(options), *action]
     done = subprocess.run([*command, *script], env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
 
 
-@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+@pytest.mark.parametrize("method", ["ewa", "schedule_free", "wsd"])
 def test_two_processes_are_one(tmp_path, method):
     options = tiny.METHODS[method] | {"ddp_find_unused_parameters": False}
     two = launch(tmp_path / "two", 2, options | {"per_device_train_batch_size": 2})
@@ -44,12 +44,19 @@ def test_two_processes_are_one(tmp_path, method):
         assert facts["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert facts["sum"] == pytest.approx(one["sum"], abs=1e-3)
         assert facts["resumed is the same"] and facts["resumed loss"] == facts["loss"] == two[0]["loss"]
-    run_folder = tmp_path / "two" / "whole"
+        assert facts["longer is the planned"]
+    run_folder, beside = tmp_path / "two" / "whole", "" if method == "wsd" else method
     for shipped in (
         load_evaluation_model(run_folder / "checkpoint-12"),
-        AutoModelForCausalLM.from_pretrained(run_folder / "checkpoint-12" / method),
+        AutoModelForCausalLM.from_pretrained(run_folder / "checkpoint-12" / beside),
         AutoModelForCausalLM.from_pretrained(run_folder),
     ):
         assert tiny.loss_of(shipped) == pytest.approx(two[0]["loss"], abs=2e-6)
     files = read_manifest(run_folder / "checkpoint-12")["files"]
-    assert {"rng_state_0.pth", "rng_state_1.pth", f"{method}/model.safetensors"} <= set(files)
+    assert {"rng_state_0.pth", "rng_state_1.pth", Path(beside, "model.safetensors").as_posix()} <= set(files)
+
+
+def test_a_sigterm_that_one_process_has_seen_stops_all_of_them(tmp_path):
+    two = launch(tmp_path / "two", 2, tiny.METHODS["ewa"] | {"ddp_find_unused_parameters": False}, "stop")
+    assert two == [{"stopped at": 4, "saved": ["checkpoint-4"]}] * 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "two/checkpoint-4")["files"])
