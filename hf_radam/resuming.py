@@ -20,7 +20,7 @@ from hf_radam.extension import Extension, extend
 from hf_radam.loading import evaluation_folder
 from hf_radam.manifest import CheckpointError
 from hf_radam.parts import PartsMixin
-from hf_radam.runs import PREFIX, check_resumable, newest, pinned_folder
+from hf_radam.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder
 
 logger = logging.get_logger(__name__)
 
@@ -63,8 +63,18 @@ class ResumingMixin(PartsMixin):
                 print(self._extension.words)
             return str(self._extension.checkpoint)
         if wanted is None or wanted is False:
+            self._warn_of_earlier_run()
             return None
         return self._agreed(lambda: self._newest() if wanted is True else self._named(str(wanted)))
+
+    def _warn_of_earlier_run(self) -> None:
+        """Say so where a new run begins in the folder of another: its checkpoints stay, and may have higher numbers."""
+        found = checkpoints(str(self.args.output_dir))
+        if found and self.is_world_process_zero():
+            logger.warning(
+                f"{found[0].path} is of an earlier run. This one begins anew, and resume_from_checkpoint=True goes on "
+                "from the highest number, whichever run wrote it: give each run a folder of its own."
+            )
 
     def _newest(self) -> str:
         run = Path(str(self.args.output_dir))

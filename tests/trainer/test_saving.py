@@ -183,3 +183,11 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     tiny.trainer(tmp_path, **options, max_steps=25).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
     load_evaluation_model(tmp_path / "checkpoint-15")
     assert loads and all(loads)
+
+
+def test_a_run_that_begins_in_the_folder_of_another_is_told(tmp_path, caplog):
+    options = tiny.METHODS["wsd"] | {"decay_steps": 5}
+    tiny.trainer(tmp_path, **options).train()
+    assert "of an earlier run" not in caplog.text
+    tiny.trainer(tmp_path, **options).train()
+    assert "_pre_decay/checkpoint-15 is of an earlier run. This one begins anew" in caplog.text
