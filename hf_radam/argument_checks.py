@@ -122,11 +122,6 @@ def check_combinations(args: Any) -> None:
                 f"{name} leaves the parameters cast after an evaluation, so what trains and ships would change: "
                 "use bf16 (autocast), which evaluates in bf16 too."
             )
-    if args.auto_find_batch_size:
-        raise ValueError(
-            "auto_find_batch_size restarts at update 0 with the used weights and optimizer state: "
-            "set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
-        )
 
 
 def check_extension(args: Any) -> None:

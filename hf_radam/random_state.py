@@ -1,9 +1,9 @@
-"""Run code that draws random numbers without leaving a trace in the global generators."""
+"""The global random generators: run code that leaves no trace in them, or keep their states and put them back."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -30,6 +30,26 @@ def preserved_random_state(seed: int | None = None) -> Iterator[None]:
         finally:
             random.setstate(python_state)
             np.random.set_state(numpy_state)
+
+
+def keep_random_state() -> Callable[[], None]:
+    """Keep the states of python, numpy, torch and every device of the accelerator.
+
+    Returns:
+        A function that puts them back; it may be called more than once.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    devices = {index: torch.get_device_module(kind).get_rng_state(index) for index in _devices(kind)["devices"]}
+
+    def put_back() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        for index, state in devices.items():
+            torch.get_device_module(kind).set_rng_state(state, index)
+
+    return put_back
 
 
 def _devices(kind: torch.device | None) -> dict:

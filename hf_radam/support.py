@@ -48,6 +48,11 @@ def check_supported(trainer: Any) -> None:
                 "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use "
                 "peft.get_peft_model."
             )
+        if args.auto_find_batch_size and args.world_size > 1:
+            raise ValueError(
+                "auto_find_batch_size with several processes: when one of them runs out of memory the others do not "
+                "begin anew with it. Set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
+            )
     own_weights = args.ewa or schedule_free or (args.uses_hf_radam and args.load_best_model_at_end)
     if own_weights and is_peft(trainer.model):
         check_adapter(trainer.model)

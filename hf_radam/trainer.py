@@ -12,9 +12,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import EvalLoopOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import logging
 
+from hf_radam.attempts import BeforeTheFirstAttempt
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
 from hf_radam.evaluation import EvaluationWeights
@@ -72,6 +73,7 @@ class RAdamTrainerMixin(SavingMixin, ResumingMixin):
                 "RAdamTrainingArguments and them)."
             )
         self.average: WeightAverage | None = None
+        self._before_the_first_attempt: BeforeTheFirstAttempt | None = None
         super().__init__(model, args, *others, **keywords)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
@@ -110,6 +112,40 @@ class RAdamTrainerMixin(SavingMixin, ResumingMixin):
 
     # ---- Training ----
 
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train as upstream does; at the end, however it comes, let go of what `auto_find_batch_size` kept."""
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        finally:
+            self._before_the_first_attempt = None
+
+    def _inner_training_loop(
+        self,
+        batch_size: int | None = None,
+        args: Any = None,
+        resume_from_checkpoint: str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Begin each further attempt of `auto_find_batch_size` where the first began.
+
+        Upstream would begin it with the weights, the optimizer and the random state that the failed one left.
+        """
+        if self._active and self.args.auto_find_batch_size:
+            if self._before_the_first_attempt is None:
+                self._before_the_first_attempt = BeforeTheFirstAttempt(
+                    self, self._bare_model, checkpoint=resume_from_checkpoint, folder=self._get_output_dir(trial)
+                )
+            else:
+                logger.warning(f"Out of memory: training begins anew with {batch_size} sequences per process.")
+                self._before_the_first_attempt.put_back()
+        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Begin the average, or go on with the checkpoint's, once the parameters are the ones that will train."""
         if self._best_model_loaded and self.model_init is None:
@@ -122,6 +158,8 @@ class RAdamTrainerMixin(SavingMixin, ResumingMixin):
         self._best_model_loaded = False
         self._last_saved = None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if self._active and self.args.auto_find_batch_size:
+            self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
         self.average = self._new_average() if self.args.ewa else None
         if resume_from_checkpoint is not None and self._active:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
@@ -195,7 +233,7 @@ class RAdamTrainerMixin(SavingMixin, ResumingMixin):
     def _recalibrate_batch_norm(self) -> None:
         """Take the statistics of the same seeded training batches, for whatever weights the model holds."""
         count = self.args.recalibrate_batch_norm_batches
-        batch_size = self.args.train_batch_size
+        batch_size = self._train_batch_size  # may have been found
         dataset: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()

@@ -40,6 +40,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "describe": (set(), set()),
     "extension": ({"argument_checks", "names", "training_args", "manifest", "runs", "describe"}, set()),
     "resume_checks": ({"averaging", "manifest", "adapters", "checkpoint", "runs", "extension"}, ANY),
+    "attempts": ({"random_state", "storage", "manifest", "runs"}, ANY),
     "hub": ({"storage"}, ANY),
     "just_in_time": (set(), ANY),
     "parts": ({"averaging", "optim", "names", "training_args", "support", "evaluation"}, ANY),
@@ -57,7 +58,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "trainer": (
         {
             *("averaging", "optim", "batch_norm", "random_state", "names", "training_args", "support", "evaluation"),
-            *("just_in_time", "saving", "resuming"),
+            *("attempts", "just_in_time", "saving", "resuming"),
         },
         ANY,
     ),

@@ -173,7 +173,6 @@ REFUSED = [
     ({"recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 must be 0 (off) or more"),
     ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval leaves the parameters cast"),
     ({"optim": "radam", "fp16_full_eval": True}, "fp16_full_eval leaves the parameters cast"),
-    ({"optim": "radam", "auto_find_batch_size": True}, "auto_find_batch_size restarts at update 0"),
     ({"ewa": True, "extend_from": "nowhere"}, "extend_from=nowhere is no folder"),
     ({"ewa": True, "extend_from": "tests", "max_steps": -1}, "extend_from=tests needs max_steps"),
     ({"lr_scheduler_type": "cosine", "extend_from": "tests"}, "extend_from=tests with lr_scheduler_type=cosine"),

@@ -111,8 +111,8 @@ def test_a_class_of_ours_handed_in_is_treated_as_ours(tmp_path):
     weights = run(tmp_path)
     assert tiny.same(weights, run(tmp_path / "again", str(tmp_path / "checkpoint-10")))
     assert read_manifest(tmp_path / "checkpoint-10")["method"]["optim"] == "radam_schedulefree"
-    with pytest.raises(ValueError, match="auto_find_batch_size restarts"):
-        run(tmp_path, auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="bf16_full_eval leaves"):
+        run(tmp_path, bf16_full_eval=True)
 
 
 def test_an_update_that_was_skipped_is_not_averaged(tmp_path, monkeypatch):
