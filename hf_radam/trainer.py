@@ -24,6 +24,7 @@ from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.resuming import ResumingMixin
 from hf_radam.saving import SavingMixin
+from hf_radam.search import SearchMixin
 from hf_radam.support import check_supported
 from hf_radam.training_args import RAdamTrainingArguments
 
@@ -45,7 +46,7 @@ class AfterUpdate(TrainerCallback):
             self.trainer.average.update(state.global_step + 1)
 
 
-class RAdamTrainerMixin(SavingMixin, ResumingMixin):
+class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
     """Our methods for any subclass of `Trainer`: `class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -148,14 +149,12 @@ class RAdamTrainerMixin(SavingMixin, ResumingMixin):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Begin the average, or go on with the checkpoint's, once the parameters are the ones that will train."""
-        if self._best_model_loaded and self.model_init is None:
+        if self._best_model_loaded:
             raise RuntimeError(
                 "The model holds the best evaluation weights (load_best_model_at_end), which is not a state to train "
                 "on from: make a new trainer, and resume it from a checkpoint."
             )
-        self.args.check()
         self.args.check_horizon(max_steps)
-        self._best_model_loaded = False
         self._last_saved = None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._active and self.args.auto_find_batch_size:

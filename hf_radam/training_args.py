@@ -111,10 +111,7 @@ class RAdamTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Resolve names, let upstream check its part with stand-ins for ours, then check ours."""
-        optim = OptimizerName(self.optim)
-        if optim == "schedule_free_radam":
-            optim = OptimizerName("radam_schedulefree")
-        schedule = self._resolved_schedule(optim, SchedulerName(self.lr_scheduler_type))
+        optim, schedule = self._resolved_names()
         ours_optim, ours_schedule = optim in OPTIMIZERS, schedule in OUR_SCHEDULES
         self.optim = OptimizerNames.ADAMW_TORCH if ours_optim else optim.value
         self.lr_scheduler_type = SchedulerType.CONSTANT if ours_schedule else schedule.value
@@ -122,18 +119,24 @@ class RAdamTrainingArguments(TrainingArguments):
         self.optim, self.lr_scheduler_type = optim, schedule
         self.check()
 
-    def _resolved_schedule(self, optim: Any, schedule: Any) -> Any:
+    def _resolved_names(self) -> tuple[Any, Any]:
+        """Optimizer and schedule as members of our enums, an alias or `auto` as what it stands for."""
+        optim, schedule = OptimizerName(self.optim), SchedulerName(self.lr_scheduler_type)
+        if optim == "schedule_free_radam":
+            optim = OptimizerName("radam_schedulefree")
         if schedule != "auto":
-            return schedule
+            return optim, schedule
         if optim == "radam_schedulefree" or self.ewa:
-            return SchedulerName("constant_with_warmup" if self.warmup_steps else "constant")
-        return SchedulerName("wsd" if optim == "radam" else UPSTREAM_DEFAULT_SCHEDULE)
+            return optim, SchedulerName("constant_with_warmup" if self.warmup_steps else "constant")
+        return optim, SchedulerName("wsd" if optim == "radam" else UPSTREAM_DEFAULT_SCHEDULE)
 
     def check(self) -> None:
         """Raise `ValueError` for values under which a method would not do what it says.
 
-        Called when the arguments are made, and by the trainer before training, as fields may have been set since.
+        Called when the arguments are made, and by the trainer before training, as fields may have been set since
+        (each trial of a search does).
         """
+        self.optim, self.lr_scheduler_type = self._resolved_names()
         argument_checks.check_names(self)
         argument_checks.check_schedule(self)
         argument_checks.check_ewa(self)

@@ -55,10 +55,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         },
         ANY,
     ),
+    "search": ({"evaluation", "support", "parts"}, ANY),
     "trainer": (
         {
             *("averaging", "optim", "batch_norm", "random_state", "names", "training_args", "support", "evaluation"),
-            *("attempts", "just_in_time", "saving", "resuming"),
+            *("attempts", "just_in_time", "saving", "resuming", "search"),
         },
         ANY,
     ),

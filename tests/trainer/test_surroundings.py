@@ -22,10 +22,11 @@ from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, 
 from hf_radam.manifest import read_manifest
 from hf_radam.resuming import ResumingMixin
 from hf_radam.saving import SavingMixin
+from hf_radam.search import SearchMixin
 
 
 def overrides():
-    for cls in (RAdamTrainerMixin, SavingMixin, ResumingMixin):
+    for cls in (RAdamTrainerMixin, SearchMixin, SavingMixin, ResumingMixin):
         for name in vars(cls):
             if name != "__init__" and not name.startswith("__") and hasattr(Trainer, name):
                 yield cls, name

@@ -1,0 +1,166 @@
+"""`hyperparameter_search` with optuna: a trial is, bit for bit, the run that its values make alone.
+
+The oracle is that run, by a trainer of its own with a `model_init`.
+"""
+
+import gc
+import weakref
+from pathlib import Path
+
+import optuna
+import peft
+import pytest
+import tiny
+import torch
+
+from hf_radam import RAdamTrainer
+from hf_radam.manifest import read_manifest
+
+SAVED = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 4}
+
+
+def trainer(folder, cls=RAdamTrainer, **options):
+    args = tiny.arguments(folder, **options)
+    return cls(args=args, model_init=lambda: tiny.llama(), train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
+
+
+def search(ours, choices, pruner=None, **keywords):
+    """Try every combination of the choices; returns the values of each trial, and the best run."""
+    keywords["pruner"] = pruner or optuna.pruners.NopPruner()
+    tried = {}
+
+    def hp_space(trial):
+        tried[trial.number] = {name: trial.suggest_categorical(name, values) for name, values in choices.items()}
+        return tried[trial.number]
+
+    count = 1
+    for values in choices.values():
+        count *= len(values)
+    sampler = optuna.samplers.GridSampler(choices, seed=0)
+    best = ours.hyperparameter_search(hp_space, n_trials=count, backend="optuna", sampler=sampler, **keywords)
+    assert len(tried) == count
+    return tried, best
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two checkpoints have the same weights, averages, optimizer, schedule and random states."""
+    names = [
+        {p.relative_to(folder) for p in folder.rglob("*") if p.suffix in (".safetensors", ".pt", ".pth")}
+        for folder in (one, other)
+    ]
+    assert len(names[0]) >= 4
+    return names[0] == names[1] and all((one / n).read_bytes() == (other / n).read_bytes() for n in names[0])
+
+
+SEARCHES = {
+    "optimizers": (
+        {"ewa": True},
+        {
+            "optim": ["radam", "schedule_free_radam", "radam_schedulefree", "adamw_torch"],
+            "lr_scheduler_type": ["auto", "constant"],
+            "ewa_decay": [0.8, 0.9],
+        },
+    ),
+    "schedules": (
+        {"optim": "radam", "ewa": True, "warmup_steps": 2},
+        {"lr_scheduler_type": ["wsd", "wsd_s", "cosine", "auto"], "learning_rate": [1e-2, 3e-3]},
+    ),
+    "on and off": ({"optim": "radam", "lr_scheduler_type": "wsd"}, {"ewa": [True, False], "learning_rate": [1e-2]}),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_trial_is_the_run_of_its_values(tmp_path, name):
+    options, choices = SEARCHES[name]
+    ours = trainer(tmp_path, **options, **SAVED, **EVALUATED)
+    tried, best = search(ours, choices)
+    losses = {}
+    for number, values in tried.items():
+        folder = tmp_path / "alone" / str(number)
+        alone = trainer(folder, **options | SAVED | EVALUATED | values)
+        alone.train()
+        losses[number] = alone.evaluate()["eval_loss"]
+        for update in (4, 8):
+            assert same_files(tmp_path / f"run-{number}" / f"checkpoint-{update}", folder / f"checkpoint-{update}")
+        manifest = read_manifest(tmp_path / f"run-{number}" / "checkpoint-8")
+        assert manifest["method"] == read_manifest(folder / "checkpoint-8")["method"]
+    assert len(set(losses.values())) > 1
+    assert best.objective == losses[int(best.run_id)] == min(losses.values())
+
+
+@pytest.mark.parametrize("options", [{}, EVALUATED, {**EVALUATED, "load_best_model_at_end": True}])
+def test_the_objective_is_the_loss_of_the_evaluation_weights(tmp_path, options):
+    """Upstream's default would take `eval_raw_loss`; the oracle reads the averages from the trial's last checkpoint."""
+    ours = trainer(tmp_path, optim="radam", ewa=True, ewa_eval_raw=True, **SAVED, **options)
+    _, best = search(ours, {"learning_rate": [1e-3, 2e-3]})
+    folder = tmp_path / f"run-{best.run_id}" / "checkpoint-8"
+    shipped, raw = tiny.LlamaForCausalLM.from_pretrained(folder / "ewa"), tiny.LlamaForCausalLM.from_pretrained(folder)
+    assert best.objective == pytest.approx(tiny.loss_of(shipped), abs=2e-6)
+    assert abs(best.objective - tiny.loss_of(raw)) > 1e-3
+
+
+def test_an_objective_of_the_users_gets_every_metric(tmp_path):
+    ours = trainer(tmp_path, optim="radam", ewa=True, ewa_eval_raw=True, max_steps=2)
+    _, best = search(ours, {"learning_rate": [1e-3]}, compute_objective=lambda metrics: metrics["eval_raw_loss"])
+    assert best.objective > 0
+
+
+def test_a_trials_checkpoint_resumes(tmp_path):
+    options = {"ewa": True, "ewa_every": 3} | SAVED
+    choices = {"optim": ["radam_schedulefree", "radam"], "learning_rate": [1e-2], "ewa_decay": [0.8]}
+    tried, _ = search(trainer(tmp_path, **options), choices, hp_name=lambda trial: f"trial {trial.number}")
+    for number, values in tried.items():
+        run = tmp_path / f"trial {number}"
+        again = trainer(tmp_path / "again", **options | values)
+        again.train(resume_from_checkpoint=str(run / "checkpoint-4"))
+        assert same_files(run / "checkpoint-8", tmp_path / "again" / "checkpoint-8")
+
+
+def test_values_that_cannot_be_are_refused_in_the_trial(tmp_path):
+    """Those that the arguments refuse when they are made, and a model that does not go with the trial's method."""
+    ours = trainer(tmp_path, optim="radam", lr_scheduler_type="wsd")
+    with pytest.raises(ValueError, match="lr_scheduler_type=wsd with radam_schedulefree"):
+        search(ours, {"optim": ["radam_schedulefree"]})
+
+    def with_adapter():
+        model = tiny.llama()
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+        return model
+
+    adapted = RAdamTrainer(args=tiny.arguments(tmp_path), model_init=with_adapter, train_dataset=tiny.TRAIN)
+    with pytest.raises(ValueError, match="use peft.get_peft_model"):
+        search(adapted, {"optim": ["radam"], "lr_scheduler_type": ["wsd"]})
+
+
+def test_a_failed_start_leaves_nothing_of_the_last_model(tmp_path):
+    """The new model is evaluated as it is, and the old average is gone from memory."""
+    ours = trainer(tmp_path, optim="radam", ewa=True, max_steps=4)
+    ours.train()
+    average = weakref.ref(ours.average)
+    ours.args.learning_rate = -1.0
+    with pytest.raises(ValueError, match="learning_rate=-1.0 must be"):
+        ours.train()
+    assert ours.evaluate()["eval_loss"] == pytest.approx(tiny.loss_of(tiny.llama()), abs=2e-6)
+    ours.callback_handler.optimizer = ours.callback_handler.model = None
+    gc.collect()
+    assert average() is None
+
+
+def test_pruned_trials_and_a_batch_size_found_in_a_trial(tmp_path):
+    class Limited(RAdamTrainer):
+        def training_step(self, model, inputs, *rest):
+            if len(inputs["input_ids"]) > 3 and self.state.global_step >= 2:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return super().training_step(model, inputs, *rest)
+
+    options = {"ewa": True, "optim": "radam", "auto_find_batch_size": True} | SAVED | EVALUATED
+    ours = trainer(tmp_path, Limited, **options)
+    choices = {"learning_rate": [1e-2, 1e-4, 1e-5]}
+    tried, best = search(ours, choices, pruner=optuna.pruners.MedianPruner(n_startup_trials=1), direction="maximize")
+    whole = [number for number in tried if (tmp_path / f"run-{number}" / "checkpoint-8").exists()]
+    assert int(best.run_id) in whole and len(whole) < len(tried)
+    for number in whole:
+        values = tried[number] | {"per_device_train_batch_size": 3, "auto_find_batch_size": False}
+        trainer(tmp_path / "alone" / str(number), **options | values).train()
+        assert same_files(tmp_path / f"run-{number}/checkpoint-8", tmp_path / f"alone/{number}/checkpoint-8")
