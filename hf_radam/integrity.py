@@ -7,7 +7,9 @@ wrote only the form is known: that the files it cannot do without are there, and
 from __future__ import annotations
 
 import json
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,6 +28,17 @@ from hf_radam.storage import sha256
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
+UNREADABLE = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    SafetensorError,
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+)
+"""What reading raises where a file is not what its name says: a zip archive fails in as many ways as it has fields."""
 UNFINISHED = "checkpoint-is-incomplete.txt"
 """Upstream's just-in-time save leaves this file in a checkpoint that it did not finish."""
 
@@ -47,7 +60,7 @@ def damage(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
     except CheckpointError as error:
         return {MANIFEST_NAME: str(error)}
     if manifest is None:
-        return _damaged_form(path, only)
+        return damaged_form(path, only)
     wrong = {}
     for name, facts in manifest["files"].items():
         if only is None or _belongs_to_model(name, only):
@@ -89,8 +102,11 @@ def _difference(file: Path, facts: dict[str, object]) -> str | None:
         return f"cannot be read ({error})"
 
 
-def _damaged_form(path: Path, only: str | None) -> dict[str, str]:
-    """What is wrong with a checkpoint of stock `Trainer`, as far as its form tells."""
+def damaged_form(path: Path, only: str | None = None) -> dict[str, str]:
+    """What is wrong with a checkpoint as far as its form tells, which is all there is to go by without a manifest.
+
+    Arguments and result are those of `damage`.
+    """
     wrong = {}
     if only is None and not (path / TRAINER_STATE_NAME).is_file():
         wrong[TRAINER_STATE_NAME] = "is missing"
@@ -111,10 +127,15 @@ def _damaged_form(path: Path, only: str | None) -> dict[str, str]:
     return wrong
 
 
+def _is_trainer_state(content: object) -> bool:
+    return isinstance(content, dict) and isinstance(content.get("global_step"), int)
+
+
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return sorted(str(shard) for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return []
 
 
@@ -122,7 +143,9 @@ def _malformed(file: Path) -> str | None:
     """Why a file cannot be what its name says; torch's files are zip archives with a checksum of every part."""
     try:
         if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf-8"))
+            content = json.loads(file.read_text(encoding="utf-8"))
+            if file.name == TRAINER_STATE_NAME and not _is_trainer_state(content):
+                return "is no trainer state: it has no global_step"
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
@@ -130,6 +153,6 @@ def _malformed(file: Path) -> str | None:
             with zipfile.ZipFile(file) as archive:
                 bad = archive.testzip()
             return None if bad is None else f"has another checksum in its part {bad} than when it was written"
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"cannot be read ({error})"
+    except UNREADABLE as error:
+        return f"cannot be read ({str(error) or type(error).__name__})"
     return None

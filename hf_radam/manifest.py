@@ -59,7 +59,7 @@ def is_marked(checkpoint: PathLike) -> bool:
     try:
         state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
         return bool(state["stateful_callbacks"].get(MARK) == mark(state["global_step"]))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
 
@@ -112,7 +112,7 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
             own = manifest[OWN_CHECKSUM]
             if _own_checksum(text.replace(own, NO_CHECKSUM)) != own:
                 raise ValueError("its checksum does not agree with its content")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path / MANIFEST_NAME} cannot be read ({error!r}): the checkpoint is damaged."
         ) from error
