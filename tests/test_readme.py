@@ -72,6 +72,10 @@ def test_commands_parse(command, monkeypatch, tmp_path):
 
         assert command[:2] == ["accelerate", "launch"]
         clm_arguments.parse_arguments(command[command.index("examples/run_clm.py") + 1 :])
+    elif command[0] == "hf-radam":
+        from hf_radam import cli
+
+        cli.parser().parse_args(command[1:])
     else:
         import evaluate_clm
 

@@ -1,0 +1,95 @@
+"""The command `hf-radam`: `hf-radam inspect PATH` says what a checkpoint or a run holds and how to go on with it."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes."""
+    top = argparse.ArgumentParser(prog="hf-radam", description="Look into checkpoints and runs of RAdamTrainer.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    inspect = commands.add_parser(
+        "inspect",
+        help="say what a checkpoint or a run holds, whether it is whole, and how to go on with it",
+        description="Say what a checkpoint or the folder of a run holds, also one by stock Trainer: method, schedule, "
+        "which weights, whether every file is whole, and how it can be resumed, extended or evaluated. Nothing is "
+        "written, and nothing in the files is run. Exit code 1 if anything is damaged.",
+    )
+    inspect.add_argument("path", metavar="PATH", help="a checkpoint, or the folder of a run")
+    inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
+    inspect.set_defaults(refuse=inspect.error)
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; those of the process when not given.
+
+    Returns:
+        0; 1 if anything that was inspected is damaged. A wrong argument leaves the process with 2 (`SystemExit`).
+    """
+    arguments = parser().parse_args(argv)
+    path = _shown(arguments.path)
+    if not Path(path).is_dir():
+        arguments.refuse(f"{arguments.path} is no folder: give a checkpoint, checkpoint-N, or the folder of a run.")
+    try:
+        output, code = _inspect(path, as_json=arguments.json)
+    except OSError as error:
+        arguments.refuse(f"{arguments.path} cannot be read: {error}")
+        raise  # not reached: it ends the process
+    if output is None:
+        arguments.refuse(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
+    else:
+        sys.stdout.write(output)
+    return code
+
+
+def _shown(path: str) -> str:
+    """The path as the commands in the output name it: as it was given, unless that is `.` or `..`."""
+    plain = os.path.normpath(path)
+    return os.path.abspath(plain) if os.path.basename(plain) in ("", os.curdir, os.pardir) else plain
+
+
+def _inspect(path: str, *, as_json: bool) -> tuple[str | None, int]:
+    """The output and the exit code, or None for a folder that is neither a checkpoint nor a run."""
+    # Here, so that `--help` need not load torch.
+    from hf_radam.inspection import inspect_checkpoint
+    from hf_radam.report import checkpoint_report, run_report
+    from hf_radam.run_inspection import inspect_run, looks_like_checkpoint, looks_like_run
+    from hf_radam.uses import uses
+
+    if looks_like_checkpoint(path):
+        checkpoint = inspect_checkpoint(path)
+        if as_json:
+            can = {name: dataclasses.asdict(use) for name, use in uses(checkpoint).items()}
+            return _json({"kind": "checkpoint", **dataclasses.asdict(checkpoint), "uses": can}), int(checkpoint.bad)
+        return _printable(checkpoint_report(checkpoint)), int(checkpoint.bad)
+    if looks_like_run(path):
+        run = inspect_run(path)
+        code = int(bool(run.bad))
+        if as_json:
+            return _json({"kind": "run", **dataclasses.asdict(run), "damaged": run.bad}), code
+        return _printable(run_report(run)), code
+    return None, 2
+
+
+def _json(content: dict[str, object]) -> str:
+    return json.dumps(content, indent=2) + "\n"
+
+
+def _printable(text: str) -> str:
+    """The text without what would steer a terminal: some of it comes out of damaged files."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""What a checkpoint can be resumed, extended or evaluated with, as the command to type, or why it cannot."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
+
+from hf_radam.extension import decays, run_of
+from hf_radam.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y
+from hf_radam.integrity import OPTIMIZER_NAME, SCHEDULER_NAME
+from hf_radam.loading import evaluation_folder
+from hf_radam.manifest import CheckpointError, read_manifest
+from hf_radam.phases import CONSTANT, FINISHED
+from hf_radam.runs import checkpoints
+
+
+@dataclass(frozen=True)
+class Use:
+    """One thing to do with a checkpoint: whether it can be done, and the words for it."""
+
+    possible: bool
+    words: str
+
+
+def uses(facts: CheckpointFacts) -> dict[str, Use]:
+    """What can be done with a checkpoint: `resume`, `extend`, `evaluate`."""
+    return {"resume": _resume(facts), "extend": _extend(facts), "evaluate": _evaluate(facts)}
+
+
+def _unfit(facts: CheckpointFacts) -> str | None:
+    """Why no training can go on from a checkpoint, if so."""
+    if facts.state == WHOLE:
+        return None
+    if facts.state != NOT_RESUMABLE:
+        return f"no: {facts.state} ({', '.join(facts.problems)})"
+    if facts.sharded:
+        return f"no: it was saved with DeepSpeed or FSDP ({', '.join(facts.sharded)}), which hf_radam does not read"
+    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not Path(facts.path, name).is_file()]
+    return (
+        f"no: without {' and '.join(missing)} (save_only_model?) training cannot go on; to start a new run from its "
+        "weights, load them as the model"
+    )
+
+
+def _resume(facts: CheckpointFacts) -> Use:
+    unfit = _unfit(facts)
+    if unfit is not None:
+        return Use(False, unfit)
+    if facts.phase == FINISHED:
+        return Use(False, f"no: the run has had its {facts.max_steps} updates, there is nothing left to train")
+    words = f"--resume_from_checkpoint {shlex.quote(facts.path)}, with the flags the run was started with"
+    if facts.ours:
+        return Use(True, words)
+    optim = facts.optim or ""
+    if optim.startswith("schedule_free_") and optim != "schedule_free_radam":
+        return Use(True, f"{words}, with stock Trainer ({optim} is not one of ours)")
+    if facts.root in (Y, X):
+        words += "; in RAdamTrainer with --optim radam_schedulefree, which takes the optimizer's state over"
+        if facts.lr_scheduler_type not in (None, *CONSTANT):
+            words += f", and refuses the schedule ({facts.lr_scheduler_type}): schedule-free wants a constant one"
+    return Use(True, words)
+
+
+def can_begin_extension(facts: CheckpointFacts) -> bool:
+    """Whether a run can be extended from just this checkpoint, as far as its own schedule has a say."""
+    if facts.state != WHOLE or facts.schedule_step is None:
+        return False
+    if facts.schedule is None:
+        return facts.lr_scheduler_type in CONSTANT
+    return not _has_decayed(facts.schedule, facts.schedule_step)
+
+
+def _has_decayed(schedule: Mapping[str, Any], step: int) -> bool:
+    """Whether the learning rate has begun to fall and is not meant to be raised again: so `extend` judges it."""
+    if step in schedule.get("budgets", ()):
+        return False
+    last_stays = "total_steps" in schedule
+    return any(start < step and (step < end or (last_stays and step == end)) for start, end in decays(schedule))
+
+
+def _latest_source(run: Path) -> Path | None:
+    """The checkpoint that extending a run would begin with, if it is whole: its checksums are not looked at here."""
+    for place in checkpoints(run):
+        with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
+            manifest = read_manifest(place.path)
+            if manifest and manifest["schedule"] and (place.path / OPTIMIZER_NAME).is_file():
+                if not _has_decayed(manifest["schedule"], manifest["schedule_step"]):
+                    return place.path
+    return None
+
+
+def new_total(facts: CheckpointFacts) -> str:
+    """What the N in `--max_steps N` of an extension must be."""
+    if facts.schedule is not None and "total_steps" in facts.schedule:
+        return f"N: the new total, above {facts.schedule['total_steps']}"
+    return f"N: the new total, above {facts.schedule_step}"
+
+
+def _extend(facts: CheckpointFacts) -> Use:
+    unfit = _unfit(facts)
+    if unfit is not None:
+        return Use(False, unfit)
+    if can_begin_extension(facts):
+        at_budget = facts.schedule is not None and facts.schedule_step in facts.schedule.get("budgets", ())
+        back = "; the learning rate goes back to the peak here, as WSD-S has it" if at_budget else ""
+        return Use(True, f"--extend_from {shlex.quote(facts.path)} --max_steps N ({new_total(facts)}){back}")
+    if facts.schedule is None:
+        name = facts.lr_scheduler_type or "a schedule that is not known"
+        return Use(False, f"no: {name} would have had another past in a longer run")
+    run = run_of(Path(facts.path))
+    rate = f"{facts.learning_rates[0]:g}" if facts.learning_rates else "the floor"
+    jump = f"not from here: the schedule of a longer run would jump from {rate} back to the peak"
+    source = _latest_source(run)
+    if source is None:
+        return Use(False, f"{jump}, and {run} has no checkpoint from before the decay")
+    goes_on = f"--extend_from {shlex.quote(str(run))} --max_steps N ({new_total(facts)}) goes on from {source}"
+    return Use(False, f"{jump}. {goes_on}")
+
+
+def _evaluate(facts: CheckpointFacts) -> Use:
+    try:
+        folder = evaluation_folder(facts.path)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return Use(False, f"no: {error}")
+    if (folder / ADAPTER_CONFIG_NAME).is_file():
+        return Use(True, f'peft.AutoPeftModelForCausalLM.from_pretrained("{folder}")')
+    if not (folder / CONFIG_NAME).is_file():
+        return Use(
+            False, f"no {CONFIG_NAME}: the model is no PreTrainedModel; safetensors reads the weights in {folder}"
+        )
+    words = f'load_evaluation_model("{facts.path}")'
+    if not facts.ours and facts.root == Y:
+        return Use(True, f"{words} loads y: no file holds x. RAdamTrainer, resumed from it, evaluates and saves x")
+    if not facts.ours and facts.root == X:
+        return Use(True, f"{words} loads x")
+    return Use(True, f"{words} loads {facts.evaluation_folder + '/' if facts.evaluation_folder else 'the root'}")
