@@ -1,0 +1,136 @@
+"""Training processes that may be killed at any moment, forked from one that has imported everything already.
+
+Each is a process of its own, begun in milliseconds by the fork server of `multiprocessing`, and does what a user's
+script does: make the model, the arguments and the trainer, and train.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+from tqdm import tqdm
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from hf_radam import RAdamTrainer
+from hf_radam.runs import checkpoints
+
+COMMON = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+SCENARIOS: dict[str, dict[str, Any]] = {
+    # keeps _pre_decay/checkpoint-7; updates 8 and 9 straddle the end of a round through the data
+    "wsd+ewa": tiny.METHODS["wsd"]
+    | {"decay_steps": 5, "ewa": True, "ewa_every": 3, "gradient_accumulation_steps": 2}
+    | COMMON,
+    "ewa, best": tiny.METHODS["ewa"]
+    | COMMON
+    | {"save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True},
+    "schedule_free+ewa": tiny.METHODS["schedule_free_ewa"] | COMMON | {"eval_strategy": "steps", "eval_steps": 4},
+    # keeps _budgets/checkpoint-7, which is no multiple of save_steps, and _budgets/checkpoint-12
+    "wsd_s": tiny.METHODS["wsd_s"]
+    | COMMON
+    | {"budgets": [7], "save_steps": 2, "gradient_accumulation_steps": 2, "warmup_steps": 2},
+}
+"""Trainings of 12 updates, all with dropout, two with gradient accumulation, two with evaluation."""
+PINS = {"wsd+ewa": [("_pre_decay", 7)], "wsd_s": [("_budgets", 7), ("_budgets", 12)]}
+
+
+def context() -> Any:
+    """The fork server, with everything imported that a training needs."""
+    # The server is started with the environment but not with sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(tiny.__file__).parents[1]), *filter(None, sys.path)])
+    started = multiprocessing.get_context("forkserver")
+    started.set_forkserver_preload(["hf_radam.trainer", "transformers.models.llama.modeling_llama", __name__])
+    return started
+
+
+def start(target: Callable[..., None], *args: Any, log: Path) -> Any:
+    """Begin `target(*args)` in a process of its own, which writes what it says to a file."""
+    process = context().Process(target=_logged, args=(target, args, log))
+    process.start()
+    return process
+
+
+def _logged(target: Callable[..., None], args: tuple[Any, ...], log: Path) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and nobody takes it back from a killed one
+    target(*args)
+
+
+def warm_up(log: Path) -> None:
+    """Have the fork server import everything, so that the next process is a fast one."""
+    finish(int, log=log)
+
+
+def finish(target: Callable[..., None], *args: Any, log: Path) -> None:
+    """Run `target(*args)` in a process of its own to its end, which must be a good one."""
+    process = start(target, *args, log=log)
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}\n{log.read_text(errors='replace')[-3000:]}"
+
+
+class Diary(TrainerCallback):
+    """Writes down every update whose checkpoint the trainer says is saved."""
+
+    def __init__(self, file: Path):
+        self.file = file
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One line, which outlives the process."""
+        with self.file.open("a") as stream:
+            stream.write(f"{state.global_step}\n")
+
+
+def make_trainer(run: Path, options: dict[str, Any]) -> RAdamTrainer:
+    """The trainer of a run: as `tiny.trainer`, with a diary beside the run's folder."""
+    trainer = tiny.trainer(run, **options)
+    trainer.add_callback(Diary(diary(run)))
+    return trainer
+
+
+def diary(run: Path) -> Path:
+    """The file with the updates that were said to be saved."""
+    return run.with_name(run.name + ".saved")
+
+
+def train(run: Path, options: dict[str, Any], result: Path, resume: str | None = None) -> None:
+    """Train to the end: from the checkpoint named, else from the newest if there is one, else from the beginning."""
+    trainer = make_trainer(run, options)
+    trainer.train(resume_from_checkpoint=resume or (bool(checkpoints(run)) or None))
+    torch.save(outcome(trainer), result)
+
+
+def outcome(trainer: RAdamTrainer) -> dict[str, Any]:
+    """Everything that a run ends with and that its twin must end with, too."""
+    average = trainer.average
+    return {
+        "weights": tiny.parameters(trainer.model),
+        "average": None if average is None else (average.counters(), average.averaged_state_dict()),
+        "optimizer": trainer.optimizer.state_dict(),
+        "schedule": trainer.lr_scheduler.state_dict(),
+        "updates": trainer.state.global_step,
+        "losses": {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
+        "best": (trainer.state.best_metric, trainer.state.best_global_step),
+    }
+
+
+def differences(a: Any, b: Any, name: str = "") -> list[str]:
+    """Names of what is not the same in two nested outcomes: tensors bit for bit, everything else by `==`."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if a.dtype == b.dtype and torch.equal(a, b) else [name]
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return [found for key in a for found in differences(a[key], b[key], f"{name}/{key}")]
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return [found for i in range(len(a)) for found in differences(a[i], b[i], f"{name}/{i}")]
+    return [] if type(a) is type(b) and a == b else [name]

@@ -1,0 +1,207 @@
+"""Kill training processes at random moments, let a user resume them, and compare with uninterrupted twins.
+
+Run as a script this is the long form: `python tests/faults/kills.py --kills 50 --seed 0`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import attempts
+import tiny
+import torch
+from transformers.utils import logging
+
+from hf_radam import load_evaluation_model
+from hf_radam.runs import Place, check_resumable, checkpoints
+from hf_radam.storage import STAGING
+
+
+@dataclass
+class Twin:
+    """A run that nobody interrupted, with all of its checkpoints.
+
+    Attributes:
+        options: keywords of its arguments.
+        run: its folder.
+        seconds: how long it took, from the start of its process.
+        outcome: what it ended with.
+    """
+
+    options: dict[str, Any]
+    run: Path
+    seconds: float
+    outcome: dict[str, Any]
+
+    @classmethod
+    def trained(cls, folder: Path, options: dict[str, Any]) -> Twin:
+        """Train it in a process of its own."""
+        folder.mkdir(parents=True)
+        began = time.monotonic()
+        kept = options | {"save_total_limit": None}
+        attempts.finish(attempts.train, folder / "run", kept, folder / "outcome", log=folder / "log")
+        seconds = time.monotonic() - began
+        return cls(options, folder / "run", seconds, torch.load(folder / "outcome"))
+
+
+@dataclass
+class Victim:
+    """A run whose processes are killed: after each kill its folder is looked at, as whoever finds it would.
+
+    Attributes:
+        folder: holds the run's folder and what is noted about it.
+        twin: the same run, not interrupted.
+        pins: folder and update of each checkpoint that must be kept for good.
+        inside: for each kill, whether it came in the middle of a save.
+    """
+
+    folder: Path
+    twin: Twin
+    pins: list[tuple[str, int]]
+    inside: list[bool] = field(default_factory=list)
+    newest: int = 0
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True)
+        self.run = self.folder / "run"
+
+    def attempt(self, *, kill_after: float | None, resume: str | None = None) -> bool:
+        """Let a process train; whether it came to its end before it was killed."""
+        staging = _identity(self.run / STAGING)
+        process = attempts.start(
+            attempts.train, self.run, self.twin.options, self.folder / "outcome", resume, log=self.folder / "log"
+        )
+        if kill_after is not None:
+            process.join(kill_after)
+            if process.exitcode is None:
+                os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        if process.exitcode == 0:
+            return True
+        log = (self.folder / "log").read_text(errors="replace")
+        assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}\n{log[-3000:]}"
+        self.inside.append(_identity(self.run / STAGING) not in (None, staging))
+        self.inspect()
+        return False
+
+    def inspect(self) -> None:
+        """Whatever has a checkpoint's name is whole and the twin's; nothing that was saved or pinned is gone."""
+        places = checkpoints(self.run)
+        for place in places:
+            check_resumable(place.path)
+            self.compare_files(place)
+        newest = places[0].step if places else 0
+        diary = attempts.diary(self.run)
+        told = [int(line) for line in diary.read_text().split()] if diary.exists() else []
+        assert newest >= max([self.newest, *told]), f"{newest} is the newest, after {self.newest}, told: {told}"
+        self.newest = newest
+        assert sum(not place.pinned_in for place in places) <= self.twin.options["save_total_limit"] + 1
+        kept = [(place.pinned_in, place.step) for place in places]
+        assert all(pin in kept for pin in self.pins if pin[1] <= newest), f"pinned {kept}, newest {newest}"
+        if places:
+            loaded = load_evaluation_model(self.run)
+            whole = load_evaluation_model(self.twin_of(places[0]))
+            assert tiny.same(tiny.parameters(loaded), tiny.parameters(whole))
+
+    def twin_of(self, place: Place) -> Path:
+        """The twin's checkpoint of the same update: pinned, if it is not at the root."""
+        name = f"checkpoint-{place.step}"
+        at_root = self.twin.run / name
+        return at_root if at_root.exists() else self.twin.run / place.pinned_in / name
+
+    def compare_files(self, place: Place) -> None:
+        """The weights in a checkpoint are the twin's, byte for byte."""
+        theirs = self.twin_of(place)
+        files = sorted(p.relative_to(theirs) for p in theirs.rglob("*.safetensors"))
+        assert files == sorted(p.relative_to(place.path) for p in place.path.rglob("*.safetensors"))
+        for file in files:
+            assert (theirs / file).read_bytes() == (place.path / file).read_bytes(), place.path / file
+
+    def before_newest(self) -> str | None:
+        """The checkpoint one save before the newest: a run resumed from it saves over the newest."""
+        root = [place for place in checkpoints(self.run) if place.path.parent == self.run]
+        if len(root) == 2 and root[0].step - root[1].step == self.twin.options["save_steps"]:
+            return str(root[1].path)
+        return None
+
+    def differences(self) -> list[str]:
+        """What is not as the twin's, at the end."""
+        return attempts.differences(self.twin.outcome, torch.load(self.folder / "outcome"))
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What tells a folder from another of its name, and from itself before something happened in it."""
+    try:
+        return folder.stat().st_ino, folder.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
+
+
+def kill_and_resume(victim: Victim, random_source: random.Random, *, most: int) -> None:
+    """Kill the processes of a run up to `most` times, each at a random moment of its time, and let the last one end.
+
+    One attempt in four goes on from the checkpoint before the newest, and so saves over an existing one.
+    """
+    last = victim.twin.options["max_steps"]
+    for _ in range(most):
+        # Starting and ending take a part of the time; the updates that are left, the rest.
+        expected = victim.twin.seconds * (0.2 + 0.8 * (1 - victim.newest / last))
+        resume = victim.before_newest() if random_source.random() < 0.25 else None
+        if victim.attempt(kill_after=random_source.uniform(0, expected), resume=resume):
+            break
+    else:
+        victim.attempt(kill_after=None)
+
+
+def soak(folder: Path, *, kills: int, seed: int, scenarios: dict[str, dict[str, Any]] = attempts.SCENARIOS) -> str:
+    """Kill processes `kills` times, over one method after another; every run must end as its twin.
+
+    Returns:
+        The count, in words.
+
+    Raises:
+        AssertionError: if a run does not, or if something damaged was found on the way.
+    """
+    random_source = random.Random(seed)
+    attempts.warm_up(folder / "log")
+    twins = {name: Twin.trained(folder / name / "twin", options) for name, options in scenarios.items()}
+    inside: dict[str, list[bool]] = {name: [] for name in scenarios}
+    done = run = 0
+    while done < kills:
+        name = list(scenarios)[run % len(scenarios)]
+        victim = Victim(folder / name / str(run), twins[name], attempts.PINS.get(name, []))
+        kill_and_resume(victim, random_source, most=min(random_source.randint(1, 4), kills - done))
+        wrong = victim.differences()
+        assert not wrong, f"{victim.folder}: not as the twin after {len(victim.inside)} kills: {wrong}"
+        inside[name] += victim.inside
+        done += len(victim.inside)
+        run += 1
+    return _words(done, kills, inside)
+
+
+def _words(done: int, kills: int, inside: dict[str, list[bool]]) -> str:
+    each = ", ".join(f"{name} {len(kinds)}/{sum(kinds)}" for name, kinds in inside.items())
+    total = Counter(kind for kinds in inside.values() for kind in kinds)
+    return f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save (kills/inside: {each})"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        print(soak(Path(scratch), kills=flags.kills, seed=flags.seed))
+    sys.exit(0)
