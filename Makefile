@@ -15,7 +15,7 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(le
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test soak lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -28,6 +28,10 @@ quickstart: .venv/.examples ## train a small model on the Python standard librar
 
 test: lint ## lint, type-check, then run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+KILLS ?= 50
+soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=...), resume them, compare with uninterrupted twins
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/kills.py --kills $(KILLS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .

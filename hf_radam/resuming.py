@@ -56,7 +56,7 @@ class ResumingMixin(PartsMixin):
                     f"extend_from={self.args.extend_from} and resume_from_checkpoint={wanted} both say where to go on "
                     "from: drop one."
                 )
-            self._extension = self._agreed(lambda: extend(self.args))
+            self._extension = self._agreed(self._extended)
             if self._extension.kept:
                 self.args.go_on_with_schedule(**self._extension.kept)
             if self.is_world_process_zero():
@@ -75,6 +75,10 @@ class ResumingMixin(PartsMixin):
                 f"{found[0].path} is of an earlier run. This one begins anew, and resume_from_checkpoint=True goes on "
                 "from the highest number, whichever run wrote it: give each run a folder of its own."
             )
+
+    def _extended(self) -> Extension:
+        storage.recover(Path(str(self.args.output_dir)))
+        return extend(self.args)
 
     def _newest(self) -> str:
         run = Path(str(self.args.output_dir))

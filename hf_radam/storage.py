@@ -71,6 +71,8 @@ def seal(folder: Path) -> dict[str, tuple[int, str]]:
 
 def link_tree(source: Path, target: Path) -> None:
     """Make a folder with the same files: by hard links where the file system has them, else by copies, flushed."""
+    if not source.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))  # `rglob` would find nothing
     target.mkdir(parents=True)
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)

@@ -104,6 +104,13 @@ def diary(run: Path) -> Path:
     return run.with_name(run.name + ".saved")
 
 
+def begin(run: Path, options: dict[str, Any], result: Path) -> None:
+    """Train as the arguments alone say."""
+    trainer = make_trainer(run, options)
+    trainer.train()
+    torch.save(outcome(trainer), result)
+
+
 def train(run: Path, options: dict[str, Any], result: Path, resume: str | None = None) -> None:
     """Train to the end: from the checkpoint named, else from the newest if there is one, else from the beginning."""
     trainer = make_trainer(run, options)

@@ -163,8 +163,14 @@ def kill_and_resume(victim: Victim, random_source: random.Random, *, most: int) 
         victim.attempt(kill_after=None)
 
 
-def soak(folder: Path, *, kills: int, seed: int, scenarios: dict[str, dict[str, Any]] = attempts.SCENARIOS) -> str:
+def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
     """Kill processes `kills` times, over one method after another; every run must end as its twin.
+
+    Args:
+        folder: where to train.
+        kills: how many in all.
+        most_each: how many one run may suffer.
+        seed: of the moments.
 
     Returns:
         The count, in words.
@@ -174,13 +180,13 @@ def soak(folder: Path, *, kills: int, seed: int, scenarios: dict[str, dict[str, 
     """
     random_source = random.Random(seed)
     attempts.warm_up(folder / "log")
-    twins = {name: Twin.trained(folder / name / "twin", options) for name, options in scenarios.items()}
-    inside: dict[str, list[bool]] = {name: [] for name in scenarios}
+    twins = {name: Twin.trained(folder / name / "twin", options) for name, options in attempts.SCENARIOS.items()}
+    inside: dict[str, list[bool]] = {name: [] for name in twins}
     done = run = 0
     while done < kills:
-        name = list(scenarios)[run % len(scenarios)]
+        name = list(twins)[run % len(twins)]
         victim = Victim(folder / name / str(run), twins[name], attempts.PINS.get(name, []))
-        kill_and_resume(victim, random_source, most=min(random_source.randint(1, 4), kills - done))
+        kill_and_resume(victim, random_source, most=min(random_source.randint(1, most_each), kills - done))
         wrong = victim.differences()
         assert not wrong, f"{victim.folder}: not as the twin after {len(victim.inside)} kills: {wrong}"
         inside[name] += victim.inside
@@ -190,9 +196,9 @@ def soak(folder: Path, *, kills: int, seed: int, scenarios: dict[str, dict[str, 
 
 
 def _words(done: int, kills: int, inside: dict[str, list[bool]]) -> str:
-    each = ", ".join(f"{name} {len(kinds)}/{sum(kinds)}" for name, kinds in inside.items())
+    each = "; ".join(f"{name}: {len(kinds)}, {sum(kinds)}" for name, kinds in inside.items())
     total = Counter(kind for kinds in inside.values() for kind in kinds)
-    return f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save (kills/inside: {each})"
+    return f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save (kills, inside by method: {each})"
 
 
 if __name__ == "__main__":
@@ -203,5 +209,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        print(soak(Path(scratch), kills=flags.kills, seed=flags.seed))
+        print(soak(Path(scratch), kills=flags.kills, most_each=4, seed=flags.seed))
     sys.exit(0)

@@ -1,0 +1,132 @@
+"""A process that dies between any two operations on files leaves every checkpoint whole, or its successor.
+
+Oracles: the checksums in the manifests, the state before the save, and the run that went on undisturbed, whose outcome
+a resumed run must have bit for bit.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import attempts
+import crash_points
+import pytest
+import torch
+
+from hf_radam import load_evaluation_model
+from hf_radam.runs import check_resumable, checkpoints, newest
+from hf_radam.storage import STAGING, interrupted, recover
+
+LIMIT = attempts.COMMON["save_total_limit"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder in memory, if there is one: hundreds of flushed saves; nothing here depends on the disk."""
+    memory = Path("/dev/shm")
+    if not (memory.is_dir() and os.access(memory, os.W_OK)):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir=memory) as name:
+        yield Path(name)
+
+
+def names(run) -> set[tuple[str, int]]:
+    return {(place.pinned_in, place.step) for place in checkpoints(run)}
+
+
+def check(copy, *, at_least: int, pins: set[tuple[str, int]]) -> tuple:
+    """What whoever looks into a run must find at any instant; returns what tells one such state from another."""
+    died = (copy.parent / "died").read_text()
+    places = checkpoints(copy)
+    for place in places:
+        check_resumable(place.path)
+        assert STAGING not in place.path.parts or (place.path in dict(interrupted(copy)).values()), died
+    found = newest(copy, check_resumable)
+    assert found is not None and found.step >= at_least, died
+    assert pins <= names(copy), died
+    assert sum(not place.pinned_in for place in places) <= LIMIT + 1, died
+    load_evaluation_model(copy)
+    return tuple((place.pinned_in, place.step, place.path.relative_to(copy)) for place in places)
+
+
+def states(copies, **expected) -> dict[tuple, Path]:
+    """Every kind of state that the deaths left, with one folder of it."""
+    return {check(copy, **expected): copy for copy in sorted(copies.glob("*/run"), key=lambda p: int(p.parent.name))}
+
+
+def check_resumes(states, options, outcome) -> None:
+    for number, copy in enumerate(states.values()):
+        again = copy.parent / f"again-{number}"
+        shutil.copytree(copy, again / "run")
+        attempts.finish(attempts.train, again / "run", options, again / "outcome", log=again / "log")
+        died = (copy.parent / "died").read_text()
+        assert not attempts.differences(outcome, torch.load(again / "outcome")), died
+        assert not (again / "run" / STAGING).exists(), died
+
+
+SAVES = [
+    # scenario, update of the save, whether it is there already, pinned before and after, operations that it must have
+    ("wsd+ewa", 7, False, set(), {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
+    ("wsd+ewa", 7, True, {("_pre_decay", 7)}, {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
+    ("wsd_s", 7, False, set(), {("_budgets", 7)}, {"os.rename"}),
+    ("ewa, best", 6, False, set(), set(), {"os.rename", "os.remove"}),
+    ("schedule_free+ewa", 5, True, set(), set(), {"os.rename", "os.remove"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "update", "again", "before", "after", "operations"),
+    SAVES,
+    ids=[f"{s[0]}, update {s[1]}{' again' if s[2] else ''}" for s in SAVES],
+)
+def test_a_save_may_die_anywhere(folder, scenario, update, again, before, after, operations):
+    options = attempts.SCENARIOS[scenario]
+    attempts.finish(crash_points.train_forking, folder, options, update, again, log=folder / "log")
+    every = options["save_steps"]
+    at_least = update if again else (update - 1) // every * every
+    left = states(folder / "copies", at_least=at_least, pins=before)
+    deaths = [file.read_text().split()[0] for file in folder.glob("copies/*/died") if file.read_text()]
+    assert operations | {"open", "os.mkdir"} <= set(deaths) and len(deaths) > 30
+    whole = folder / "copies" / str(len(deaths) + 1) / "run"
+    assert after <= names(whole) and not (whole / STAGING).exists()
+    check_resumes(left, options, torch.load(folder / "outcome"))
+
+    between = [copy for copy in left.values() if list(interrupted(copy))]
+    assert bool(between) == again  # only where a folder gives its name to another are there two renames
+    for number, copy in enumerate(between):
+        attempts.finish(
+            crash_points.recover_forking, copy, folder / f"recovering-{number}", log=folder / "log of recovering"
+        )
+        for recovering in states(folder / f"recovering-{number}", at_least=update, pins=before).values():
+            recover(recovering)
+            assert names(recovering) == names(copy) and not list(interrupted(recovering))
+
+
+def test_pinning_what_is_resumed_may_die_anywhere(folder):
+    options = attempts.SCENARIOS["wsd+ewa"]
+    attempts.finish(attempts.train, folder / "run", options | {"save_total_limit": None}, folder / "o", log=folder / "log")
+    shutil.rmtree(folder / "run/_pre_decay")
+    for update in range(1, 13):
+        if update not in (6, 7):
+            shutil.rmtree(folder / f"run/checkpoint-{update}")
+    quiet = options | {"save_strategy": "no"}
+    attempts.finish(crash_points.resume_forking, folder / "run", folder / "copies", quiet, log=folder / "log")
+    left = states(folder / "copies", at_least=7, pins=set())
+    assert any(("_pre_decay", 7) in names(copy) for copy in left.values())
+    check_resumes(left, options, torch.load(folder / "o"))
+
+
+def test_a_run_that_died_between_two_renames_is_extended(folder):
+    """The budget's checkpoint is moved aside here, as by a process that died before its successor took its place."""
+    options = attempts.SCENARIOS["wsd_s"] | {"save_strategy": "no", "max_steps": 7, "budgets": None}
+    attempts.finish(attempts.train, folder / "run", options, folder / "o", log=folder / "log")
+    aside = folder / "run" / STAGING / "replaced/_budgets"
+    aside.mkdir(parents=True)
+    (folder / "run/_budgets/checkpoint-7").rename(aside / "checkpoint-7")
+    longer = options | {"max_steps": 12, "extend_from": str(folder / "run")}
+    attempts.finish(attempts.begin, folder / "run", longer, folder / "o", log=folder / "log")
+    assert names(folder / "run") == {("_budgets", 7), ("_budgets", 12)}
+    for place in checkpoints(folder / "run"):
+        check_resumable(place.path)
