@@ -116,8 +116,7 @@ def newest_checkpoint(run: PathLike) -> Path:
     """
 
     def accept(folder: Path) -> None:
-        evaluation_folder(folder)
-        if not (is_checkpoint(folder) and holds_model(folder)):
+        if not (holds_model(evaluation_folder(folder)) and is_checkpoint(folder)):
             raise CheckpointError(f"it has no {TRAINER_STATE_NAME} or no weights.")
 
     place = newest(run, accept)

@@ -170,8 +170,11 @@ class SavingMixin(PartsMixin):
         if self.args.should_save:
             with suppress(OSError):
                 storage.recover(run)
-        # Torch tells of a failed write in a RuntimeError, by the file of its source that found it.
-        if isinstance(error, (OSError, SafetensorError)) or "inline_container" in str(error):
+        # Torch tells of a failed write in a RuntimeError, by the file of its source that found it or as C++ does.
+        of_torch = isinstance(error, RuntimeError) and any(
+            word in str(error) for word in ("inline_container", "iostream")
+        )
+        if isinstance(error, (OSError, SafetensorError)) or of_torch:
             raise CheckpointSaveError(
                 f"{run / name} could not be written: {error} ({storage.free_space(run)}). Every earlier checkpoint is "
                 "as it was: make room in the folder or make it writable, and go on with --resume_from_checkpoint true."

@@ -106,7 +106,9 @@ def test_a_save_may_die_anywhere(folder, scenario, update, again, before, after,
 
 def test_pinning_what_is_resumed_may_die_anywhere(folder):
     options = attempts.SCENARIOS["wsd+ewa"]
-    attempts.finish(attempts.train, folder / "run", options | {"save_total_limit": None}, folder / "o", log=folder / "log")
+    attempts.finish(
+        attempts.train, folder / "run", options | {"save_total_limit": None}, folder / "o", log=folder / "log"
+    )
     shutil.rmtree(folder / "run/_pre_decay")
     for update in range(1, 13):
         if update not in (6, 7):

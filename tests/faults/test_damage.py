@@ -1,0 +1,208 @@
+"""A damaged checkpoint is told by the file, passed over by the searches, and nothing of it is loaded.
+
+Each file of a checkpoint is removed, cut, zeroed, or has single bits changed. Oracles: the name of the file in the
+message; the weights of an untouched trainer; the outcome of the run that was never damaged, which resuming from the
+checkpoint before must have, bit for bit.
+"""
+
+import logging
+import re
+import shutil
+import zipfile
+
+import pytest
+import tiny
+import torch
+from transformers import Trainer, TrainingArguments
+
+from hf_radam import load_evaluation_model
+from hf_radam.integrity import damage
+from hf_radam.manifest import MANIFEST_NAME, CheckpointError
+
+MODEL = ("config.json", "generation_config.json", "model.safetensors")
+ROOT = (*MODEL, "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin")
+METHODS = {**tiny.METHODS, "wsd": tiny.METHODS["wsd"] | {"decay_steps": 3}}
+KINDS = {
+    "wsd": ("", (*ROOT, MANIFEST_NAME)),
+    "ewa": ("ewa/", (*ROOT, MANIFEST_NAME, *(f"ewa/{name}" for name in MODEL))),
+    "schedule_free": ("schedule_free/", (*ROOT, MANIFEST_NAME, *(f"schedule_free/{name}" for name in MODEL))),
+}
+"""By method: the folder of the evaluation weights, and every file in the checkpoint."""
+CASES = [
+    *[("wsd", file) for file in (MANIFEST_NAME, "trainer_state.json", *MODEL)],
+    *[("ewa", file) for file in KINDS["ewa"][1]],
+    *[("schedule_free", file) for file in (*MODEL, *KINDS["schedule_free"][1][-4:])],
+]
+SIX = {"max_steps": 6, "save_strategy": "no"}
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+
+
+def flipped(data: bytes, position: int, bit: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 1 << bit]) + data[position + 1 :]
+
+
+def damages(data: bytes) -> dict[str, bytes | None]:
+    """Contents that a file may be left with instead of `data`; None where it is gone."""
+    last = len(data) - 1
+    flips = {
+        f"bit of byte {p}": flipped(data, p, bit) for p, bit in ((0, 0), (last // 3, 4), (last // 2, 7), (last, 1))
+    }
+    cuts = {"half": data[: len(data) // 2], "one byte short": data[:-1], "empty": b"", "one byte long": data + b"\0"}
+    return {"gone": None, "zeroed": bytes(len(data))} | cuts | flips
+
+
+def leave(file, content: bytes | None) -> None:
+    file.unlink(missing_ok=True)
+    if content is not None:
+        file.write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Runs of each method with checkpoint-3 and checkpoint-6, and the weights they ended with."""
+    made = {}
+    for method in KINDS:
+        run = tmp_path_factory.mktemp(method)
+        trainer = tiny.trainer(run, **METHODS[method] | SAVING)
+        trainer.train()
+        made[method] = run, tiny.parameters(trainer.model)
+    return made
+
+
+def new_trainer(run, method):
+    return tiny.trainer(run, tiny.llama(), **METHODS[method] | SIX)
+
+
+def test_the_files_listed_here_are_those_of_the_checkpoints(runs):
+    for method, (run, _) in runs.items():
+        found = {
+            p.relative_to(run / "checkpoint-6").as_posix() for p in (run / "checkpoint-6").rglob("*") if p.is_file()
+        }
+        assert found == set(KINDS[method][1])
+
+
+@pytest.mark.parametrize(("method", "file"), CASES, ids=[f"{m}, {f}" for m, f in CASES])
+def test_any_damage_is_named_and_passed_over(runs, tmp_path, caplog, method, file):
+    run, end = runs[method]
+    shutil.copytree(run, tmp_path / "run")
+    bad = tmp_path / "run/checkpoint-6" / file
+    evaluated = {step: tiny.parameters(load_evaluation_model(run / f"checkpoint-{step}")) for step in (3, 6)}
+    folder = KINDS[method][0]
+    concerns_evaluation = file == MANIFEST_NAME or file in {folder + name for name in MODEL}
+    trainer = new_trainer(tmp_path / "run", method)
+    before = tiny.parameters(trainer.model)
+    whole = bad.read_bytes()
+    for how, content in damages(whole).items():
+        leave(bad, content)
+        with pytest.raises(CheckpointError, match=re.escape(file)):
+            trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+        assert tiny.same(before, tiny.parameters(trainer.model)) and trainer.optimizer is None, how
+        if not concerns_evaluation and how != "gone":
+            continue
+        caplog.clear()
+        loaded = tiny.parameters(load_evaluation_model(tmp_path / "run"))
+        assert tiny.same(loaded, evaluated[3 if concerns_evaluation else 6]), how
+        assert passed_over(caplog, file) == concerns_evaluation, how
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True)  # with the last damage
+    assert passed_over(caplog, file)
+    assert tiny.same(tiny.parameters(trainer.model), end)
+
+
+def passed_over(caplog, file: str) -> bool:
+    """Whether a warning says that checkpoint-6 was passed over, and because of which file."""
+    told = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    return any("Passing over" in text and "checkpoint-6" in text and file in text for text in told)
+
+
+def test_every_byte_of_the_manifest_counts(runs, tmp_path):
+    """Its own checksum included: each byte in turn has one bit changed, another bit in each place."""
+    shutil.copytree(runs["wsd"][0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    manifest = tmp_path / "checkpoint-6" / MANIFEST_NAME
+    whole = manifest.read_bytes()
+    for position in range(len(whole)):
+        manifest.write_bytes(flipped(whole, position, position % 8))
+        assert list(damage(tmp_path / "checkpoint-6", only="")) == [MANIFEST_NAME], position
+    manifest.write_bytes(whole)
+    assert not damage(tmp_path / "checkpoint-6")
+
+
+def test_resuming_fails_where_nothing_is_whole(runs, tmp_path):
+    shutil.copytree(runs["ewa"][0], tmp_path / "run")
+    for step in (3, 6):
+        leave(tmp_path / f"run/checkpoint-{step}/optimizer.pt", None)
+    with pytest.raises(CheckpointError, match="There is no whole checkpoint in"):
+        new_trainer(tmp_path / "run", "ewa").train(resume_from_checkpoint=True)
+    load_evaluation_model(tmp_path / "run")  # needs no optimizer
+
+
+# ---- Checkpoints of stock Trainer: as far as their form tells ----
+
+TOLD = {
+    "model.safetensors": ("gone", "zeroed", "half", "one byte short", "empty", "one byte long", "bit of byte 0"),
+    "optimizer.pt": ("gone", "zeroed", "half", "empty", "bits"),
+    "scheduler.pt": ("gone", "zeroed", "half", "empty"),
+    "rng_state.pth": ("zeroed", "half", "empty", "bits"),
+    "training_args.bin": ("zeroed", "half", "empty"),
+    "trainer_state.json": ("gone", "zeroed", "half", "empty", "one byte long", "bit of byte 0"),
+    "config.json": ("zeroed", "half", "empty", "bit of byte 0"),
+}
+
+
+@pytest.fixture(scope="module")
+def stock_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("stock")
+    ours = tiny.arguments(run, optim="adamw_torch", lr_scheduler_type="constant", **SAVING)
+    fields = TrainingArguments.__dataclass_fields__
+    trainer = Trainer(
+        tiny.llama(),
+        TrainingArguments(**{k: v for k, v in ours.to_dict().items() if k in fields}),
+        train_dataset=tiny.TRAIN,
+    )
+    trainer.train()
+    return run, tiny.parameters(trainer.model)
+
+
+def data_bits(file) -> dict[str, bytes]:
+    """One bit changed in the data of the largest part of an archive, in several places."""
+    if not zipfile.is_zipfile(file):
+        return {}
+    whole = file.read_bytes()
+    with zipfile.ZipFile(file) as archive:
+        largest = max(archive.infolist(), key=lambda part: part.file_size)
+        start = whole.index(archive.read(largest), largest.header_offset)
+    places = range(start, start + largest.file_size, max(1, largest.file_size // 7))
+    return {f"bits, {place}": flipped(whole, place, place % 8) for place in places}
+
+
+@pytest.mark.parametrize("file", TOLD)
+def test_damage_of_a_stock_checkpoint_is_told_by_its_form(stock_run, tmp_path, caplog, file):
+    run, end = stock_run
+    shutil.copytree(run, tmp_path / "run")
+    bad = tmp_path / "run/checkpoint-6" / file
+    whole = bad.read_bytes()
+    kinds = damages(whole) | data_bits(bad)
+    trainer = tiny.trainer(tmp_path / "run", tiny.llama(), optim="adamw_torch", ewa=True, **SIX)
+    before = tiny.parameters(trainer.model)
+    for how, content in kinds.items():
+        if how.split(",")[0] in TOLD[file]:
+            leave(bad, content)
+            with pytest.raises(CheckpointError, match=re.escape(file)):
+                trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
+            assert tiny.same(before, tiny.parameters(trainer.model)), how
+    caplog.clear()
+    trainer.train(resume_from_checkpoint=True)
+    assert passed_over(caplog, file)
+    assert tiny.same(tiny.parameters(trainer.model), end)
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "training_args.bin"])
+def test_no_changed_bit_of_a_stock_archive_breaks_the_search(stock_run, tmp_path, file):
+    """Names, lengths, methods and flags in the directory of the archive, too: told or not, looking raises nothing."""
+    shutil.copytree(stock_run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
+    whole = (tmp_path / "checkpoint-6" / file).read_bytes()
+    generator = torch.Generator().manual_seed(0)
+    for position in range(max(0, len(whole) - 400), len(whole)):
+        bit = int(torch.randint(8, (), generator=generator))
+        (tmp_path / "checkpoint-6" / file).write_bytes(flipped(whole, position, bit))
+        assert set(damage(tmp_path / "checkpoint-6")) <= {file}
