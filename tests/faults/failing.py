@@ -21,8 +21,8 @@ class Fault(TrainerCallback):
 
     Args:
         at: the update.
-        kind: ``"limit <bytes>"`` lets no file grow beyond that; ``"fill"`` fills the run's file system but for a little;
-            ``"read-only"`` takes the right to write from the run's folder.
+        kind: ``"limit <bytes>"`` lets no file grow beyond that; ``"fill <bytes>"`` fills the run's file system until
+            that is left; ``"read-only"`` takes the right to write from the run's folder.
         run: the run's folder.
     """
 

@@ -198,7 +198,8 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
 def _words(done: int, kills: int, inside: dict[str, list[bool]]) -> str:
     each = "; ".join(f"{name}: {len(kinds)}, {sum(kinds)}" for name, kinds in inside.items())
     total = Counter(kind for kinds in inside.values() for kind in kinds)
-    return f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save (kills, inside by method: {each})"
+    words = f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save"
+    return f"{words} (kills, inside by method: {each})"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A save that fails leaves every earlier checkpoint whole and says what to do; training then goes on as its twin.
 
-The failures are real: a limit on the size of files, a full file system, a folder that may not be written to. Oracles: the
-checksums in the manifests, the folder's listing before, and the outcome of the run that did not fail.
+The failures are real: a limit on the size of files, a full file system, a folder that may not be written to. Oracles:
+the checksums in the manifests, and the outcome of the run that did not fail.
 """
 
 import os
@@ -50,13 +50,8 @@ def folder():
         yield Path(name)
 
 
-def files_of(run) -> dict[str, int]:
-    """Every file in a checkpoint, with what tells it from one written later."""
-    return {str(p.relative_to(run)): p.stat().st_mtime_ns for p in run.glob("checkpoint-*/**/*") if p.is_file()}
-
-
 def fail_and_go_on(folder, options, at, kind, twin, *, lift=lambda: None) -> str:
-    """Train into a fault, look at what is left, lift the fault, go on to the end; returns what was said of the fault."""
+    """Train into a fault, look at what is left, lift the fault, go on to the end; returns what was said of it."""
     run, message = folder / "run", folder / "message"
     attempts.finish(failing.train_into_fault, run, options, at, kind, message, log=folder / "log")
     told = message.read_text()
@@ -99,7 +94,7 @@ def test_a_folder_that_may_not_be_written_to(folder, twins, name):
 @pytest.mark.parametrize("left", [20_000, 150_000, 300_000, 400_000])
 @pytest.mark.parametrize("name", ["wsd+ewa", "schedule_free+ewa"])
 def test_a_disk_that_is_full(folder, twins, name, left):
-    """A small file system in memory, filled but for so many bytes: too little for one part of a checkpoint or another."""
+    """A small file system in memory with so many bytes left: too little for one part of a checkpoint or another."""
     if os.geteuid() != 0:
         pytest.skip("mounting a file system needs root")
     (folder / "disk").mkdir()

@@ -1,13 +1,10 @@
 """A run killed with SIGKILL at random moments and resumed is its uninterrupted twin, bit for bit.
 
-Oracles: the twin's outcome (weights, average with its counters, state of optimizer and schedule, losses), and after each
-kill the twin's files: whatever has a checkpoint's name then is whole, and nothing that was saved is lost.
+Oracles: the twin's outcome (weights, average with its counters, state of optimizer and schedule, losses), and after
+each kill the twin's files: whatever has a checkpoint's name then is whole, and nothing that was saved is lost.
 The long form is `make soak`.
 """
 
-import random
-
-import attempts
 import kills
 
 
