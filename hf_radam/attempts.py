@@ -59,6 +59,8 @@ class BeforeTheFirstAttempt:
             keep_random_state(),
         ]
 
+        self._compiled = trainer.args.torch_compile
+
     def put_back(self) -> None:
         """Make the trainer what it was, and remove the checkpoints that have been written since.
 
@@ -68,6 +70,8 @@ class BeforeTheFirstAttempt:
         """
         for put_back in self._put_back:
             put_back()
+        if self._compiled:
+            torch.compiler.reset()  # or a second batch size gets kernels for any size, which round otherwise
 
 
 def _keep_checkpoints(folder: Path, checkpoint: str | None) -> Callable[[], None]:
@@ -92,11 +96,15 @@ def _keep_attributes(owner: Any, names: tuple[str, ...]) -> Callable[[], None]:
 
 
 def _keep_weights(model: nn.Module) -> Callable[[], None]:
-    """Keep trainable parameters and buffers; frozen parameters may be many, and no attempt changes them."""
+    """Keep trainable parameters and buffers; frozen parameters may be many, and no attempt changes them.
+
+    Every module's own attributes too, by reference: autocast's `forward`, and accelerate's mark of a prepared model,
+    with which it would leave a model to be compiled as it is in every further attempt.
+    """
     trainable = [p for p in model.parameters() if p.requires_grad]
     frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
     values = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in [*trainable, *model.buffers()]]
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]  # some models bind theirs anew
+    modules = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
 
     def put_back() -> None:
         thawed = [name for name, p in frozen if p.requires_grad]
@@ -111,9 +119,11 @@ def _keep_weights(model: nn.Module) -> Callable[[], None]:
         for parameter in trainable:
             parameter.requires_grad_(True)
             parameter.grad = None
-        for module, own in buffers:
+        for module, attributes, buffers in modules:  # some models bind their buffers anew
+            vars(module).clear()
+            vars(module).update(attributes)
             module._buffers.clear()
-            module._buffers.update(own)
+            module._buffers.update(buffers)
 
     return put_back
 

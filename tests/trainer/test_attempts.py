@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -248,8 +249,19 @@ def test_buffers_and_batch_norm_statistics(tmp_path):
 
 
 def test_bf16_autocast_and_compilation(tmp_path):
+    """Each attempt compiles the model for its own batch size, in one graph; upstream compiles in the first one only."""
+    kinds = []
+
+    class Watched(LimitedTrainer):
+        def training_step(self, model, *rest):
+            kinds.append(type(model).__name__)
+            return super().training_step(model, *rest)
+
     options = METHODS["ewa"] | {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager", "max_steps": 10}
-    found = run(LimitedTrainer, tmp_path / "found", **options, auto_find_batch_size=True)
+    counters.clear()
+    torch.compiler.reset()
+    found = run(Watched, tmp_path / "found", **options, auto_find_batch_size=True)
+    assert set(kinds) == {"OptimizedModule"} and counters["stats"]["unique_graphs"] == 3
     planned = run(RAdamTrainer, tmp_path / "planned", **options, per_device_train_batch_size=SMALL)
     assert differing(found, planned) == []
 
