@@ -58,7 +58,6 @@ class BeforeTheFirstAttempt:
             _keep_callbacks(trainer.callback_handler, trainer.control),
             keep_random_state(),
         ]
-
         self._compiled = trainer.args.torch_compile
 
     def put_back(self) -> None:

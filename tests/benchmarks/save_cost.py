@@ -96,7 +96,7 @@ def timed(spent: dict[str, float], name: str):
 
 
 def watch(spent: dict[str, float], owner: Any, attribute: str, name: str) -> None:
-    """Let the calls of a function count as `name`. (Those of threads add up, so they may exceed the whole.)"""
+    """Let the calls of a function count as `name`. Those of threads add up, so they may exceed the whole."""
     original = getattr(owner, attribute)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
