@@ -78,8 +78,6 @@ def can_begin_extension(facts: CheckpointFacts) -> bool:
 
 def _has_decayed(schedule: Mapping[str, Any], step: int) -> bool:
     """Whether the learning rate has begun to fall and is not meant to be raised again: so `extend` judges it."""
-    if step in schedule.get("budgets", ()):
-        return False
     last_stays = "total_steps" in schedule
     return any(start < step and (step < end or (last_stays and step == end)) for start, end in decays(schedule))
 
