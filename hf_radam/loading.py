@@ -27,7 +27,7 @@ from hf_radam.manifest import (
     PathLike,
     read_manifest,
 )
-from hf_radam.runs import newest
+from hf_radam.runs import PREFIX, newest, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -67,24 +67,24 @@ def load_evaluation_model(
 
 def _warn_if_stale(run: Path) -> None:
     """Say so where a run went on after its root model was written, and was not finished."""
-    states = {folder.name: folder / TRAINER_STATE_NAME for folder in run.glob("checkpoint-*")}
-    if (run / TRAINER_STATE_NAME).is_file():  # `save_state()` wrote it beside the model
-
-        def age(state: Path) -> float:
-            return float(json.loads(state.read_text(encoding="utf-8"))["global_step"])
-
-        written = age(run / TRAINER_STATE_NAME)
+    folders = [folder for folder in run.glob(f"{PREFIX}*") if (folder / TRAINER_STATE_NAME).is_file()]
+    written = _step_of_root(run)
+    if written is not None:
+        later = [folder.name for folder in folders if (step_of(folder) or 0) > written]
     else:
-
-        def age(state: Path) -> float:
-            return state.stat().st_mtime
-
-        written = max(
-            (run / name).stat().st_mtime for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (run / name).is_file()
-        )
-    later = [name for name, state in states.items() if state.is_file() and age(state) > written]
+        files = [run / name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (run / name).is_file()]
+        newest_file = max(file.stat().st_mtime for file in files)
+        later = [folder.name for folder in folders if (folder / TRAINER_STATE_NAME).stat().st_mtime > newest_file]
     if later:
         logger.warning("Loading the model at the root of %s, which is older than its %s.", run, later[0])
+
+
+def _step_of_root(run: Path) -> float | None:
+    """The update of the model at a run's root, where `save_state()` wrote it beside the model."""
+    try:
+        return float(json.loads((run / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
 
 
 def holds_model(folder: PathLike) -> bool:

@@ -126,9 +126,7 @@ def _evaluate(facts: CheckpointFacts) -> Use:
         folder = evaluation_folder(facts.path)
     except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return Use(False, f"no: {error}")
-    if (folder / ADAPTER_CONFIG_NAME).is_file():
-        return Use(True, f'peft.AutoPeftModelForCausalLM.from_pretrained("{folder}")')
-    if not (folder / CONFIG_NAME).is_file():
+    if not any((folder / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME)):
         return Use(
             False, f"no {CONFIG_NAME}: the model is no PreTrainedModel; safetensors reads the weights in {folder}"
         )

@@ -161,4 +161,4 @@ def test_an_adapter_one_level_deeper(run, capsys):
     write_manifest(checkpoint, content)
     code, text = inspect(checkpoint, capsys)
     assert code == 0 and "ewa/: the averaged weights (float32), used for evaluation" in text
-    assert f'peft.AutoPeftModelForCausalLM.from_pretrained("{checkpoint / "ewa/adapter"}")' in text
+    assert f'load_evaluation_model("{checkpoint}") loads ewa/adapter/' in text
