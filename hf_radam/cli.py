@@ -62,10 +62,10 @@ def _shown(path: str) -> str:
 def _inspect(path: str, *, as_json: bool) -> tuple[str | None, int]:
     """The output and the exit code, or None for a folder that is neither a checkpoint nor a run."""
     # Here, so that `--help` need not load torch.
-    from hf_radam.inspection import inspect_checkpoint
-    from hf_radam.report import checkpoint_report, run_report
-    from hf_radam.run_inspection import inspect_run, looks_like_checkpoint, looks_like_run
-    from hf_radam.uses import uses
+    from hf_radam.inspection.checkpoint import inspect_checkpoint
+    from hf_radam.inspection.report import checkpoint_report, run_report
+    from hf_radam.inspection.run import inspect_run, looks_like_checkpoint, looks_like_run
+    from hf_radam.inspection.uses import uses
 
     if looks_like_checkpoint(path):
         checkpoint = inspect_checkpoint(path)

@@ -15,17 +15,17 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import logging
 
-from hf_radam.attempts import BeforeTheFirstAttempt
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
-from hf_radam.evaluation import EvaluationWeights
-from hf_radam.just_in_time import SaveBetweenUpdates
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
-from hf_radam.resuming import ResumingMixin
-from hf_radam.saving import SavingMixin
-from hf_radam.search import SearchMixin
-from hf_radam.support import check_supported
+from hf_radam.training.attempts import BeforeTheFirstAttempt
+from hf_radam.training.evaluation import EvaluationWeights
+from hf_radam.training.just_in_time import SaveBetweenUpdates
+from hf_radam.training.resuming import ResumingMixin
+from hf_radam.training.saving import SavingMixin
+from hf_radam.training.search import SearchMixin
+from hf_radam.training.support import check_supported
 from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)

@@ -10,7 +10,7 @@ import pytest
 from tiny import TRAIN, llama
 from transformers import Trainer, TrainingArguments
 
-from hf_radam.integrity import damage
+from hf_radam.checkpoints.integrity import damage
 
 
 @pytest.fixture(scope="module")

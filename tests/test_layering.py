@@ -18,9 +18,15 @@ import hf_radam
 PACKAGE = Path(hf_radam.__file__).parent
 ANY = None  # no rule for packages from outside
 
+
+def within(package: str, names: str) -> set[str]:
+    return {f"{package}.{name}" for name in names.split()}
+
+
 # module or sub-package: (modules of hf_radam that it may import, packages that it may import)
 TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "schedules": (set(), set()),
+    "describe": (set(), set()),
     "averaging": (set(), {"torch"}),
     "optim": (set(), {"torch", "schedulefree"}),
     "batch_norm": (set(), {"torch"}),
@@ -28,51 +34,67 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "names": ({"optim"}, ANY),
     "argument_checks": ({"schedules", "averaging", "names"}, ANY),
     "training_args": ({"schedules", "averaging", "names", "argument_checks"}, ANY),
-    "evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
-    "storage": (set(), set()),
-    "manifest": ({"averaging", "storage"}, {"torch"}),
-    "adapters": ({"batch_norm", "manifest"}, ANY),
-    "support": ({"optim", "names", "argument_checks", "adapters"}, ANY),
-    "integrity": ({"storage", "manifest"}, {"safetensors", "transformers"}),
-    "runs": ({"storage", "manifest", "integrity"}, {"transformers"}),
-    "checkpoint": ({"random_state", "manifest", "adapters"}, ANY),
-    "loading": ({"manifest", "adapters", "integrity", "runs"}, ANY),
-    "describe": (set(), set()),
-    "extension": ({"argument_checks", "names", "training_args", "manifest", "runs", "describe"}, set()),
-    "phases": ({"schedules"}, set()),
-    "peeking": (set(), {"torch"}),
-    "pickled": (set(), set()),
-    "facts": (set(), set()),
-    "inspection": ({"manifest", "integrity", "describe", "phases", "peeking", "pickled", "facts"}, set()),
-    "uses": ({"manifest", "integrity", "runs", "loading", "phases", "facts", "extension"}, {"transformers"}),
-    "run_inspection": (
-        {"storage", "manifest", "integrity", "runs", "loading", "peeking", "facts", "inspection", "uses"},
+    "checkpoints.storage": (set(), set()),
+    "checkpoints.manifest": ({"averaging"} | within("checkpoints", "storage"), {"torch"}),
+    "checkpoints.integrity": (within("checkpoints", "storage manifest"), {"safetensors", "transformers"}),
+    "checkpoints.runs": (within("checkpoints", "storage manifest integrity"), {"transformers"}),
+    "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
+    "checkpoints.model_folders": ({"random_state"} | within("checkpoints", "manifest adapters"), ANY),
+    "checkpoints.loading": (within("checkpoints", "manifest adapters integrity runs"), ANY),
+    "checkpoints.extension": (
+        {"argument_checks", "names", "training_args", "describe"} | within("checkpoints", "manifest runs"),
         set(),
     ),
-    "report": ({"phases", "facts", "run_inspection", "uses"}, set()),
-    "cli": ({"inspection", "uses", "run_inspection", "report"}, set()),
-    "resume_checks": ({"averaging", "manifest", "adapters", "checkpoint", "runs", "extension"}, ANY),
-    "attempts": ({"random_state", "storage", "manifest", "runs"}, ANY),
-    "hub": ({"storage"}, ANY),
-    "just_in_time": (set(), ANY),
-    "parts": ({"averaging", "optim", "names", "training_args", "support", "evaluation"}, ANY),
-    "saving": (
-        {"storage", "manifest", "adapters", "runs", "checkpoint", "hub", "names", "just_in_time", "parts"},
+    "inspection.phases": ({"schedules"}, set()),
+    "inspection.peeking": (set(), {"torch"}),
+    "inspection.pickled": (set(), set()),
+    "inspection.facts": (set(), set()),
+    "inspection.checkpoint": (
+        {"describe"}
+        | within("checkpoints", "manifest integrity")
+        | within("inspection", "phases peeking pickled facts"),
+        set(),
+    ),
+    "inspection.uses": (
+        within("checkpoints", "manifest integrity runs loading extension") | within("inspection", "phases facts"),
+        {"transformers"},
+    ),
+    "inspection.run": (
+        within("checkpoints", "storage manifest integrity runs loading")
+        | within("inspection", "peeking facts checkpoint uses"),
+        set(),
+    ),
+    "inspection.report": (within("inspection", "phases facts run uses"), set()),
+    "cli": (within("inspection", "checkpoint uses run report"), set()),
+    "training.support": ({"optim", "names", "argument_checks"} | within("checkpoints", "adapters"), ANY),
+    "training.evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
+    "training.parts": (
+        {"averaging", "optim", "names", "training_args"} | within("training", "support evaluation"),
         ANY,
     ),
-    "resuming": (
-        {
-            *("averaging", "evaluation", "storage", "manifest", "adapters", "runs", "checkpoint", "loading"),
-            *("extension", "resume_checks", "parts"),
-        },
+    "training.resume_checks": (
+        {"averaging"} | within("checkpoints", "manifest adapters model_folders runs extension"),
         ANY,
     ),
-    "search": ({"evaluation", "support", "parts"}, ANY),
+    "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
+    "training.hub": (within("checkpoints", "storage"), ANY),
+    "training.just_in_time": (set(), ANY),
+    "training.saving": (
+        {"names"}
+        | within("checkpoints", "storage manifest adapters runs model_folders")
+        | within("training", "hub just_in_time parts"),
+        ANY,
+    ),
+    "training.resuming": (
+        {"averaging"}
+        | within("checkpoints", "storage manifest adapters runs model_folders loading extension")
+        | within("training", "evaluation resume_checks parts"),
+        ANY,
+    ),
+    "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
-        {
-            *("averaging", "optim", "batch_norm", "random_state", "names", "training_args", "support", "evaluation"),
-            *("attempts", "just_in_time", "saving", "resuming", "search"),
-        },
+        {"averaging", "optim", "batch_norm", "random_state", "names", "training_args"}
+        | within("training", "support evaluation attempts just_in_time saving resuming search"),
         ANY,
     ),
 }
@@ -103,6 +125,13 @@ def imported_modules(source: str, package: list[str]) -> set[str]:
     return found
 
 
+def entry(dotted: str, table: dict[str, tuple[set[str], set[str] | None]]) -> str:
+    """The entry of the table that a module, or a name in it, belongs to; what has none is returned as it is."""
+    parts = dotted.split(".")
+    candidates = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+    return next((name for name in candidates if name in table), dotted)
+
+
 def violations(root: Path, table: dict[str, tuple[set[str], set[str] | None]]) -> list[str]:
     """Return one sentence per import in the package at `root` that the table does not allow."""
     found = []
@@ -110,16 +139,18 @@ def violations(root: Path, table: dict[str, tuple[set[str], set[str] | None]]) -
         inside = path.relative_to(root)
         if inside == Path("__init__.py"):
             continue  # names every module, lazily: what that loads is measured below
-        module = inside.parts[0].removesuffix(".py")
+        dotted = ".".join(inside.with_suffix("").parts).removesuffix(".__init__")
+        names = imported_modules(path.read_text(encoding="utf-8"), [root.name, *inside.parts[:-1]])
+        module = entry(dotted, table)
         if module not in table:
-            found.append(f"{inside}: {module} is not in the import table")
+            if names or inside.name != "__init__.py":
+                found.append(f"{inside}: {module} is not in the import table")
             continue
         internal, external = table[module]
-        for name in sorted(imported_modules(path.read_text(encoding="utf-8"), [root.name, *inside.parts[:-1]])):
+        for name in sorted(names):
             top, _, rest = name.partition(".")
             if top == root.name:
-                target = rest.partition(".")[0]
-                if target not in internal | {module, "__version__"}:
+                if entry(rest, table) not in internal | {module, "__version__"}:
                     found.append(f"{inside}: imports {name}, but {module} may import {sorted(internal) or 'no module'}")
             elif top not in sys.stdlib_module_names and external is not ANY and top not in external:
                 found.append(f"{inside}: imports {name}, but {module} may import {sorted(external) or 'no package'}")
@@ -175,6 +206,8 @@ def test_public_names_are_listed_and_lazy():
         ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import no module"),
         ("training_args.py", "from hf_radam.trainer import RAdamTrainer", "but training_args may import ["),
         ("novelty.py", "import math", "novelty is not in the import table"),
+        ("checkpoints/novelty.py", "import math", "checkpoints.novelty is not in the import table"),
+        ("checkpoints/storage.py", "from hf_radam.checkpoints import runs", "but checkpoints.storage may import no"),
     ],
 )
 def test_the_check_can_fail(tmp_path, file, source, reason):

@@ -91,8 +91,9 @@ def test_make_targets_exist():
 
 def test_the_file_tree_is_complete():
     tree = README.split("## Files")[1].split("## Sources")[0]
-    for path in [*(ROOT / "hf_radam").glob("[!_]*.py"), ROOT / "hf_radam/optim"]:
-        assert re.search(rf"^      {re.escape(path.name)}", tree, re.MULTILINE), path.name
+    for path in [path for path in (ROOT / "hf_radam").rglob("[!_]*.py") if path.parent.name != "optim"]:
+        depth = " " * (4 + 2 * len(path.relative_to(ROOT).parts[1:]))
+        assert re.search(rf"^{depth}{re.escape(path.name)}  ", tree, re.MULTILINE), path
 
 
 def test_every_config_has_been_measured_and_stands_in_the_table():

@@ -24,7 +24,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from hf_radam import RAdam, RAdamTrainer, RAdamTrainingArguments, checkpoint, manifest, storage
+from hf_radam import RAdam, RAdamTrainer, RAdamTrainingArguments
+from hf_radam.checkpoints import manifest, model_folders, storage
 
 BLOCKS = [{"input_ids": row, "labels": row} for row in torch.randint(0, 1000, (16, 16)).tolist()]
 
@@ -153,11 +154,11 @@ def parts(made: dict[str, Trainer], rounds: int) -> None:
         watch(spent, trainer, "_save_optimizer_and_scheduler", "optimizer and schedule")
         watch(spent, trainer, "_save", "model")
         if name != "stock":
-            patched = (storage, "sha256"), (storage, "flush"), (storage, "seal"), (checkpoint, "save_model_folder")
+            patched = (storage, "sha256"), (storage, "flush"), (storage, "seal"), (model_folders, "save_model_folder")
             originals = [(owner, attribute, getattr(owner, attribute)) for owner, attribute in patched]
             watch(spent, storage, "sha256", "sha256, all threads")
             watch(spent, storage, "flush", "fsync, all threads")
-            watch(spent, checkpoint, "save_model_folder", "averaged model")
+            watch(spent, model_folders, "save_model_folder", "averaged model")
             watch(spent, manifest, "seal", "seal (sha256 and fsync)")
         total = sum(save(trainer) for _ in range(rounds)) / rounds
         print(f"{name}: {total:.3f} s = " + ", ".join(f"{k} {v / rounds:.3f}" for k, v in spent.items()))

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_radam import RAdamTrainer
-from hf_radam.runs import checkpoints
+from hf_radam.checkpoints.runs import checkpoints
 
 COMMON = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,8 @@ import attempts
 import tiny
 import torch
 
-from hf_radam import RAdamTrainer, storage
+from hf_radam import RAdamTrainer
+from hf_radam.checkpoints import storage
 
 DIED = 9
 OPERATIONS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}

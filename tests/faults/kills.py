@@ -23,8 +23,8 @@ import torch
 from transformers.utils import logging
 
 from hf_radam import load_evaluation_model
-from hf_radam.runs import Place, check_resumable, checkpoints
-from hf_radam.storage import STAGING
+from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints
+from hf_radam.checkpoints.storage import STAGING
 
 
 @dataclass

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hf_radam import load_evaluation_model
-from hf_radam.runs import check_resumable, checkpoints, newest
-from hf_radam.storage import STAGING, interrupted, recover
+from hf_radam.checkpoints.runs import check_resumable, checkpoints, newest
+from hf_radam.checkpoints.storage import STAGING, interrupted, recover
 
 LIMIT = attempts.COMMON["save_total_limit"]
 

@@ -16,8 +16,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_radam import load_evaluation_model
-from hf_radam.integrity import damage
-from hf_radam.manifest import MANIFEST_NAME, CheckpointError
+from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
 
 MODEL = ("config.json", "generation_config.json", "model.safetensors")
 ROOT = (*MODEL, "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin")

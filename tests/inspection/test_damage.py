@@ -15,11 +15,11 @@ import torch
 from inspecting import a_list, flip, inspect, nested, truncate
 
 from hf_radam import load_evaluation_model
-from hf_radam.inspection import inspect_checkpoint
-from hf_radam.integrity import damage
-from hf_radam.manifest import read_manifest, write_manifest
-from hf_radam.pickled import Opaque, pickled_attributes
-from hf_radam.uses import uses
+from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.manifest import read_manifest, write_manifest
+from hf_radam.inspection.checkpoint import inspect_checkpoint
+from hf_radam.inspection.pickled import Opaque, pickled_attributes
+from hf_radam.inspection.uses import uses
 
 OURS = ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "hf_radam.json"]
 OURS += ["training_args.bin", "config.json", "schedule_free/model.safetensors", "schedule_free/config.json"]

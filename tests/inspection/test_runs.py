@@ -9,15 +9,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hf_radam.inspection.checkpoint.run import inspect_run
 from inspecting import inspect, snapshot, truncate
 from tiny import METHODS, arguments, trainer
 
-from hf_radam import storage
-from hf_radam.extension import extend
-from hf_radam.loading import newest_checkpoint
-from hf_radam.manifest import read_manifest, write_manifest
-from hf_radam.run_inspection import inspect_run
-from hf_radam.runs import check_resumable, newest
+from hf_radam.checkpoints import storage
+from hf_radam.checkpoints.extension import extend
+from hf_radam.checkpoints.loading import newest_checkpoint
+from hf_radam.checkpoints.manifest import read_manifest, write_manifest
+from hf_radam.checkpoints.runs import check_resumable, newest
 
 
 def extension_of(folder, output, total, **options):

@@ -11,9 +11,9 @@ from inspecting import inspect, stock
 from tiny import METHODS, llama, trainer
 from transformers import TrainerCallback
 
-from hf_radam.checkpoint import read_parameters
-from hf_radam.inspection import inspect_checkpoint
-from hf_radam.phases import phase
+from hf_radam.checkpoints.model_folders import read_parameters
+from hf_radam.inspection.checkpoint import inspect_checkpoint
+from hf_radam.inspection.phases import phase
 from hf_radam.schedules import wsd, wsd_s
 
 # ---- Where it stands ----

@@ -21,8 +21,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from hf_radam import RAdamScheduleFree, RAdamTrainer
-from hf_radam.attempts import BeforeTheFirstAttempt, _keep_loss_scale
-from hf_radam.manifest import CheckpointError
+from hf_radam.checkpoints.manifest import CheckpointError
+from hf_radam.training.attempts import BeforeTheFirstAttempt, _keep_loss_scale
 
 SMALL = 2
 

@@ -12,7 +12,7 @@ import tiny
 from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
-from hf_radam.manifest import read_manifest
+from hf_radam.checkpoints.manifest import read_manifest
 
 HERE = Path(__file__).parent
 

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_radam import RAdamTrainer, load_evaluation_model
-from hf_radam.loading import newest_checkpoint
-from hf_radam.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.loading import newest_checkpoint
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 # The mean of 16 fp32 losses in other batches: a few roundings of 6e-8 on values of size 4.
 CLOSE = 2e-6

@@ -10,7 +10,7 @@ import tiny
 from transformers import Trainer, TrainingArguments
 
 from hf_radam.argument_checks import HorizonError
-from hf_radam.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 WSD = {"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True, "ewa_every": 3}
 WSD_S = {"optim": "radam", "lr_scheduler_type": "wsd_s", "ewa": True, "ewa_decay": 0.9}

@@ -9,7 +9,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_radam import RAdamTrainer
-from hf_radam.manifest import CheckpointError
+from hf_radam.checkpoints.manifest import CheckpointError
 
 
 def finished(folder, build=tiny.llama, resume=None, **options):

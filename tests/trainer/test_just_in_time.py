@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_radam import RAdamTrainer
-from hf_radam.just_in_time import SaveBetweenUpdates
+from hf_radam.training.just_in_time import SaveBetweenUpdates
 
 TESTS = Path(__file__).parents[1]
 

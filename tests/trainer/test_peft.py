@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
 from hf_radam import load_evaluation_model
-from hf_radam.manifest import CheckpointError, read_manifest, write_manifest
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest, write_manifest
 
 CLOSE = 2e-6  # as in test_evaluation_weights.py
 SAVING = {"save_strategy": "steps", "save_steps": 5}

@@ -10,9 +10,9 @@ import tiny
 from transformers import Trainer, TrainingArguments
 
 from hf_radam import load_evaluation_model
-from hf_radam.integrity import damage
-from hf_radam.manifest import CheckpointError, read_manifest
-from hf_radam.storage import STAGING
+from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.storage import STAGING
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 

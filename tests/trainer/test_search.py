@@ -14,7 +14,7 @@ import tiny
 import torch
 
 from hf_radam import RAdamTrainer
-from hf_radam.manifest import read_manifest
+from hf_radam.checkpoints.manifest import read_manifest
 
 SAVED = {"save_strategy": "steps", "save_steps": 4, "max_steps": 8}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 4}

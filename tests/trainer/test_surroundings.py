@@ -19,10 +19,10 @@ from transformers import (
 )
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
-from hf_radam.manifest import read_manifest
-from hf_radam.resuming import ResumingMixin
-from hf_radam.saving import SavingMixin
-from hf_radam.search import SearchMixin
+from hf_radam.checkpoints.manifest import read_manifest
+from hf_radam.training.resuming import ResumingMixin
+from hf_radam.training.saving import SavingMixin
+from hf_radam.training.search import SearchMixin
 
 
 def overrides():

@@ -15,12 +15,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers.utils import logging
 
-from hf_radam import __version__, adapters, checkpoint, manifest, storage
-from hf_radam.hub import push_evaluation_weights
-from hf_radam.just_in_time import SaveBetweenUpdates
+from hf_radam import __version__
+from hf_radam.checkpoints import adapters, manifest, model_folders, storage
+from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
-from hf_radam.parts import PartsMixin
-from hf_radam.runs import PREFIX, pinned_folder, rotate
+from hf_radam.training.hub import push_evaluation_weights
+from hf_radam.training.just_in_time import SaveBetweenUpdates
+from hf_radam.training.parts import PartsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -65,7 +66,7 @@ class SavingMixin(PartsMixin):
         for name, weights in self._evaluation.folders():
             if self.args.should_save:
                 folder = Path(output_dir, adapters.evaluation_subfolder(name, self._bare_model))
-                checkpoint.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
+                model_folders.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
 
     # ---- When ----
 

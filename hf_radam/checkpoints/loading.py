@@ -17,9 +17,9 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from hf_radam.adapters import base_and_adapter
-from hf_radam.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole
-from hf_radam.manifest import (
+from hf_radam.checkpoints.adapters import base_and_adapter
+from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole
+from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
     MANIFEST_NAME,
     TRAINER_STATE_NAME,
@@ -27,7 +27,7 @@ from hf_radam.manifest import (
     PathLike,
     read_manifest,
 )
-from hf_radam.runs import PREFIX, newest, step_of
+from hf_radam.checkpoints.runs import PREFIX, newest, step_of
 
 logger = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ from transformers import TrainerState
 from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
-from hf_radam.adapters import evaluation_subfolder
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoint import read_parameters
-from hf_radam.extension import right_command
-from hf_radam.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
-from hf_radam.runs import check_resumable
+from hf_radam.checkpoints.adapters import evaluation_subfolder
+from hf_radam.checkpoints.extension import right_command
+from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
+from hf_radam.checkpoints.model_folders import read_parameters
+from hf_radam.checkpoints.runs import check_resumable
 
 logger = logging.get_logger(__name__)
 

@@ -3,7 +3,7 @@
     checkpoint-500/       standard Trainer checkpoint: the training weights at its root
       ewa/                averaged weights, a complete model folder in float32
       schedule_free/      x of the schedule-free optimizer, the same kind of folder
-      hf_radam.json       the manifest (`hf_radam.manifest`)
+      hf_radam.json       the manifest (`hf_radam.checkpoints.manifest`)
 
 Weights are always read back through `from_pretrained`: the keys in the files of some architectures (Mixtral, for one)
 are not those of the model's state dict.
@@ -26,8 +26,8 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils import logging as hf_logging
 
-from hf_radam.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
-from hf_radam.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
+from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.random_state import preserved_random_state
 
 

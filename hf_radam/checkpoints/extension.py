@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.argument_checks import HorizonError
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.runs import PINNED_FOLDERS, Place, check_resumable, checkpoints, newest, step_of
 from hf_radam.describe import describe_schedule
-from hf_radam.manifest import CheckpointError, read_manifest
 from hf_radam.names import SchedulerName
-from hf_radam.runs import PINNED_FOLDERS, Place, check_resumable, checkpoints, newest, step_of
 from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.getLogger(__name__)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from hf_radam.facts import TRAINING, WHOLE, CheckpointFacts, X, Y
-from hf_radam.phases import STABLE, WORDS
-from hf_radam.run_inspection import RunFacts
-from hf_radam.uses import new_total, uses
+from hf_radam.inspection.facts import TRAINING, WHOLE, CheckpointFacts, X, Y
+from hf_radam.inspection.phases import STABLE, WORDS
+from hf_radam.inspection.run import RunFacts
+from hf_radam.inspection.uses import new_total, uses
 
 LABEL = 11  # characters
 WIDTH = 118

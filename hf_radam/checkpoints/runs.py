@@ -11,9 +11,9 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_radam.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, check_whole
-from hf_radam.manifest import CheckpointError, PathLike
-from hf_radam.storage import interrupted, remove
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, check_whole
+from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.storage import interrupted, remove
 
 logger = logging.getLogger(__name__)
 

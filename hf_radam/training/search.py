@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers.trainer_utils import default_compute_objective
 
-from hf_radam.evaluation import EvaluationWeights
-from hf_radam.parts import PartsMixin
-from hf_radam.support import check_supported
+from hf_radam.training.evaluation import EvaluationWeights
+from hf_radam.training.parts import PartsMixin
+from hf_radam.training.support import check_supported
 
 
 class SearchMixin(PartsMixin):

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.storage import flush, seal
+from hf_radam.checkpoints.storage import flush, seal
 
 MANIFEST_NAME = "hf_radam.json"
 FORMAT_VERSION = 2

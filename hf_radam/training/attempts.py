@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers.trainer_callback import ExportableState, TrainerControl
 from transformers.utils import logging
 
-from hf_radam import storage
-from hf_radam.manifest import CheckpointError
+from hf_radam.checkpoints import storage
+from hf_radam.checkpoints.manifest import CheckpointError
+from hf_radam.checkpoints.runs import checkpoints
 from hf_radam.random_state import keep_random_state
-from hf_radam.runs import checkpoints
 
 logger = logging.get_logger(__name__)
 

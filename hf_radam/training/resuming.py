@@ -13,14 +13,15 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hf_radam import adapters, checkpoint, resume_checks, storage
 from hf_radam.averaging import WeightAverage
-from hf_radam.evaluation import EvaluationWeights
-from hf_radam.extension import Extension, extend
-from hf_radam.loading import evaluation_folder
-from hf_radam.manifest import CheckpointError
-from hf_radam.parts import PartsMixin
-from hf_radam.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder
+from hf_radam.checkpoints import adapters, model_folders, storage
+from hf_radam.checkpoints.extension import Extension, extend
+from hf_radam.checkpoints.loading import evaluation_folder
+from hf_radam.checkpoints.manifest import CheckpointError
+from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder
+from hf_radam.training import resume_checks
+from hf_radam.training.evaluation import EvaluationWeights
+from hf_radam.training.parts import PartsMixin
 
 logger = logging.get_logger(__name__)
 
@@ -118,12 +119,12 @@ class ResumingMixin(PartsMixin):
         bare = self._bare_model
         ours = self._active and model is None
         if ours and (isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare)):
-            checkpoint.load_weights(bare, resume_from_checkpoint)
+            model_folders.load_weights(bare, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both as upstream does, and refuse what it would let pass: see `hf_radam.resume_checks`."""
+        """Load both as upstream does, and refuse what it would let pass: see `hf_radam.training.resume_checks`."""
         if checkpoint is None or not self._active:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
@@ -172,7 +173,7 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        checkpoint.load_weights(self._bare_model, evaluation_folder(best))
+        model_folders.load_weights(self._bare_model, evaluation_folder(best))
         if self._schedule_free is not None:
             self._schedule_free.forget_training_weights()
         self.average = None

@@ -1,4 +1,4 @@
-"""The facts about a checkpoint that `hf_radam.inspection` finds."""
+"""The facts about a checkpoint that `hf_radam.inspection.checkpoint` finds."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class CheckpointFacts:
         update: updates done. `max_steps`: updates of the whole run. `schedule_step`: updates the schedule has counted.
         optim, lr_scheduler_type, ewa: the method, as the flags name it.
         schedule: keywords of `wsd` or `wsd_s`. `schedule_words`: any schedule in a line.
-        phase: one of those of `hf_radam.phases`.
+        phase: one of those of `hf_radam.inspection.phases`.
         learning_rates: of the next update; several where the parameter groups differ.
         root: which weights lie at the root: `training weights`, or `y` or `x` of a schedule-free optimizer.
         evaluation_folder: the folder with the weights that evaluation uses, ``""`` for the root.

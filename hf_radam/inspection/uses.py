@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from hf_radam.extension import decays, run_of
-from hf_radam.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y
-from hf_radam.integrity import OPTIMIZER_NAME, SCHEDULER_NAME
-from hf_radam.loading import evaluation_folder
-from hf_radam.manifest import CheckpointError, read_manifest
-from hf_radam.phases import CONSTANT, FINISHED
-from hf_radam.runs import checkpoints
+from hf_radam.checkpoints.extension import decays, run_of
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME
+from hf_radam.checkpoints.loading import evaluation_folder
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.inspection.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y
+from hf_radam.inspection.phases import CONSTANT, FINISHED
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import Trainer
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.evaluation import EvaluationWeights
 from hf_radam.names import OptimizerName
 from hf_radam.optim import RAdamScheduleFree
-from hf_radam.support import is_schedule_free
+from hf_radam.training.evaluation import EvaluationWeights
+from hf_radam.training.support import is_schedule_free
 from hf_radam.training_args import RAdamTrainingArguments
 
 if TYPE_CHECKING:

@@ -6,15 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.facts import WHOLE, CheckpointFacts
-from hf_radam.inspection import inspect_checkpoint
-from hf_radam.integrity import OPTIMIZER_NAME, WEIGHT_FILES, damaged_form
-from hf_radam.loading import holds_model, is_checkpoint
-from hf_radam.manifest import TRAINER_STATE_NAME, PathLike
-from hf_radam.peeking import count, json_object
-from hf_radam.runs import PREFIX, checkpoints, step_of
-from hf_radam.storage import REPLACED, STAGING, interrupted
-from hf_radam.uses import can_begin_extension, uses
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, WEIGHT_FILES, damaged_form
+from hf_radam.checkpoints.loading import holds_model, is_checkpoint
+from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, PathLike
+from hf_radam.checkpoints.runs import PREFIX, checkpoints, step_of
+from hf_radam.checkpoints.storage import REPLACED, STAGING, interrupted
+from hf_radam.inspection.checkpoint import inspect_checkpoint
+from hf_radam.inspection.facts import WHOLE, CheckpointFacts
+from hf_radam.inspection.peeking import count, json_object
+from hf_radam.inspection.uses import can_begin_extension, uses
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers.utils import (
 )
 
 from hf_radam.batch_norm import batch_norm_modules
-from hf_radam.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_NAME = "default"

@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from transformers.trainer_utils import HubStrategy
 
-from hf_radam.storage import STAGING, remove_staging
+from hf_radam.checkpoints.storage import STAGING, remove_staging
 
 
 def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callable[[str], None]) -> Future[Any] | None:

@@ -11,8 +11,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, WEIGHT_FILES, damage, damaged_form
+from hf_radam.checkpoints.manifest import (
+    EVALUATION_FOLDERS,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    TRAINER_STATE_NAME,
+    CheckpointError,
+    PathLike,
+    is_ours,
+    read_manifest,
+)
 from hf_radam.describe import describe_schedule
-from hf_radam.facts import (
+from hf_radam.inspection.facts import (
     DAMAGED,
     NOT_RESUMABLE,
     OTHER_FORMAT,
@@ -23,20 +34,9 @@ from hf_radam.facts import (
     X,
     Y,
 )
-from hf_radam.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, WEIGHT_FILES, damage, damaged_form
-from hf_radam.manifest import (
-    EVALUATION_FOLDERS,
-    FORMAT_VERSION,
-    MANIFEST_NAME,
-    TRAINER_STATE_NAME,
-    CheckpointError,
-    PathLike,
-    is_ours,
-    read_manifest,
-)
-from hf_radam.peeking import count, json_object, learning_rates, parameter_groups
-from hf_radam.phases import multiplier, phase
-from hf_radam.pickled import pickled_attributes
+from hf_radam.inspection.peeking import count, json_object, learning_rates, parameter_groups
+from hf_radam.inspection.phases import multiplier, phase
+from hf_radam.inspection.pickled import pickled_attributes
 
 ARGUMENTS_NAME = "training_args.bin"
 SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_[0-9]*", "optimizer.bin")

@@ -22,8 +22,8 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
-from hf_radam.storage import sha256
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
+from hf_radam.checkpoints.storage import sha256
 
 OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)

@@ -1,0 +1,1 @@
+"""What `hf-radam inspect` finds out and says about checkpoints and runs, by reading alone."""

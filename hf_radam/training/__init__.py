@@ -1,0 +1,1 @@
+"""The parts that `RAdamTrainerMixin` is made of."""
