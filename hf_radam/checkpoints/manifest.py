@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints.storage import flush, seal
+from hf_radam.checkpoints.storage import Sealing, flush
 
 MANIFEST_NAME = "hf_radam.json"
 FORMAT_VERSION = 2
@@ -70,14 +70,22 @@ def is_ours(checkpoint: PathLike) -> bool:
     )
 
 
-def write_manifest(checkpoint: PathLike, content: Mapping[str, Any]) -> None:
+def write_manifest(checkpoint: PathLike, content: Mapping[str, Any], *, sealing: Sealing | None = None) -> None:
     """Write `hf_radam.json`: `content`, the format's version, and size and sha256 of every file in the checkpoint.
 
     When it returns, everything in the checkpoint is on the disk.
+
+    Args:
+        checkpoint: its folder, complete but for this file.
+        content: what else the manifest says.
+        sealing: of that folder, if some of its files are under way already.
     """
     path = Path(checkpoint)
     (path / MANIFEST_NAME).unlink(missing_ok=True)
-    files = {name: {"size": size, "sha256": checksum} for name, (size, checksum) in seal(path).items()}
+    files = {
+        name: {"size": size, "sha256": checksum}
+        for name, (size, checksum) in (sealing or Sealing(path)).finish().items()
+    }
     manifest = {"format_version": FORMAT_VERSION, **content, "files": files, OWN_CHECKSUM: NO_CHECKSUM}
     text = json.dumps(manifest, indent=2) + "\n"
     (path / MANIFEST_NAME).write_text(text.replace(NO_CHECKSUM, _own_checksum(text)), encoding="utf-8")

@@ -15,14 +15,15 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 STAGING = "_staging"
 """In the run's folder, so in its file system; upstream keeps names with a leading underscore off the hub."""
 REPLACED = "replaced"
-CHUNK = 2**22  # bytes
+CHUNK = 2**18
+"""Bytes read at once for a checksum: few enough to be still in the processor's cache when they are summed."""
 SEALING_THREADS = 4
 """So that the disk writes one file while another is read for its checksum."""
 
@@ -31,10 +32,10 @@ NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, err
 
 def sha256(file: Path) -> str:
     """The sha256 of a file's bytes, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
+    digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(chunk):
+            digest.update(chunk[:count])
     return digest.hexdigest()
 
 
@@ -49,24 +50,55 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def seal(folder: Path) -> dict[str, tuple[int, str]]:
-    """Flush every file and folder in `folder`, and itself.
+class Sealing:
+    """Flushes the files of a folder and takes their checksums, those that are written early while others are written.
 
-    Returns:
-        Size in bytes and sha256 of every file, by its path in the folder.
+    Args:
+        folder: the folder, all of which `finish` seals.
     """
 
-    def sealed(file: Path) -> tuple[str, tuple[int, str]]:
-        checksum = sha256(file)
-        flush(file)
-        return file.relative_to(folder).as_posix(), (file.stat().st_size, checksum)
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._pool = ThreadPoolExecutor(SEALING_THREADS)
+        self._begun: dict[Path, tuple[tuple[int, int, int], Future[str], Future[None]]] = {}
 
-    inside = sorted(folder.rglob("*"))
-    with ThreadPoolExecutor(SEALING_THREADS) as pool:
-        facts = dict(pool.map(sealed, [path for path in inside if path.is_file()]))
-    for path in [path for path in inside if path.is_dir()][::-1] + [folder]:
-        flush(path)
-    return facts
+    def begin(self, files: Iterable[Path]) -> None:
+        """Start with these files, which are written to their end; with one that is under way already, nothing."""
+        for file in files:
+            facts = _identity(file)
+            if file not in self._begun or self._begun[file][0] != facts:
+                # The disk writes a file while it is read for its checksum.
+                self._begun[file] = facts, self._pool.submit(sha256, file), self._pool.submit(flush, file)
+
+    def finish(self) -> dict[str, tuple[int, str]]:
+        """Seal what is left, and the folders.
+
+        Returns:
+            Size in bytes and sha256 of every file, by its path in the folder.
+        """
+        inside = sorted(self.folder.rglob("*"))
+        files = [path for path in inside if path.is_file()]
+        with self._pool:
+            self.begin(sorted(files, key=lambda file: -file.stat().st_size))
+            for file in files:
+                self._begun[file][2].result()
+            sealed = {
+                file.relative_to(self.folder).as_posix(): (self._begun[file][0][0], self._begun[file][1].result())
+                for file in files
+            }
+        for path in [path for path in inside if path.is_dir()][::-1] + [self.folder]:
+            flush(path)
+        return sealed
+
+    def abandon(self) -> None:
+        """Stop, and wait until no file is open any more; what was begun may be of files that are gone."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def _identity(file: Path) -> tuple[int, int, int]:
+    """Size and what else tells a file from one of its name written later."""
+    facts = file.stat()
+    return facts.st_size, facts.st_mtime_ns, facts.st_ino
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -97,7 +129,7 @@ def publish(run: Path, inside: Path) -> None:
 
     Args:
         run: folder of the run.
-        inside: path of the folder in it; `seal` or `link_tree` flushed what is staged there.
+        inside: path of the folder in it; `Sealing` or `link_tree` flushed what is staged there.
     """
     staged, target, aside = run / STAGING / inside, run / inside, run / STAGING / REPLACED / inside
     target.parent.mkdir(parents=True, exist_ok=True)

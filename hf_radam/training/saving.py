@@ -35,6 +35,7 @@ class SavingMixin(PartsMixin):
 
     _saving_checkpoint: bool = False
     _uploads: Mapping[Path, Future[Any]] = MappingProxyType({})
+    _sealing: storage.Sealing | None = None
     _last_saved: tuple[int, bool] | None = None
     """Update of the last save, and whether it is at the run's root or only pinned."""
 
@@ -61,12 +62,21 @@ class SavingMixin(PartsMixin):
             return
         assert output_dir is not None
         super().save_model(output_dir, _internal_call)
+        self._seal_weights(output_dir)
         # What upstream's root gets, too
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
         for name, weights in self._evaluation.folders():
             if self.args.should_save:
                 folder = Path(output_dir, adapters.evaluation_subfolder(name, self._bare_model))
                 model_folders.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
+                self._seal_weights(output_dir)
+
+    def _seal_weights(self, folder: str) -> None:
+        """Flush the weights written so far, and take their checksums, while what comes after them is written."""
+        if self.args.should_save:
+            if self._sealing is None or self._sealing.folder != Path(folder):
+                self._sealing = storage.Sealing(Path(folder))
+            self._sealing.begin(Path(folder).rglob("*.safetensors"))
 
     # ---- When ----
 
@@ -168,6 +178,9 @@ class SavingMixin(PartsMixin):
 
     def _abandon(self, run: Path, name: str, error: BaseException) -> None:
         """Remove what a failed save left, and say what to do if it was the disk that failed it."""
+        if self._sealing is not None:
+            self._sealing.abandon()
+            self._sealing = None
         if self.args.should_save:
             with suppress(OSError):
                 storage.recover(run)
@@ -238,7 +251,8 @@ class SavingMixin(PartsMixin):
                 **manifest.parameter_dtypes(self._bare_model),
             },
         }
-        manifest.write_manifest(folder, content)
+        manifest.write_manifest(folder, content, sealing=self._sealing)
+        self._sealing = None
 
     # ---- Hub ----
 
