@@ -18,7 +18,7 @@ from transformers.utils import (
 )
 
 from hf_radam.checkpoints.adapters import base_and_adapter
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole
+from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole, damaged_form
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
     MANIFEST_NAME,
@@ -60,8 +60,11 @@ def load_evaluation_model(
     if is_checkpoint(root):
         return _load_checkpoint(root, model_class, from_pretrained_kwargs)
     if holds_model(root):
-        _warn_if_stale(root)
-        return _from_pretrained(root, model_class, from_pretrained_kwargs)
+        wrong = damaged_form(root, only="")
+        if not wrong:
+            _warn_if_stale(root)
+            return _from_pretrained(root, model_class, from_pretrained_kwargs)
+        logger.warning("Passing over the model at the root of %s, which was not written to its end: %s.", root, wrong)
     return _load_checkpoint(newest_checkpoint(root), model_class, from_pretrained_kwargs)
 
 

@@ -98,6 +98,8 @@ def rotate(run: Path, limit: int | None, *, protected: Collection[Path]) -> None
     if limit is None or limit <= 0:
         return
     folders = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True) if step_of(path) is not None]
-    excess = len(folders) - max(limit, sum(folder in protected for folder in folders))
-    for folder in [folder for folder in folders if folder not in protected][: max(excess, 0)]:
+    kept = {path.resolve() for path in protected}  # a resumed run may know its best one by another path
+    free = [folder for folder in folders if folder.resolve() not in kept]
+    excess = len(folders) - max(limit, len(folders) - len(free))
+    for folder in free[: max(excess, 0)]:
         remove(run, folder)

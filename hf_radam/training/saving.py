@@ -139,7 +139,7 @@ class SavingMixin(PartsMixin):
         best_before = self.state.best_model_checkpoint
         self._mark_state()
         try:
-            with self._checkpoint_mark():
+            with self._checkpoint_mark(), self._resumable(pin is not None):
                 if self.args.should_save:
                     storage.recover(run)
                 self.accelerator.wait_for_everyone()
@@ -156,6 +156,19 @@ class SavingMixin(PartsMixin):
         self._last_saved = (step, at_root)
         if at_root:
             self._push_and_rotate(run, run / name)
+
+    @contextmanager
+    def _resumable(self, pinned: bool) -> Iterator[None]:
+        """Context in which a checkpoint that is pinned gets its optimizer, whatever `save_only_model` says.
+
+        To be gone on from is what it is kept for.
+        """
+        only_model = self.args.save_only_model
+        self.args.save_only_model = only_model and not pinned
+        try:
+            yield
+        finally:
+            self.args.save_only_model = only_model
 
     def _correct_best(self, run: Path, before: str | None, *, written: int | None) -> None:
         """Let the state name the best checkpoint by its name in the run: upstream looked where this one is staged."""
@@ -205,7 +218,8 @@ class SavingMixin(PartsMixin):
 
     def _tune_save_checkpoint(self, checkpoint_dir: str) -> None:
         """Mark the save as a checkpoint's here as well: a trial of Ray resumes from it, and Ray moves it when whole."""
-        self._mark_state()
+        if self._active:
+            self._mark_state()
         with self._checkpoint_mark():
             super()._tune_save_checkpoint(checkpoint_dir)
         if self._active and self.args.should_save:

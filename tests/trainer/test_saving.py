@@ -146,6 +146,30 @@ def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
     assert "checkpoint-20 has no optimizer.pt, so training cannot go on from it" in caplog.text
 
 
+def test_what_is_pinned_can_be_resumed_whatever_save_only_model_says(tmp_path):
+    options = tiny.METHODS["wsd"] | {"save_only_model": True, "save_strategy": "steps", "save_steps": 4}
+    tiny.trainer(tmp_path, **options).train()
+    has_optimizer = {p.parent.name: (p / "optimizer.pt").is_file() for p in tmp_path.glob("*/checkpoint-*")}
+    assert has_optimizer == {"_pre_decay": True}
+    assert [(tmp_path / f"checkpoint-{n}/optimizer.pt").is_file() for n in (8, 12, 16)] == [False, True, False]
+    extended = tiny.trainer(tmp_path / "longer", **options, extend_from=str(tmp_path), max_steps=30)
+    extended.train()
+    planned = tiny.trainer(tmp_path / "planned", **options, max_steps=30)
+    planned.train()
+    assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
+
+
+def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path, monkeypatch):
+    """The state of the first part names the best one by a relative path."""
+    monkeypatch.chdir(tmp_path)
+    options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "greater_is_better": True}
+    options |= {"metric_for_best_model": "loss", "save_total_limit": 2}
+    tiny.trainer(Path("run"), **options, max_steps=10).train()
+    trainer = tiny.trainer(tmp_path / "run", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert names(tmp_path / "run") == ["checkpoint-20", "checkpoint-5"]
+
+
 def test_stock_trainer_goes_on_and_its_checkpoints_are_stocks(tmp_path):
     """Our mark in the state is carried on by stock `Trainer`, and must not make its checkpoints ours."""
     common = {"optim": "adamw_torch", "lr_scheduler_type": "constant"} | SAVING
@@ -191,3 +215,14 @@ def test_a_run_that_begins_in_the_folder_of_another_is_told(tmp_path, caplog):
     assert "of an earlier run" not in caplog.text
     tiny.trainer(tmp_path, **options).train()
     assert "_pre_decay/checkpoint-15 is of an earlier run. This one begins anew" in caplog.text
+
+
+def test_a_model_at_the_root_that_was_not_written_to_its_end_is_passed_over(tmp_path, caplog):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING)
+    trainer.train()
+    trainer.save_model()
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])  # killed in save_model()
+    shipped = load_evaluation_model(tmp_path)
+    assert "Passing over the model at the root" in caplog.text and "model.safetensors" in caplog.text
+    assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
