@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hf_radam.inspection.checkpoint.run import inspect_run
 from inspecting import inspect, snapshot, truncate
 from tiny import METHODS, arguments, trainer
 
@@ -18,6 +17,7 @@ from hf_radam.checkpoints.extension import extend
 from hf_radam.checkpoints.loading import newest_checkpoint
 from hf_radam.checkpoints.manifest import read_manifest, write_manifest
 from hf_radam.checkpoints.runs import check_resumable, newest
+from hf_radam.inspection.run import inspect_run
 
 
 def extension_of(folder, output, total, **options):
