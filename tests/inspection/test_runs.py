@@ -132,12 +132,12 @@ def test_a_model_that_is_older_than_the_run(run, capsys):
 
 
 def test_save_only_model(tmp_path, capsys):
-    trainer(tmp_path, save_strategy="steps", save_steps=10, save_only_model=True, **METHODS["wsd"]).train()
+    trainer(tmp_path, save_strategy="steps", save_steps=10, save_only_model=True, **METHODS["ewa"]).train()
     code, text = inspect(tmp_path, capsys)
     assert code == 0 and "checkpoint-10 10 of 20 stable not resumable" in text
     assert "true takes nothing" in text and newest(tmp_path, check_resumable) is None
     assert "resume no: without optimizer.pt and scheduler.pt (save_only_model?)" in text
-    assert f'load_evaluation_model("{tmp_path / "checkpoint-20"}") loads the root' in text
+    assert f'load_evaluation_model("{tmp_path / "checkpoint-20"}") loads ewa/' in text
 
 
 def test_sharded_optimizers_are_not_called_damaged(made_by_stock, tmp_path, capsys):
