@@ -156,6 +156,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             )
         self.args.check_horizon(max_steps)
         self._last_saved = None
+        self._extended_from = None
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._active and self.args.auto_find_batch_size:
             self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's

@@ -42,7 +42,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.model_folders": ({"random_state"} | within("checkpoints", "manifest adapters"), ANY),
     "checkpoints.loading": (within("checkpoints", "manifest adapters integrity runs"), ANY),
     "checkpoints.extension": (
-        {"argument_checks", "names", "training_args", "describe"} | within("checkpoints", "manifest runs"),
+        {"argument_checks", "names", "training_args", "describe"}
+        | within("checkpoints", "storage manifest integrity runs"),
         set(),
     ),
     "inspection.phases": ({"schedules"}, set()),

@@ -67,6 +67,9 @@ def written_tensors(model: Any, *, save_embedding_layers: bool | Literal["auto"]
 
 def why_not_on_its_own(model: Any) -> str | None:
     """Why the one adapter folder would not hold everything that trains, or None if it does."""
+    kind = next((c.peft_type for c in model.peft_config.values() if c.is_prompt_learning), None)
+    if kind is not None:
+        return f"what {getattr(kind, 'value', kind)} learns is no part of the model: use another kind of adapter."
     if list(model.peft_config) != [ADAPTER_NAME]:
         return (
             f"the model has the adapters {list(model.peft_config)}: train one, with PEFT's own name for it, "

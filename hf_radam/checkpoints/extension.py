@@ -7,6 +7,7 @@ were: a ratio of the new total would change the past.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.argument_checks import HorizonError
-from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME
+from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import PINNED_FOLDERS, Place, check_resumable, checkpoints, newest, step_of
+from hf_radam.checkpoints.storage import sha256
 from hf_radam.describe import describe_schedule
 from hf_radam.names import SchedulerName
 from hf_radam.training_args import RAdamTrainingArguments
@@ -31,12 +34,14 @@ class Extension:
         checkpoint: what it goes on from: the source, or a later checkpoint of its own.
         leaves_decay: whether that is the end of a decay of WSD-S, where the learning rate goes back to the peak.
         kept: what `RAdamTrainingArguments.go_on_with_schedule` wants to know of the old schedule; empty if nothing.
+        identity: what tells the source from any other checkpoint; written into those of the extended run.
         words: the old and the new schedule, for the user.
     """
 
     checkpoint: Path
     leaves_decay: bool
     kept: Mapping[str, Any]
+    identity: str
     words: str
 
 
@@ -68,8 +73,15 @@ def extend(args: RAdamTrainingArguments) -> Extension:
     _check_decay_to_come(keywords, manifest["schedule_step"] if manifest else source.step, source.path)
     new = describe_schedule(keywords, name=SchedulerName(args.lr_scheduler_type).value, total_steps=args.max_steps)
 
+    identity = manifest[OWN_CHECKSUM] if manifest else sha256(source.path / TRAINER_STATE_NAME)
+    in_place = _same_folder(run_of(source.path), args.output_dir)
+
     def check_own(checkpoint: Path) -> None:
         own = read_manifest(checkpoint)
+        if not in_place and (own is None or own.get("extended_from") != identity):
+            raise HorizonError(
+                f"{checkpoint} in output_dir is not of this extension of {args.extend_from}: give another output_dir."
+            )
         if own is None or own["schedule"] != keywords:
             raise CheckpointError("it is not on the schedule of the extended run.")
         check_resumable(checkpoint)
@@ -78,7 +90,19 @@ def extend(args: RAdamTrainingArguments) -> Extension:
     begin = source if own is None else own
     words = f"Extending {args.extend_from} from {begin.path}\n  old: {old}\n  new: {new}"
     leaves_decay = own is None and manifest is not None and at_budget(manifest)
-    return Extension(begin.path, leaves_decay, _kept(manifest) if manifest else {}, words)
+    return Extension(begin.path, leaves_decay, _kept(manifest) if manifest else {}, identity, words)
+
+
+def _same_folder(one: Path, other: str | None) -> bool:
+    return one.resolve() == Path(str(other)).resolve()
+
+
+def _step(checkpoint: Path) -> int:
+    """The update of one checkpoint, whatever it is called."""
+    try:
+        return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{checkpoint / TRAINER_STATE_NAME} cannot be read ({error!r}).") from error
 
 
 def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,8 +115,8 @@ def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(root: Path, args: RAdamTrainingArguments) -> Place:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
-    step = step_of(root)
-    places = checkpoints(root) if step is None else [Place(step, "", root)]
+    alone = (root / TRAINER_STATE_NAME).is_file() and (root / OPTIMIZER_NAME).is_file()  # a run has no optimizer
+    places = [Place(_step(root), "", root)] if alone or step_of(root) is not None else checkpoints(root)
     damaged: list[str] = []
     in_decay: list[str] = []
     total_checked = False
@@ -131,8 +155,8 @@ def _check_total(newest_manifest: Mapping[str, Any], root: Path, args: RAdamTrai
             )
         return
     done = newest_manifest["schedule_step"]
-    in_place = root.resolve() == Path(str(args.output_dir)).resolve()  # the command may be given again at the end
-    if total < done or (total == done and not in_place):
+    again = _same_folder(root, args.output_dir)  # the command may be given again at the end
+    if total < done or (total == done and not again):
         raise HorizonError(
             f"max_steps={total} leaves nothing to train: {root} has had {done} updates. Raise max_steps, the new total."
         )

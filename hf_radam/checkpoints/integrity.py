@@ -7,6 +7,7 @@ wrote only the form is known: that the files it cannot do without are there, and
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zipfile
 import zlib
@@ -39,6 +40,8 @@ UNREADABLE = (
     struct.error,
 )
 """What reading raises where a file is not what its name says: a zip archive fails in as many ways as it has fields."""
+TORCH_BIN = r"(pytorch_model.*|adapter_model|training_args|optimizer|scheduler)\.bin"
+"""Files that torch writes under a suffix which others use as well."""
 UNFINISHED = "checkpoint-is-incomplete.txt"
 """Upstream's just-in-time save leaves this file in a checkpoint that it did not finish."""
 
@@ -149,7 +152,7 @@ def _malformed(file: Path) -> str | None:
         elif file.suffix == ".safetensors":
             with safe_open(file, framework="pt"):
                 pass
-        elif file.suffix in (".pt", ".pth", ".bin"):
+        elif file.suffix in (".pt", ".pth") or re.fullmatch(TORCH_BIN, file.name):
             with zipfile.ZipFile(file) as archive:
                 bad = archive.testzip()
             return None if bad is None else f"has another checksum in its part {bad} than when it was written"

@@ -27,6 +27,8 @@ CHUNK = 2**18
 SEALING_THREADS = 4
 """So that the disk writes one file while another is read for its checksum."""
 
+NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
+"""What a file system says that cannot flush a folder on its own; its files are flushed all the same."""
 NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
 
 
@@ -46,6 +48,9 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if path.is_file() or error.errno not in NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
 

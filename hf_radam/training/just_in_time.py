@@ -37,6 +37,7 @@ class SaveBetweenUpdates(JITCheckpointCallback):
                     flag = torch.tensor(int(asked), device=trainer.args.device)
                     dist.all_reduce(flag, dist.ReduceOp.MAX)
                     asked = bool(flag.item())
+                callback.jit_manager.is_checkpoint_requested = False
                 return bool(asked)
         return False
 

@@ -32,6 +32,8 @@ class PartsMixin(_Base):
     average: WeightAverage | None
     _evaluation: EvaluationWeights
     _best_model_loaded: bool = False
+    _extended_from: str | None = None
+    """What identifies the checkpoint of another run that this one, or the one it resumes, was extended from."""
 
     @property
     def _bare_model(self) -> nn.Module:

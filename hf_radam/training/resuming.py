@@ -15,10 +15,10 @@ from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
-from hf_radam.checkpoints.extension import Extension, extend
+from hf_radam.checkpoints.extension import Extension, extend, run_of
 from hf_radam.checkpoints.loading import evaluation_folder
-from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder
+from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, step_of
 from hf_radam.training import resume_checks
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
@@ -30,6 +30,7 @@ class ResumingMixin(PartsMixin):
     """Overrides of `Trainer`'s resuming and loading; `RAdamTrainerMixin` brings what they speak of."""
 
     _extension: Extension | None = None
+    _refused: bool = False
 
     def train(
         self,
@@ -43,14 +44,24 @@ class ResumingMixin(PartsMixin):
             CheckpointError: if the checkpoint named is damaged, or there is none to go on from.
         """
         self._extension = None
+        if self._refused and self.model_init is None:
+            raise RuntimeError(
+                "This trainer has loaded parts of a checkpoint that was then refused: make a new trainer and model."
+            )
         if self._active:
             resume_from_checkpoint = self._chosen(resume_from_checkpoint)
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        try:
+            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        except CheckpointError:
+            self._refused = True
+            raise
 
     # ---- Which checkpoint ----
 
     def _chosen(self, wanted: str | bool | None) -> str | None:
         """The checkpoint to go on from, or None to begin; the first process looks, and all go by what it finds."""
+        if isinstance(wanted, str) and wanted.lower() in ("true", "false"):  # as the field of the arguments has it
+            wanted = wanted.lower() == "true"
         if self.args.extend_from is not None:
             if isinstance(wanted, str):
                 raise ValueError(
@@ -93,6 +104,12 @@ class ResumingMixin(PartsMixin):
 
     def _named(self, path: str) -> str:
         resume_checks.check_checkpoint(path)
+        later = checkpoints(str(self.args.output_dir))[:1]
+        if later and later[0].step > (step_of(path) or later[0].step):
+            logger.warning(
+                f"{later[0].path} is later than {path}, from which this run goes on. It stays until it is written "
+                "again, and resume_from_checkpoint=True would take it: remove it, or write to another output_dir."
+            )
         return path
 
     def _agreed(self, decide: Callable[[], Any]) -> Any:
@@ -149,7 +166,18 @@ class ResumingMixin(PartsMixin):
         else:
             step = self.state.global_step
             resume_checks.restore_average(average, self._bare_model, checkpoint=checkpoint, step=step)
+        self._find_best(Path(checkpoint))
+        if self._extension is not None:
+            self._extended_from = self._extension.identity
+        else:
+            self._extended_from = (read_manifest(checkpoint) or {}).get("extended_from")
         self._keep_pinned(Path(checkpoint))
+
+    def _find_best(self, checkpoint: Path) -> None:
+        """Look for the best checkpoint beside the one resumed: upstream forgets it where the run has moved."""
+        best = run_of(checkpoint) / f"{PREFIX}{self.state.best_global_step}"
+        if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
 
     def _keep_pinned(self, checkpoint: Path) -> None:
         """Pin the checkpoint that is gone on from where this run would have pinned it and has not."""

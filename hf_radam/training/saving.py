@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hf_radam import __version__
@@ -98,12 +99,26 @@ class SavingMixin(PartsMixin):
         if not self._active:
             return
         step = self.state.global_step
+        unsaved = self._last_saved != (step, True)
         if SaveBetweenUpdates.requested(self):
             self.control.should_training_stop = True
-            if self._last_saved != (step, True):
-                self._write_checkpoint(model, trial, at_root=True)
+            if unsaved:
+                self._write_checkpoint(model, trial, at_root=True, whole=True)
+        elif self.args.load_best_model_at_end and self.state.best_global_step == step and unsaved:
+            # Evaluated more often than saved: the best would have no checkpoint to be loaded from.
+            self._write_checkpoint(model, trial, at_root=True)
         elif self._pinned_in() is not None and (self._last_saved is None or self._last_saved[0] != step):
             self._write_checkpoint(model, trial, at_root=False)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        """Keep the last checkpoint, to go on from: with a limit of 1 upstream now removes all but the best."""
+        limit = self.args.save_total_limit
+        if self._active:
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
 
     def _pinned_in(self) -> str | None:
         """The folder in which the state after the update just made is kept for good, if it is."""
@@ -129,8 +144,12 @@ class SavingMixin(PartsMixin):
             storage.remove(run, run / name)  # upstream would write between our files
         super()._save_checkpoint(model, trial)
 
-    def _write_checkpoint(self, model: nn.Module, trial: Any, *, at_root: bool) -> None:
-        """Write the state after the last update: at the run's root, and where it is pinned."""
+    def _write_checkpoint(self, model: nn.Module, trial: Any, *, at_root: bool, whole: bool = False) -> None:
+        """Write the state after the last update: at the run's root, and where it is pinned.
+
+        What is pinned, or asked to be `whole`, has its optimizer, whatever `save_only_model` says: to be gone on from
+        is what it is kept for.
+        """
         run, step = Path(self._get_output_dir(trial)), self.state.global_step
         name = f"{PREFIX}{step}"
         pin = self._pinned_in()
@@ -139,7 +158,7 @@ class SavingMixin(PartsMixin):
         best_before = self.state.best_model_checkpoint
         self._mark_state()
         try:
-            with self._checkpoint_mark(), self._resumable(pin is not None):
+            with self._checkpoint_mark(), self._with_optimizer(whole or pin is not None):
                 if self.args.should_save:
                     storage.recover(run)
                 self.accelerator.wait_for_everyone()
@@ -158,13 +177,9 @@ class SavingMixin(PartsMixin):
             self._push_and_rotate(run, run / name)
 
     @contextmanager
-    def _resumable(self, pinned: bool) -> Iterator[None]:
-        """Context in which a checkpoint that is pinned gets its optimizer, whatever `save_only_model` says.
-
-        To be gone on from is what it is kept for.
-        """
+    def _with_optimizer(self, wanted: bool) -> Iterator[None]:
         only_model = self.args.save_only_model
-        self.args.save_only_model = only_model and not pinned
+        self.args.save_only_model = only_model and not wanted
         try:
             yield
         finally:
@@ -172,10 +187,8 @@ class SavingMixin(PartsMixin):
 
     def _correct_best(self, run: Path, before: str | None, *, written: int | None) -> None:
         """Let the state name the best checkpoint by its name in the run: upstream looked where this one is staged."""
-        self.state.best_model_checkpoint = before
         best = self.state.best_global_step
-        if best and (best == written or (run / f"{PREFIX}{best}").is_dir()):
-            self.state.best_model_checkpoint = str(run / f"{PREFIX}{best}")
+        self.state.best_model_checkpoint = str(run / f"{PREFIX}{best}") if best and best == written else before
 
     def _publish(self, run: Path, name: str, places: list[Path]) -> None:
         """Complete the staged checkpoint and give it its places; the files are stored once."""
@@ -259,6 +272,7 @@ class SavingMixin(PartsMixin):
             "warmup_steps": self.args.get_warmup_steps(self.state.max_steps),
             "schedule": None if schedule is None else dict(schedule.keywords),
             "schedule_step": self._updates_scheduled(),
+            "extended_from": self._extended_from,
             "averaging": manifest.describe_average(self.average, requested_start_step=self.args.ewa_start_step),
             "evaluation": {
                 "folder": source and adapters.evaluation_subfolder(source, self._bare_model),

@@ -248,3 +248,24 @@ def test_the_command_can_be_given_again_at_the_end(tmp_path):
         first, again = (run(tmp_path / name, source=tmp_path / name, **options, max_steps=40) for _ in range(2))
         assert again.state.global_step == 40
         assert_same(first, again)
+
+
+@pytest.mark.parametrize("options", [WSD, tiny.METHODS["ewa"]], ids=["wsd", "ewa"])
+def test_another_run_in_the_output_folder_is_not_gone_on_with(tmp_path, options):
+    options = options | {"save_strategy": "steps", "save_steps": 10}
+    for seed, name in ((1, "a"), (2, "b")):
+        run(tmp_path / name, **options, max_steps=20, seed=seed)
+    run(tmp_path / "c", source=tmp_path / "a", **options, max_steps=30, seed=1)
+    with pytest.raises(HorizonError, match="checkpoint-30 in output_dir is not of this extension of .*b: give another"):
+        run(tmp_path / "c", source=tmp_path / "b", **options, max_steps=30, seed=2)
+    again = run(tmp_path / "c", source=tmp_path / "a", **options, max_steps=30, seed=1)
+    assert again.state.global_step == 30
+
+
+def test_a_checkpoint_of_any_name_is_a_source(tmp_path):
+    """As the hub keeps it: last-checkpoint."""
+    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
+    run(tmp_path / "short", **options, max_steps=20)
+    (tmp_path / "short" / "checkpoint-20").rename(tmp_path / "last-checkpoint")
+    extended = run(tmp_path / "extended", source=tmp_path / "last-checkpoint", **options, max_steps=30)
+    assert_same(extended, run(tmp_path / "planned", **options, max_steps=30))

@@ -10,6 +10,7 @@ import peft
 import pytest
 import tiny
 import torch
+import transformers
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
 
@@ -340,6 +341,8 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["default", "mine"])
 def test_other_adapters_without_averaging_are_left_to_upstream(tmp_path, name):
+    if name == "default" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+        pytest.skip("transformers 5.17 does not resume several adapters exactly")
     config = peft.LoraConfig(r=2, target_modules=["k_proj"], task_type="CAUSAL_LM")
 
     def make():

@@ -1,5 +1,6 @@
 """Checkpoints have their name only when they are whole; what upstream says of them is true of the final place."""
 
+import errno
 import json
 import os
 from concurrent.futures import Future
@@ -9,7 +10,7 @@ import pytest
 import tiny
 from transformers import Trainer, TrainingArguments
 
-from hf_radam import load_evaluation_model
+from hf_radam import RAdamTrainer, load_evaluation_model
 from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.storage import STAGING
@@ -226,3 +227,93 @@ def test_a_model_at_the_root_that_was_not_written_to_its_end_is_passed_over(tmp_
     shipped = load_evaluation_model(tmp_path)
     assert "Passing over the model at the root" in caplog.text and "model.safetensors" in caplog.text
     assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+
+
+class Graded(RAdamTrainer):
+    """Evaluations with given losses, by update."""
+
+    losses: dict
+
+    def _determine_best_metric(self, metrics, trial):
+        return super()._determine_best_metric(metrics | {"eval_loss": self.losses[self.state.global_step]}, trial)
+
+
+def graded(folder, losses, **options):
+    args = tiny.arguments(folder, **tiny.METHODS["ewa"] | SAVING | BEST | options)
+    trainer = Graded(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
+    trainer.losses = losses
+    return trainer
+
+
+def test_the_last_checkpoint_stays_beside_the_best_one(tmp_path):
+    """Upstream ends a run with a limit of 1 by removing all but the best; then no run could go on from its end."""
+    trainer = graded(tmp_path, {5: 1.0, 10: 2.0, 15: 3.0, 20: 4.0}, save_total_limit=1)
+    trainer.train()
+    assert names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
+    assert trainer.args.save_total_limit == 1
+
+
+def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_than_saves(tmp_path):
+    losses = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, learning_rate=1e-3).train()  # another run's checkpoint-15
+    trainer = graded(tmp_path, losses, save_steps=10)
+    trainer.train()
+    twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"], max_steps=15)
+    twin.train()
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-15")
+    assert tiny.same(tiny.parameters(trainer.model), twin.average.averaged_state_dict())
+
+
+def test_the_best_model_is_found_where_the_run_was_moved(tmp_path):
+    losses = {5: 1.0, 10: 2.0, 15: 2.0, 20: 2.0}
+    first = graded(tmp_path / "old", losses)
+    first.add_callback(tiny.StopAfter(10))
+    first.train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    trainer = graded(tmp_path / "new", losses, save_strategy="best")
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-5")
+    shipped = load_evaluation_model(tmp_path / "new" / "checkpoint-5")
+    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(shipped))
+
+
+def test_a_refused_resume_is_refused_again(tmp_path):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
+    trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"], weight_decay=0.3)
+    with pytest.raises(CheckpointError, match="trained with weight_decay=0.1"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    for again in (str(tmp_path / "checkpoint-10"), None):
+        with pytest.raises(RuntimeError, match="make a new trainer and model"):
+            trainer.train(resume_from_checkpoint=again)
+
+
+def test_going_back_to_an_earlier_checkpoint_is_told(tmp_path, caplog):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    assert "checkpoint-20 is later than" in caplog.text and "from which this run goes on" in caplog.text
+
+
+def test_true_may_be_the_word_that_the_arguments_hold(tmp_path):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, max_steps=10).train()
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], resume_from_checkpoint="true")
+    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"])
+    twin.train()
+    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(twin.model))
+
+
+def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def of_files_only(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_only)
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
+    assert damage(tmp_path / "checkpoint-20") == {}
