@@ -229,9 +229,13 @@ class RAdamTrainingArguments(TrainingArguments):
             raise argument_checks.HorizonError(
                 f"warmup_steps={self.warmup_steps}, but the run that is extended had {warmup_steps}: leave it out."
             )
+        self._kept_warmup_steps = warmup_steps
+        self.keep_passed_budgets(schedule, step=step)
+
+    def keep_passed_budgets(self, schedule: Mapping[str, Any] | None, *, step: int) -> None:
+        """Keep the budgets of WSD-S that a run has passed by update `step`, from its schedule's keywords."""
         past = schedule if schedule is not None and "budgets" in schedule else {"budgets": [], "decay_steps": []}
         passed = zip(past["budgets"], past["decay_steps"], strict=True)
-        self._kept_warmup_steps = warmup_steps
         self._passed_budgets = {budget: decay for budget, decay in passed if budget <= step}
 
     def optimizer_class_and_kwargs(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:

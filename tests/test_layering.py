@@ -88,7 +88,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resuming": (
         {"averaging"}
-        | within("checkpoints", "storage manifest adapters runs model_folders loading extension")
+        | within("checkpoints", "storage manifest integrity adapters runs model_folders loading extension")
         | within("training", "evaluation resume_checks parts"),
         ANY,
     ),

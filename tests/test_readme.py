@@ -83,6 +83,11 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         evaluate_clm.parse_arguments(command[2:])
 
 
+def test_the_cost_of_a_save_has_been_measured():
+    section = README.split("### What a durable save costs")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\| .*\d\.\d\d", section, re.MULTILINE)) == 4
+
+
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in set(re.findall(r"^    make (\w+)", README, re.MULTILINE)):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,7 @@ class Extension:
 
 def right_command(checkpoint: str, total_steps: int) -> str:
     """What to say instead of resuming a decayed checkpoint into a longer schedule."""
-    return f"--extend_from {run_of(Path(checkpoint))} --max_steps {total_steps}"
+    return f"--extend_from {shlex.quote(str(run_of(Path(checkpoint))))} --max_steps {total_steps}"
 
 
 def extend(args: RAdamTrainingArguments) -> Extension:
@@ -150,8 +151,7 @@ def _check_total(newest_manifest: Mapping[str, Any], root: Path, args: RAdamTrai
         if total < schedule["total_steps"]:
             raise HorizonError(
                 f"max_steps={total} is fewer than the {schedule['total_steps']} updates of {root}: raise it, or for a "
-                f"shorter decay resume the pre-decay checkpoint: --resume_from_checkpoint "
-                f"{root}/_pre_decay/checkpoint-N."
+                "shorter run resume one of its checkpoints from before the decay with --resume_from_checkpoint."
             )
         return
     done = newest_manifest["schedule_step"]

@@ -193,7 +193,9 @@ def remove(run: Path, folder: Path) -> None:
     trash = run / STAGING / "removed" / folder.name
     trash.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(trash)
-    shutil.rmtree(run / STAGING)
+    shutil.rmtree(trash.parent)
+    if not any((run / STAGING).iterdir()):
+        (run / STAGING).rmdir()
 
 
 def free_space(folder: Path) -> str:

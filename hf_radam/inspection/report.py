@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
-from hf_radam.inspection.facts import TRAINING, WHOLE, CheckpointFacts, X, Y
+from hf_radam.inspection.facts import NOT_RESUMABLE, TRAINING, WHOLE, CheckpointFacts, X, Y
 from hf_radam.inspection.phases import STABLE, WORDS
 from hf_radam.inspection.run import RunFacts
 from hf_radam.inspection.uses import new_total, uses
@@ -14,10 +14,15 @@ LABEL = 11  # characters
 WIDTH = 118
 
 
+def _count(checkpoints: Sequence[object]) -> str:
+    return f"{len(checkpoints)} checkpoint{'' if len(checkpoints) == 1 else 's'}"
+
+
 def checkpoint_report(facts: CheckpointFacts) -> str:
     """Everything about a checkpoint."""
     checked = "by its checksums" if facts.checked == "checksums" else "as far as the form of its files tells"
-    lines = [f"{facts.path}: a checkpoint of {facts.written_by}, {facts.state} {checked}", ""]
+    state = facts.state if facts.state == NOT_RESUMABLE else f"{facts.state} {checked}"
+    lines = [f"{facts.path}: a checkpoint of {facts.written_by}, {state}", ""]
     lines += _row("method", [_method(facts)])
     lines += _row("schedule", [facts.schedule_words or "not known"])
     lines += _row("stands at", [_standing(facts)])
@@ -32,7 +37,7 @@ def checkpoint_report(facts: CheckpointFacts) -> str:
 def run_report(facts: RunFacts) -> str:
     """The table of a run's checkpoints and what is taken for what; then its newest whole checkpoint."""
     bad = f"; damaged: {', '.join(facts.bad)}" if facts.bad else ""
-    lines = [f"{facts.path}: a run with {len(facts.checkpoints)} checkpoints{bad}", ""]
+    lines = [f"{facts.path}: a run with {_count(facts.checkpoints)}{bad}", ""]
     rows = [("checkpoint", "update", "phase", "state")]
     for entry in facts.checkpoints:
         one = entry.facts

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, WEIGHT_FILES, damaged_form
+from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, damaged_form
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, PathLike
 from hf_radam.checkpoints.runs import PREFIX, checkpoints, step_of
@@ -109,7 +109,7 @@ def _is_taken_for_evaluation(facts: CheckpointFacts) -> bool:
 def _older_than(root: Path, entries: list[Entry]) -> str | None:
     """The latest checkpoint at the root that was made after the model there, as `load_evaluation_model` warns."""
     written = count(json_object(root / TRAINER_STATE_NAME)[0], "global_step")  # of `save_state()`, where it was called
-    time = max((root / name).stat().st_mtime for name in WEIGHT_FILES if (root / name).is_file())
+    time = max((root / name).stat().st_mtime for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (root / name).is_file())
     for entry in entries:
         state = Path(entry.facts.path, TRAINER_STATE_NAME)
         if Path(entry.facts.path).parent == root and state.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
@@ -121,6 +122,13 @@ def _extend(facts: CheckpointFacts) -> Use:
     return Use(False, f"{jump}. {goes_on}")
 
 
+def _names_its_base(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def _evaluate(facts: CheckpointFacts) -> Use:
     try:
         folder = evaluation_folder(facts.path)
@@ -130,6 +138,8 @@ def _evaluate(facts: CheckpointFacts) -> Use:
         return Use(
             False, f"no {CONFIG_NAME}: the model is no PreTrainedModel; safetensors reads the weights in {folder}"
         )
+    if (folder / ADAPTER_CONFIG_NAME).is_file() and not _names_its_base(folder):
+        return Use(True, f'peft.PeftModel.from_pretrained(base, "{folder}"): the adapter does not say what its base is')
     words = f'load_evaluation_model("{facts.path}")'
     if not facts.ours and facts.root == Y:
         return Use(True, f"{words} loads y: no file holds x. RAdamTrainer, resumed from it, evaluates and saves x")

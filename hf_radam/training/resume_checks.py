@@ -139,12 +139,12 @@ def check_same_learning_rate(scheduler: LambdaLR, *, checkpoint: str, total_step
     without a jump means from before the decay, which is what the message then says how to do.
     """
     manifest = read_manifest(checkpoint)
-    in_decay = manifest is not None and manifest["schedule"] is not None
+    longer = manifest is not None and manifest["schedule"] is not None and total_steps > manifest["max_steps"]
     for group, new in zip(scheduler.optimizer.param_groups, planned_learning_rates(scheduler), strict=True):
         old = float(group["lr"])
         if old != new:
             way_out = "Resume with the flags the run was started with"
-            if in_decay:
+            if longer:
                 way_out += f", or extend the run: {right_command(checkpoint, total_steps)}"
             raise CheckpointError(
                 f"{checkpoint} stands at update {scheduler.last_epoch} with learning rate {old:.6g}, but the schedule "

@@ -16,6 +16,7 @@ from transformers.utils import logging
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
 from hf_radam.checkpoints.extension import Extension, extend, run_of
+from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, step_of
@@ -77,7 +78,11 @@ class ResumingMixin(PartsMixin):
         if wanted is None or wanted is False:
             self._warn_of_earlier_run()
             return None
-        return self._agreed(lambda: self._newest() if wanted is True else self._named(str(wanted)))
+        chosen: str = self._agreed(lambda: self._newest() if wanted is True else self._named(str(wanted)))
+        resumed = read_manifest(chosen)
+        if resumed is not None:
+            self.args.keep_passed_budgets(resumed["schedule"], step=resumed["schedule_step"])
+        return chosen
 
     def _warn_of_earlier_run(self) -> None:
         """Say so where a new run begins in the folder of another: its checkpoints stay, and may have higher numbers."""
@@ -186,7 +191,7 @@ class ResumingMixin(PartsMixin):
         run = Path(str(self.args.output_dir))
         if folder is not None and self.args.should_save:
             place = Path(folder, f"{PREFIX}{self.state.global_step}")
-            if not (run / place).exists():
+            if not (run / place).exists() or damage(run / place):
                 storage.recover(run)
                 storage.link_tree(checkpoint, run / storage.STAGING / place)
                 storage.publish(run, place)

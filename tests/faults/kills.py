@@ -192,6 +192,8 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
         inside[name] += victim.inside
         done += len(victim.inside)
         run += 1
+    in_a_save = sum(kind for kinds in inside.values() for kind in kinds)
+    assert kills < 50 or in_a_save * 5 >= kills, f"only {in_a_save} of {kills} kills came inside a save"
     return _words(done, kills, inside)
 
 

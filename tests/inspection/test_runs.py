@@ -8,9 +8,10 @@ import re
 import shutil
 from pathlib import Path
 
+import peft
 import pytest
 from inspecting import inspect, snapshot, truncate
-from tiny import METHODS, arguments, trainer
+from tiny import METHODS, arguments, llama, trainer
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import extend
@@ -155,10 +156,23 @@ def test_an_adapter_one_level_deeper(run, capsys):
     (checkpoint / "ewa/adapter").mkdir()
     for name in ("config.json", "model.safetensors", "generation_config.json"):
         (checkpoint / "ewa" / name).rename(checkpoint / "ewa/adapter" / name.replace("model.s", "adapter_model.s"))
-    (checkpoint / "ewa/adapter/adapter_config.json").write_text("{}", encoding="utf-8")
+    config = checkpoint / "ewa/adapter/adapter_config.json"
+    config.write_text('{"base_model_name_or_path": "base"}', encoding="utf-8")
     (checkpoint / "model.safetensors").rename(checkpoint / "adapter_model.safetensors")
     content["evaluation"]["folder"] = "ewa/adapter"
     write_manifest(checkpoint, content)
     code, text = inspect(checkpoint, capsys)
     assert code == 0 and "ewa/: the averaged weights (float32), used for evaluation" in text
     assert f'load_evaluation_model("{checkpoint}") loads ewa/adapter/' in text
+    config.write_text("{}", encoding="utf-8")
+    write_manifest(checkpoint, content)
+    assert "the adapter does not say what its base is" in inspect(checkpoint, capsys)[1]
+
+
+def test_a_run_of_an_adapter(tmp_path, capsys):
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    lora = trainer(tmp_path, model, save_strategy="steps", save_steps=10, **METHODS["ewa"])
+    lora.train()
+    lora.save_model()
+    code, text = inspect(tmp_path, capsys)
+    assert code == 0 and "checkpoint-20 20 of 20 finished whole" in text

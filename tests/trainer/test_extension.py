@@ -10,6 +10,7 @@ import tiny
 from transformers import Trainer, TrainingArguments
 
 from hf_radam.argument_checks import HorizonError
+from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 WSD = {"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True, "ewa_every": 3}
@@ -269,3 +270,28 @@ def test_a_checkpoint_of_any_name_is_a_source(tmp_path):
     (tmp_path / "short" / "checkpoint-20").rename(tmp_path / "last-checkpoint")
     extended = run(tmp_path / "extended", source=tmp_path / "last-checkpoint", **options, max_steps=30)
     assert_same(extended, run(tmp_path / "planned", **options, max_steps=30))
+
+
+def test_a_plain_resume_of_an_extended_run_remembers_the_budgets_that_were_passed(tmp_path):
+    options = WSD_S | {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "a", **options, max_steps=20)
+    run(tmp_path / "b", source=tmp_path / "a", until=31, **options, max_steps=40)
+    run(tmp_path / "b", resume=True, **options, max_steps=40)
+    assert read_manifest(tmp_path / "b" / "checkpoint-36")["schedule"]["budgets"] == [20, 40]
+
+
+def test_a_damaged_pin_is_written_again_from_a_whole_checkpoint(tmp_path):
+    options = WSD | {"save_strategy": "steps", "save_steps": 6}
+    run(tmp_path / "run", until=18, **options, max_steps=20)
+    (tmp_path / "run/_pre_decay/checkpoint-18/optimizer.pt").unlink()
+    run(tmp_path / "run", resume=str(tmp_path / "run/checkpoint-18"), **options, max_steps=20)
+    assert damage(tmp_path / "run/_pre_decay/checkpoint-18") == {}
+
+
+@pytest.mark.parametrize("change", [{"max_steps": 18}, {"warmup_steps": 5}], ids=str)
+def test_no_command_is_named_that_would_be_refused(tmp_path, change):
+    options = WSD | {"decay_steps": 5, "max_steps": 20}
+    run(tmp_path, **options, save_strategy="steps", save_steps=2)
+    update = 2 if "warmup_steps" in change else 16
+    with pytest.raises(CheckpointError, match="Resume with the flags the run was started with\\.$"):
+        run(tmp_path / "x", resume=str(tmp_path / f"checkpoint-{update}"), **options | change)

@@ -1,0 +1,99 @@
+"""What `hf_radam.checkpoints.storage` does where a file system cannot, or fails."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from hf_radam.checkpoints import storage
+from hf_radam.checkpoints.integrity import damaged_form
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "checkpoint-5" / "ewa").mkdir(parents=True)
+    (tmp_path / "checkpoint-5" / "a.json").write_text("{}")
+    (tmp_path / "checkpoint-5" / "ewa" / "b.json").write_text("[1]")
+    return tmp_path / "checkpoint-5"
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EXDEV, errno.ENOTSUP])
+def test_without_hard_links_the_files_are_copied_and_flushed(folder, monkeypatch, code):
+    flushed = set()
+    flush = storage.flush
+
+    def no_link(*args, **kwargs):
+        raise OSError(code, os.strerror(code))
+
+    def spy(path):
+        flushed.add(path)
+        flush(path)
+
+    monkeypatch.setattr(os, "link", no_link)
+    monkeypatch.setattr(storage, "flush", spy)
+    copy = folder.parent / "copy"
+    storage.link_tree(folder, copy)
+    assert contents(copy) == contents(folder) and not (copy / "a.json").samefile(folder / "a.json")
+    assert {copy / "a.json", copy / "ewa" / "b.json", copy / "ewa", copy} <= flushed
+
+
+def test_another_failure_of_a_link_is_one(folder, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "link", full)
+    with pytest.raises(OSError, match="No space left"):
+        storage.link_tree(folder, folder.parent / "copy")
+
+
+def test_a_disk_that_fails_to_flush_a_file_is_told(folder, monkeypatch):
+    fsync = os.fsync
+
+    def failing(descriptor):
+        if Path(os.readlink(f"/proc/self/fd/{descriptor}")).name == "b.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output error"):
+        storage.Sealing(folder).finish()
+
+
+def test_both_folders_of_a_rename_are_flushed(folder, monkeypatch):
+    run, flushed = folder.parent, []
+    flush = storage.flush
+    monkeypatch.setattr(storage, "flush", lambda path: (flushed.append(path), flush(path)))
+    storage.link_tree(folder, run / storage.STAGING / "_pre_decay" / "checkpoint-5")
+    flushed.clear()
+    storage.publish(run, Path("_pre_decay", "checkpoint-5"))
+    assert {run, run / "_pre_decay", run / storage.STAGING / "_pre_decay"} <= set(flushed)
+
+
+def test_removing_a_folder_leaves_what_else_is_staged(folder):
+    aside = folder.parent / storage.STAGING / storage.REPLACED / "checkpoint-9"
+    storage.link_tree(folder, aside)
+    storage.remove(folder.parent, folder)
+    assert not folder.exists() and aside.is_dir()
+    storage.recover(folder.parent)
+    assert (folder.parent / "checkpoint-9" / "a.json").is_file() and not (folder.parent / storage.STAGING).exists()
+
+
+def test_the_successor_is_taken_where_both_are_there(folder):
+    """It was whole before the older one lost its place."""
+    staging = folder.parent / storage.STAGING
+    storage.link_tree(folder, staging / storage.REPLACED / "checkpoint-9")
+    storage.link_tree(folder, staging / "checkpoint-9")
+    (staging / "checkpoint-9" / "new.json").write_text("{}")
+    assert [now for _, now in storage.interrupted(folder.parent)] == [staging / "checkpoint-9"]
+    storage.recover(folder.parent)
+    assert (folder.parent / "checkpoint-9" / "new.json").is_file()
+
+
+def test_upstreams_mark_of_an_unfinished_save_is_damage(folder):
+    (folder / "checkpoint-is-incomplete.txt").write_text("Checkpoint started")
+    assert damaged_form(folder)["checkpoint-is-incomplete.txt"] == "says that the save did not come to its end"
