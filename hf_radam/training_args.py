@@ -195,7 +195,7 @@ class RAdamTrainingArguments(TrainingArguments):
                 f"budgets={self.budgets} reach past the end of the run at {num_training_steps} updates: "
                 "raise max_steps or drop those budgets."
             )
-        passed = dict(self._passed_budgets)
+        passed = {budget: length for budget, length in self._passed_budgets.items() if budget <= num_training_steps}
         last = max(passed, default=0)
         late = [budget for budget in asked if budget <= last and budget not in passed]
         if late:
@@ -204,7 +204,7 @@ class RAdamTrainingArguments(TrainingArguments):
                 f"extended, which stands at its budget {last}: list later ones only, in updates."
             )
         budgets = [budget for budget in asked if budget > last]
-        if not budgets or budgets[-1] != num_training_steps:
+        if max(budgets, default=last) != num_training_steps:
             budgets.append(num_training_steps)
         lengths = [count_from_ratio(self.decay_steps, b, name="decay_steps") for b in budgets]
         return [*passed, *budgets], [*passed.values(), *lengths]

@@ -14,6 +14,7 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     TrainerCallback,
+    TrainingArguments,
 )
 
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
@@ -89,6 +90,12 @@ def arguments(folder: Path, **overrides: Any) -> RAdamTrainingArguments:
         "logging_strategy": "no",
     }
     return RAdamTrainingArguments(**options | overrides)
+
+
+def stock_arguments(folder: Path, **overrides: Any) -> TrainingArguments:
+    """The same arguments, as upstream's class."""
+    ours = arguments(folder, **overrides).to_dict()
+    return TrainingArguments(**{k: v for k, v in ours.items() if k in TrainingArguments.__dataclass_fields__})
 
 
 def trainer(folder: Path, model: nn.Module | None = None, **overrides: Any) -> RAdamTrainer:

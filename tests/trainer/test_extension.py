@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import tiny
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.integrity import damage
@@ -207,8 +207,7 @@ def test_one_checkpoint_may_be_named_as_the_source(tmp_path):
 
 def test_a_run_of_stock_trainer_is_extended(tmp_path):
     common = {"optim": "adamw_torch", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 10}
-    args = tiny.arguments(tmp_path / "stock", **common).to_dict()
-    args = TrainingArguments(**{k: v for k, v in args.items() if k in TrainingArguments.__dataclass_fields__})
+    args = tiny.stock_arguments(tmp_path / "stock", **common)
     Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train()
     options = common | {"lr_scheduler_type": "wsd", "decay_steps": 4, "max_steps": 30}
     extended = run(tmp_path / "extended", source=tmp_path / "stock", **options)

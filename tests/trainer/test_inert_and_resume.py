@@ -6,7 +6,7 @@ import shutil
 import pytest
 import tiny
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_radam import RAdamTrainer
 from hf_radam.checkpoints.manifest import CheckpointError
@@ -18,11 +18,6 @@ def finished(folder, build=tiny.llama, resume=None, **options):
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     average = trainer.average.averaged_state_dict() if trainer.average is not None else {}
     return tiny.parameters(trainer.model), average, trainer
-
-
-def stock(args) -> TrainingArguments:
-    """The same arguments, as upstream's class."""
-    return TrainingArguments(**{k: v for k, v in args.to_dict().items() if k in TrainingArguments.__dataclass_fields__})
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
@@ -46,7 +41,7 @@ def test_the_test_above_can_fail(tmp_path):
     """Stock evaluation draws from the global random state, and with dropout that changes the rest of the run."""
     runs = []
     for strategy in ("no", "steps"):
-        args = stock(tiny.arguments(tmp_path / strategy, eval_strategy=strategy, eval_steps=1))
+        args = tiny.stock_arguments(tmp_path / strategy, eval_strategy=strategy, eval_steps=1)
         trainer = Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
         trainer.train()
         runs.append(tiny.parameters(trainer.model))
@@ -81,7 +76,8 @@ def test_resuming_is_bitwise_for_other_models(tmp_path, build):
 def test_with_none_of_our_flags_the_trainer_is_upstreams(tmp_path):
     runs = []
     for cls in (RAdamTrainer, Trainer):
-        args = tiny.arguments(
+        make = tiny.stock_arguments if cls is Trainer else tiny.arguments
+        args = make(
             tmp_path / cls.__name__,
             eval_strategy="steps",
             eval_steps=3,
@@ -90,8 +86,6 @@ def test_with_none_of_our_flags_the_trainer_is_upstreams(tmp_path):
             save_strategy="steps",
             save_steps=10,
         )
-        if cls is Trainer:
-            args = stock(args)
         trainer = cls(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
         trainer.train()
         trainer.save_model()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_radam import RAdamTrainer, load_evaluation_model
 from hf_radam.checkpoints.integrity import damage
@@ -81,8 +81,7 @@ def test_rotation_keeps_what_upstream_keeps(tmp_path):
         "eval_steps": 5,
         "metric_for_best_model": "loss",
     }
-    args = tiny.arguments(tmp_path / "stock", **options).to_dict()
-    args = TrainingArguments(**{k: v for k, v in args.items() if k in TrainingArguments.__dataclass_fields__})
+    args = tiny.stock_arguments(tmp_path / "stock", **options)
     for greater in (True, False):
         args.greater_is_better = greater
         args.output_dir = str(tmp_path / f"stock{greater}")
@@ -175,8 +174,7 @@ def test_stock_trainer_goes_on_and_its_checkpoints_are_stocks(tmp_path):
     """Our mark in the state is carried on by stock `Trainer`, and must not make its checkpoints ours."""
     common = {"optim": "adamw_torch", "lr_scheduler_type": "constant"} | SAVING
     tiny.trainer(tmp_path, **common, ewa=True, max_steps=10).train()
-    args = tiny.arguments(tmp_path, **common).to_dict()
-    args = TrainingArguments(**{k: v for k, v in args.items() if k in TrainingArguments.__dataclass_fields__})
+    args = tiny.stock_arguments(tmp_path, **common)
     Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train(resume_from_checkpoint=True)
     assert read_manifest(tmp_path / "checkpoint-10") is not None and read_manifest(tmp_path / "checkpoint-15") is None
     again = tiny.trainer(tmp_path, **common, ewa=True, max_steps=25)
