@@ -117,14 +117,12 @@ def test_failed_attempts_leave_no_trace(tmp_path, method):
 
 def test_upstream_goes_on_with_used_weights(tmp_path):
     """The tests here can fail: the same comparison for upstream's own trainer."""
-    from test_inert_and_resume import stock
-
     runs = []
     for cls, options in (
         (LimitedStockTrainer, {"auto_find_batch_size": True}),
         (Trainer, {"per_device_train_batch_size": SMALL}),
     ):
-        args = stock(tiny.arguments(tmp_path / cls.__name__, **LOGGED | SAVED | options))
+        args = tiny.stock_arguments(tmp_path / cls.__name__, **LOGGED | SAVED | options)
         trainer = cls(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
         trainer.train()
         trainer.random = draws()
