@@ -28,9 +28,8 @@ from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
-from hf_radam.checkpoints.extension import run_of
 from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import checkpoints, run_of
 
 logger = logging.getLogger(__name__)
 

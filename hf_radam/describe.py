@@ -1,9 +1,28 @@
-"""Schedules in words."""
+"""What the keywords of a schedule say: where its decays are, and the whole of it in words."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+
+def decays(schedule: Mapping[str, Any] | None) -> list[tuple[int, int]]:
+    """Start and end of every decay of `wsd` or `wsd_s`, in updates, from their keywords; empty for another schedule."""
+    if schedule is None:
+        return []
+    if "budgets" not in schedule:
+        return [(schedule["total_steps"] - schedule["decay_steps"], schedule["total_steps"])]
+    pairs = zip(schedule["budgets"], schedule["decay_steps"], strict=True)
+    return [(budget - length, budget) for budget, length in pairs]
+
+
+def decay_at(schedule: Mapping[str, Any] | None, step: int) -> tuple[int, int] | None:
+    """The decay in which the state after `step` updates stands, if the learning rate is not meant to rise again.
+
+    The end of WSD's decay belongs to it. A budget of WSD-S does not: from there it goes back to the peak.
+    """
+    at_budget = step in (schedule or {}).get("budgets", ())
+    return next(((start, end) for start, end in decays(schedule) if start < step <= end and not at_budget), None)
 
 
 def describe_schedule(schedule: Mapping[str, Any] | None, *, name: str, total_steps: int | None) -> str:
@@ -18,13 +37,9 @@ def describe_schedule(schedule: Mapping[str, Any] | None, *, name: str, total_st
     if schedule is None:
         return f"{name}{until}"
     warmup = f"warm-up {schedule['warmup_steps']} updates, " if schedule["warmup_steps"] else ""
-    floor = f"{schedule['min_lr_ratio']:g} of the peak"
+    over = ", ".join(f"{start}-{end}" for start, end in decays(schedule))
+    shape, floor = schedule["decay_type"], f"{schedule['min_lr_ratio']:g} of the peak"
     if "budgets" in schedule:
-        pairs = zip(schedule["budgets"], schedule["decay_steps"], strict=True)
-        decays = ", ".join(f"{budget - decay}-{budget}" for budget, decay in pairs)
-        return f"{name}{until}: {warmup}peak, {schedule['decay_type']} decays over updates {decays} to {floor}"
-    start = schedule["total_steps"] - schedule["decay_steps"]
-    return (
-        f"{name}{until}: {warmup}peak until update {start}, {schedule['decay_type']} decay over updates "
-        f"{start}-{schedule['total_steps']} to {floor}"
-    )
+        return f"{name}{until}: {warmup}peak, {shape} decays over updates {over} to {floor}"
+    peak = f"peak until update {decays(schedule)[0][0]}"
+    return f"{name}{until}: {warmup}{peak}, {shape} decay over updates {over} to {floor}"

@@ -74,7 +74,6 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
                 "RAdamTrainingArguments and them)."
             )
         self.average: WeightAverage | None = None
-        self._before_the_first_attempt: BeforeTheFirstAttempt | None = None
         super().__init__(model, args, *others, **keywords)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
@@ -112,18 +111,6 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- Training ----
-
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Train as upstream does; at the end, however it comes, let go of what `auto_find_batch_size` kept."""
-        try:
-            return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        finally:
-            self._before_the_first_attempt = None
 
     def _inner_training_loop(
         self,

@@ -46,7 +46,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("checkpoints", "storage manifest integrity runs"),
         set(),
     ),
-    "inspection.phases": ({"schedules"}, set()),
+    "inspection.phases": ({"schedules", "describe"}, set()),
     "inspection.peeking": (set(), {"torch"}),
     "inspection.pickled": (set(), set()),
     "inspection.facts": (set(), set()),
@@ -57,7 +57,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.uses": (
-        within("checkpoints", "manifest integrity runs loading extension") | within("inspection", "phases facts"),
+        {"describe"} | within("checkpoints", "manifest integrity runs loading") | within("inspection", "phases facts"),
         {"transformers"},
     ),
     "inspection.run": (
@@ -69,15 +69,15 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "cli": (within("inspection", "checkpoint uses run report"), set()),
     "training.support": ({"optim", "names", "argument_checks"} | within("checkpoints", "adapters"), ANY),
     "training.evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
+    "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
-        {"averaging", "optim", "names", "training_args"} | within("training", "support evaluation"),
+        {"averaging", "optim", "names", "training_args"} | within("training", "support evaluation attempts"),
         ANY,
     ),
     "training.resume_checks": (
         {"averaging"} | within("checkpoints", "manifest adapters model_folders runs extension"),
         ANY,
     ),
-    "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.saving": (
@@ -87,7 +87,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.resuming": (
-        {"averaging"}
+        {"argument_checks", "averaging"}
         | within("checkpoints", "storage manifest integrity adapters runs model_folders loading extension")
         | within("training", "evaluation resume_checks parts"),
         ANY,

@@ -7,7 +7,6 @@ were: a ratio of the new total would change the past.
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Mapping
@@ -18,9 +17,9 @@ from typing import Any
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.integrity import OPTIMIZER_NAME
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
-from hf_radam.checkpoints.runs import PINNED_FOLDERS, Place, check_resumable, checkpoints, newest, step_of
+from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints, newest, recorded_step, run_of, step_of
 from hf_radam.checkpoints.storage import sha256
-from hf_radam.describe import describe_schedule
+from hf_radam.describe import decay_at, decays, describe_schedule
 from hf_radam.names import SchedulerName
 from hf_radam.training_args import RAdamTrainingArguments
 
@@ -98,14 +97,6 @@ def _same_folder(one: Path, other: str | None) -> bool:
     return one.resolve() == Path(str(other)).resolve()
 
 
-def _step(checkpoint: Path) -> int:
-    """The update of one checkpoint, whatever it is called."""
-    try:
-        return int(json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{checkpoint / TRAINER_STATE_NAME} cannot be read ({error!r}).") from error
-
-
 def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "warmup_steps": manifest["warmup_steps"],
@@ -117,7 +108,7 @@ def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
 def _source(root: Path, args: RAdamTrainingArguments) -> Place:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
     alone = (root / TRAINER_STATE_NAME).is_file() and (root / OPTIMIZER_NAME).is_file()  # a run has no optimizer
-    places = [Place(_step(root), "", root)] if alone or step_of(root) is not None else checkpoints(root)
+    places = [Place(recorded_step(root) or 0, "", root)] if alone or step_of(root) is not None else checkpoints(root)
     damaged: list[str] = []
     in_decay: list[str] = []
     total_checked = False
@@ -127,9 +118,9 @@ def _source(root: Path, args: RAdamTrainingArguments) -> Place:
             if manifest is not None and not total_checked:
                 _check_total(manifest, root, args)
                 total_checked = True
-            reason = None if manifest is None else _in_decay(manifest, place.path)
-            if reason is not None:
-                in_decay.append(reason)
+            decay = None if manifest is None else decay_at(manifest["schedule"], manifest["schedule_step"])
+            if decay is not None:
+                in_decay.append(f"{place.path} stands in the decay from update {decay[0]} to {decay[1]}.")
                 continue
             check_resumable(place.path)
         except CheckpointError as error:
@@ -162,15 +153,6 @@ def _check_total(newest_manifest: Mapping[str, Any], root: Path, args: RAdamTrai
         )
 
 
-def _in_decay(manifest: Mapping[str, Any], checkpoint: Path) -> str | None:
-    """Why a checkpoint is nothing to extend from, if it is in a decay; the end of one belongs to it, but for WSD-S."""
-    step = manifest["schedule_step"]
-    for start, end in [] if at_budget(manifest) else decays(manifest["schedule"]):
-        if start < step <= end:
-            return f"{checkpoint} stands at update {step}, in the decay from {start} to {end}."
-    return None
-
-
 def _check_decay_to_come(schedule: Mapping[str, Any] | None, step: int, checkpoint: Path) -> None:
     """Raise `HorizonError` if a decay of the new schedule should have begun before the checkpoint."""
     for start, end in decays(schedule):
@@ -181,22 +163,6 @@ def _check_decay_to_come(schedule: Mapping[str, Any] | None, step: int, checkpoi
             )
 
 
-def decays(schedule: Mapping[str, Any] | None) -> list[tuple[int, int]]:
-    """Start and end of every decay of `wsd` or `wsd_s`, in updates, from their keywords; empty for another schedule."""
-    if schedule is None:
-        return []
-    if "budgets" not in schedule:
-        return [(schedule["total_steps"] - schedule["decay_steps"], schedule["total_steps"])]
-    pairs = zip(schedule["budgets"], schedule["decay_steps"], strict=True)
-    return [(budget - length, budget) for budget, length in pairs]
-
-
 def at_budget(manifest: Mapping[str, Any]) -> bool:
     """Whether a checkpoint stands at a budget of its WSD-S schedule."""
     return manifest["schedule_step"] in (manifest["schedule"] or {}).get("budgets", ())
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to."""
-    parent = checkpoint.parent
-    return parent.parent if parent.name in PINNED_FOLDERS else parent

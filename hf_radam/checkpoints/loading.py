@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -27,7 +26,7 @@ from hf_radam.checkpoints.manifest import (
     PathLike,
     read_manifest,
 )
-from hf_radam.checkpoints.runs import PREFIX, newest, step_of
+from hf_radam.checkpoints.runs import checkpoints, newest, recorded_step, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,32 +61,26 @@ def load_evaluation_model(
     if holds_model(root):
         wrong = damaged_form(root, only="")
         if not wrong:
-            _warn_if_stale(root)
+            later = later_than_model(root)
+            if later is not None:
+                logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
             return _from_pretrained(root, model_class, from_pretrained_kwargs)
         logger.warning("Passing over the model at the root of %s, which was not written to its end: %s.", root, wrong)
     return _load_checkpoint(newest_checkpoint(root), model_class, from_pretrained_kwargs)
 
 
-def _warn_if_stale(run: Path) -> None:
-    """Say so where a run went on after its root model was written, and was not finished."""
-    folders = [folder for folder in run.glob(f"{PREFIX}*") if (folder / TRAINER_STATE_NAME).is_file()]
-    written = _step_of_root(run)
+def later_than_model(run: PathLike) -> str | None:
+    """The name of a checkpoint that was made after the model at the root of a run, whose training then went on."""
+    root = Path(run)
+    folders = [place.path for place in checkpoints(root) if (place.path / TRAINER_STATE_NAME).is_file()]
+    written = recorded_step(root)  # of `save_state()`, where it was called
     if written is not None:
         later = [folder.name for folder in folders if (step_of(folder) or 0) > written]
     else:
-        files = [run / name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (run / name).is_file()]
+        files = [root / name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (root / name).is_file()]
         newest_file = max(file.stat().st_mtime for file in files)
         later = [folder.name for folder in folders if (folder / TRAINER_STATE_NAME).stat().st_mtime > newest_file]
-    if later:
-        logger.warning("Loading the model at the root of %s, which is older than its %s.", run, later[0])
-
-
-def _step_of_root(run: Path) -> float | None:
-    """The update of the model at a run's root, where `save_state()` wrote it beside the model."""
-    try:
-        return float(json.loads((run / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
+    return later[0] if later else None
 
 
 def holds_model(folder: PathLike) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 from transformers.trainer_utils import sort_checkpoints
 
 from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, check_whole
-from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.storage import interrupted, remove
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,20 @@ def step_of(checkpoint: PathLike) -> int | None:
     """The number in a checkpoint's name, or None for another name."""
     match = re.fullmatch(rf"{PREFIX}(\d+)", Path(checkpoint).name)
     return int(match[1]) if match else None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The folder of the run that a checkpoint belongs to."""
+    parent = checkpoint.parent
+    return parent.parent if parent.name in PINNED_FOLDERS else parent
+
+
+def recorded_step(folder: PathLike) -> int | None:
+    """The update that the trainer's state in a folder speaks of, or None where there is none that can be read."""
+    try:
+        return int(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)

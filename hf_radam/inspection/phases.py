@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from hf_radam.describe import decays
 from hf_radam.schedules import wsd, wsd_s
 
 WARM_UP, STABLE, DECAY, BUDGET, FINISHED = "warm-up", "stable", "decay", "budget", "finished"
@@ -54,17 +55,14 @@ def phase(
 
 
 def _own_phase(schedule: Mapping[str, Any], step: int) -> str:
-    if "budgets" not in schedule:
-        budgets, lengths = [schedule["total_steps"]], [schedule["decay_steps"]]
-    else:
-        budgets, lengths = schedule["budgets"], schedule["decay_steps"]
     begin, ramp = 0, schedule["warmup_steps"]
-    for budget, length in zip(budgets, lengths, strict=True):
-        if step < budget:
-            return WARM_UP if step < begin + ramp else STABLE if step <= budget - length else DECAY
-        if step == budget and budget != budgets[-1]:
+    parts = decays(schedule)
+    for start, end in parts:
+        if step < end:
+            return WARM_UP if step < begin + ramp else STABLE if step <= start else DECAY
+        if step == end and end != parts[-1][1]:
             return BUDGET
-        begin, ramp = budget, schedule.get("rewarmup_steps", 0)
+        begin, ramp = end, schedule.get("rewarmup_steps", 0)
     return FINISHED
 
 

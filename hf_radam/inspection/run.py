@@ -6,14 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, damaged_form
-from hf_radam.checkpoints.loading import holds_model, is_checkpoint
-from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, PathLike
+from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, damaged_form
+from hf_radam.checkpoints.loading import holds_model, is_checkpoint, later_than_model
+from hf_radam.checkpoints.manifest import PathLike
 from hf_radam.checkpoints.runs import PREFIX, checkpoints, step_of
 from hf_radam.checkpoints.storage import REPLACED, STAGING, interrupted
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 from hf_radam.inspection.facts import WHOLE, CheckpointFacts
-from hf_radam.inspection.peeking import count, json_object
 from hf_radam.inspection.uses import can_begin_extension, uses
 
 
@@ -85,7 +84,7 @@ def inspect_run(run: PathLike) -> RunFacts:
     for place in checkpoints(root):
         name = Path(place.pinned_in, f"{PREFIX}{place.step}")
         entries.append(Entry(str(name), inspect_checkpoint(place.path)))
-    model = ModelFacts(damaged_form(root, ""), _older_than(root, entries)) if holds_model(root) else None
+    model = ModelFacts(damaged_form(root, ""), later_than_model(root)) if holds_model(root) else None
 
     def first(accepts: Callable[[CheckpointFacts], bool]) -> str | None:
         return next((str(root / entry.name) for entry in entries if accepts(entry.facts)), None)
@@ -95,7 +94,7 @@ def inspect_run(run: PathLike) -> RunFacts:
         checkpoints=entries,
         model=model,
         resumes=first(lambda facts: facts.state == WHOLE),
-        evaluates=str(run) if model else first(_is_taken_for_evaluation),
+        evaluates=str(run) if model and not model.problems else first(_is_taken_for_evaluation),
         extends=first(can_begin_extension),
         leftovers=_leftovers(root),
     )
@@ -104,19 +103,6 @@ def inspect_run(run: PathLike) -> RunFacts:
 def _is_taken_for_evaluation(facts: CheckpointFacts) -> bool:
     path = Path(facts.path)
     return is_checkpoint(path) and holds_model(path) and (not facts.bad or uses(facts)["evaluate"].possible)
-
-
-def _older_than(root: Path, entries: list[Entry]) -> str | None:
-    """The latest checkpoint at the root that was made after the model there, as `load_evaluation_model` warns."""
-    written = count(json_object(root / TRAINER_STATE_NAME)[0], "global_step")  # of `save_state()`, where it was called
-    time = max((root / name).stat().st_mtime for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (root / name).is_file())
-    for entry in entries:
-        state = Path(entry.facts.path, TRAINER_STATE_NAME)
-        if Path(entry.facts.path).parent == root and state.is_file():
-            later = state.stat().st_mtime > time if written is None else (entry.facts.update or 0) > written
-            if later:
-                return entry.name
-    return None
 
 
 def _leftovers(root: Path) -> dict[str, str]:

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from hf_radam.checkpoints.extension import decays, run_of
 from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME
 from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import checkpoints, run_of
+from hf_radam.describe import decay_at
 from hf_radam.inspection.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y
 from hf_radam.inspection.phases import CONSTANT, FINISHED
 
@@ -74,13 +72,7 @@ def can_begin_extension(facts: CheckpointFacts) -> bool:
         return False
     if facts.schedule is None:
         return facts.lr_scheduler_type in CONSTANT
-    return not _has_decayed(facts.schedule, facts.schedule_step)
-
-
-def _has_decayed(schedule: Mapping[str, Any], step: int) -> bool:
-    """Whether the learning rate has begun to fall and is not meant to be raised again: so `extend` judges it."""
-    last_stays = "total_steps" in schedule
-    return any(start < step and (step < end or (last_stays and step == end)) for start, end in decays(schedule))
+    return decay_at(facts.schedule, facts.schedule_step) is None
 
 
 def _latest_source(run: Path) -> Path | None:
@@ -89,7 +81,7 @@ def _latest_source(run: Path) -> Path | None:
         with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             manifest = read_manifest(place.path)
             if manifest and manifest["schedule"] and (place.path / OPTIMIZER_NAME).is_file():
-                if not _has_decayed(manifest["schedule"], manifest["schedule_step"]):
+                if decay_at(manifest["schedule"], manifest["schedule_step"]) is None:
                     return place.path
     return None
 

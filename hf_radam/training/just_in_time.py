@@ -28,8 +28,8 @@ class SaveBetweenUpdates(JITCheckpointCallback):
                 trainer.add_callback(ours)
 
     @classmethod
-    def requested(cls, trainer: Any) -> bool:
-        """Whether to save now and stop, because a SIGTERM reached any of the processes. All of them must ask."""
+    def take_request(cls, trainer: Any) -> bool:
+        """Whether to save now and stop, because a SIGTERM reached any of the processes; once for each. All must ask."""
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, cls) and callback.jit_manager is not None:
                 asked = callback.jit_manager.is_checkpoint_requested

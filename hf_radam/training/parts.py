@@ -11,6 +11,7 @@ from transformers import Trainer
 from hf_radam.averaging import WeightAverage
 from hf_radam.names import OptimizerName
 from hf_radam.optim import RAdamScheduleFree
+from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.support import is_schedule_free
 from hf_radam.training_args import RAdamTrainingArguments
@@ -32,6 +33,8 @@ class PartsMixin(_Base):
     average: WeightAverage | None
     _evaluation: EvaluationWeights
     _best_model_loaded: bool = False
+    _before_the_first_attempt: BeforeTheFirstAttempt | None = None
+    """What `auto_find_batch_size` begins every further attempt with."""
     _extended_from: str | None = None
     """What identifies the checkpoint of another run that this one, or the one it resumes, was extended from."""
 

@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
-from hf_radam.checkpoints.extension import Extension, extend, run_of
+from hf_radam.checkpoints.extension import Extension, extend
 from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
-from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, step_of
+from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
 from hf_radam.training import resume_checks
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
@@ -41,6 +42,8 @@ class ResumingMixin(PartsMixin):
     ) -> TrainOutput:
         """Choose the checkpoint to go on from, whole and verified: upstream takes the one with the highest number.
 
+        At the end, however it comes, let go of what `auto_find_batch_size` kept.
+
         Raises:
             CheckpointError: if the checkpoint named is damaged, or there is none to go on from.
         """
@@ -53,9 +56,11 @@ class ResumingMixin(PartsMixin):
             resume_from_checkpoint = self._chosen(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
-        except CheckpointError:
-            self._refused = True
+        except (CheckpointError, HorizonError):
+            self._refused = resume_from_checkpoint is not None
             raise
+        finally:
+            self._before_the_first_attempt = None
 
     # ---- Which checkpoint ----
 

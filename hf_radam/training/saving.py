@@ -100,13 +100,14 @@ class SavingMixin(PartsMixin):
             return
         step = self.state.global_step
         unsaved = self._last_saved != (step, True)
-        if SaveBetweenUpdates.requested(self):
+        if SaveBetweenUpdates.take_request(self):
             self.control.should_training_stop = True
             if unsaved:
                 self._write_checkpoint(model, trial, at_root=True, whole=True)
         elif self.args.load_best_model_at_end and self.state.best_global_step == step and unsaved:
             # Evaluated more often than saved: the best would have no checkpoint to be loaded from.
             self._write_checkpoint(model, trial, at_root=True)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         elif self._pinned_in() is not None and (self._last_saved is None or self._last_saved[0] != step):
             self._write_checkpoint(model, trial, at_root=False)
 

@@ -74,21 +74,21 @@ class ForkingTrainer(RAdamTrainer):
     saved_already: bool
     """Whether the checkpoint is there when they begin, so that they save over it."""
 
-    def _write_checkpoint(self, model: Any, trial: Any, *, at_root: bool) -> None:
+    def _write_checkpoint(self, model: Any, trial: Any, **how: bool) -> None:
         if self.state.global_step != self.die_at:
-            super()._write_checkpoint(model, trial, at_root=at_root)
+            super()._write_checkpoint(model, trial, **how)
             return
         if self.saved_already:
-            super()._write_checkpoint(model, trial, at_root=at_root)
+            super()._write_checkpoint(model, trial, **how)
         run = Path(self.args.output_dir)
 
         def save(copy: Path) -> None:
             self.args.output_dir = str(copy)
-            super(ForkingTrainer, self)._write_checkpoint(model, trial, at_root=at_root)
+            super(ForkingTrainer, self)._write_checkpoint(model, trial, **how)
 
         die_at_every_operation(run, self.copies, save)
         if not self.saved_already:
-            super()._write_checkpoint(model, trial, at_root=at_root)
+            super()._write_checkpoint(model, trial, **how)
 
 
 def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_already: bool) -> None:

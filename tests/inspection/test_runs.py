@@ -176,3 +176,11 @@ def test_a_run_of_an_adapter(tmp_path, capsys):
     lora.save_model()
     code, text = inspect(tmp_path, capsys)
     assert code == 0 and "checkpoint-20 20 of 20 finished whole" in text
+
+
+def test_a_model_that_was_not_written_to_its_end_is_not_what_is_evaluated(run, capsys):
+    folder = run("ewa")
+    truncate(folder / "model.safetensors")
+    code, text = inspect(folder, capsys)
+    assert code == 1 and f'load_evaluation_model("{folder}") takes {folder / "checkpoint-20"}' in text
+    assert newest_checkpoint(folder) == folder / "checkpoint-20"

@@ -400,23 +400,8 @@ def test_a_checkpoint_before_the_first_averaging(tmp_path):
 
 def test_torch_compile_and_the_hub_see_the_same_adapter(tmp_path, monkeypatch):
     """The compiled module's names have a prefix; a spy at the edge of the hub's library keeps what would be sent."""
-    from concurrent.futures import Future
-
-    from huggingface_hub import HfApi
-
     sent = []
-
-    def upload_folder(self, *, folder_path, **kwargs):
-        sent.append(load_file(f"{folder_path}/adapter_model.safetensors"))
-        done: Future = Future()
-        done.set_result(None)
-        return done
-
-    class Url(str):
-        repo_id = "me/run"
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url("me/run"))
+    tiny.spy_on_hub(monkeypatch, lambda folder, _: sent.append(load_file(folder / "adapter_model.safetensors")))
     compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 5}
     options = tiny.METHODS["ewa"] | SAVING | compiled | {"push_to_hub": True, "hub_strategy": "every_save"}
     tiny.trainer(tmp_path / "run", lora(tmp_path), **options).train()

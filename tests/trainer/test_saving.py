@@ -1,7 +1,6 @@
 """Checkpoints have their name only when they are whole; what upstream says of them is true of the final place."""
 
 import errno
-import json
 import os
 from concurrent.futures import Future
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import tiny
 from transformers import Trainer
 
-from hf_radam import RAdamTrainer, load_evaluation_model
+from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.storage import STAGING
@@ -63,16 +62,6 @@ def test_every_file_and_folder_is_flushed_before_the_rename(tmp_path, monkeypatc
     assert str(tmp_path) in flushed  # the name itself
 
 
-def test_the_best_checkpoint_is_named_where_it_lies(tmp_path):
-    options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "save_total_limit": 2}
-    trainer = tiny.trainer(tmp_path, **options, load_best_model_at_end=True, greater_is_better=True)
-    trainer.train()
-    best = str(tmp_path / "checkpoint-5")  # the largest loss
-    assert trainer.state.best_model_checkpoint == best and names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
-    for checkpoint in tmp_path.glob("checkpoint-*"):
-        assert json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"] == best
-
-
 def test_rotation_keeps_what_upstream_keeps(tmp_path):
     """Oracle: stock `Trainer` with the same options."""
     options = SAVING | {
@@ -97,23 +86,15 @@ def test_folders_of_the_users_own_are_not_rotated(tmp_path):
 
 
 def test_what_is_being_uploaded_is_not_rotated_away(tmp_path, monkeypatch):
-    from huggingface_hub import HfApi
-
     uploads = []
 
-    def upload_folder(self, *, folder_path, **kwargs):
-        job = Future()
-        if Path(folder_path).name.startswith("checkpoint-"):
-            uploads.append((Path(folder_path), job))
-        else:
-            job.set_result(None)
-        return job
+    def keep(folder, path_in_repo):
+        if path_in_repo is None:
+            return None
+        uploads.append((folder, Future()))
+        return uploads[-1][1]
 
-    class Url(str):
-        repo_id = "me/run"
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url("me/run"))
+    tiny.spy_on_hub(monkeypatch, keep)
     hub = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "hub_always_push": True, "save_total_limit": 1}
     trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, **hub)
     seen = []
@@ -157,17 +138,6 @@ def test_what_is_pinned_can_be_resumed_whatever_save_only_model_says(tmp_path):
     planned = tiny.trainer(tmp_path / "planned", **options, max_steps=30)
     planned.train()
     assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
-
-
-def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path, monkeypatch):
-    """The state of the first part names the best one by a relative path."""
-    monkeypatch.chdir(tmp_path)
-    options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "greater_is_better": True}
-    options |= {"metric_for_best_model": "loss", "save_total_limit": 2}
-    tiny.trainer(Path("run"), **options, max_steps=10).train()
-    trainer = tiny.trainer(tmp_path / "run", **options)
-    trainer.train(resume_from_checkpoint=True)
-    assert names(tmp_path / "run") == ["checkpoint-20", "checkpoint-5"]
 
 
 def test_stock_trainer_goes_on_and_its_checkpoints_are_stocks(tmp_path):
@@ -227,57 +197,6 @@ def test_a_model_at_the_root_that_was_not_written_to_its_end_is_passed_over(tmp_
     assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
 
 
-BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
-
-
-class Graded(RAdamTrainer):
-    """Evaluations with given losses, by update."""
-
-    losses: dict
-
-    def _determine_best_metric(self, metrics, trial):
-        return super()._determine_best_metric(metrics | {"eval_loss": self.losses[self.state.global_step]}, trial)
-
-
-def graded(folder, losses, **options):
-    args = tiny.arguments(folder, **tiny.METHODS["ewa"] | SAVING | BEST | options)
-    trainer = Graded(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
-    trainer.losses = losses
-    return trainer
-
-
-def test_the_last_checkpoint_stays_beside_the_best_one(tmp_path):
-    """Upstream ends a run with a limit of 1 by removing all but the best; then no run could go on from its end."""
-    trainer = graded(tmp_path, {5: 1.0, 10: 2.0, 15: 3.0, 20: 4.0}, save_total_limit=1)
-    trainer.train()
-    assert names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
-    assert trainer.args.save_total_limit == 1
-
-
-def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_than_saves(tmp_path):
-    losses = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, learning_rate=1e-3).train()  # another run's checkpoint-15
-    trainer = graded(tmp_path, losses, save_steps=10)
-    trainer.train()
-    twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"], max_steps=15)
-    twin.train()
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-15")
-    assert tiny.same(tiny.parameters(trainer.model), twin.average.averaged_state_dict())
-
-
-def test_the_best_model_is_found_where_the_run_was_moved(tmp_path):
-    losses = {5: 1.0, 10: 2.0, 15: 2.0, 20: 2.0}
-    first = graded(tmp_path / "old", losses)
-    first.add_callback(tiny.StopAfter(10))
-    first.train()
-    (tmp_path / "old").rename(tmp_path / "new")
-    trainer = graded(tmp_path / "new", losses, save_strategy="best")
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-5")
-    shipped = load_evaluation_model(tmp_path / "new" / "checkpoint-5")
-    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(shipped))
-
-
 def test_a_refused_resume_is_refused_again(tmp_path):
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
     trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"], weight_decay=0.3)
@@ -286,6 +205,16 @@ def test_a_refused_resume_is_refused_again(tmp_path):
     for again in (str(tmp_path / "checkpoint-10"), None):
         with pytest.raises(RuntimeError, match="make a new trainer and model"):
             trainer.train(resume_from_checkpoint=again)
+
+
+def test_a_resume_refused_for_its_length_is_refused_again(tmp_path):
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
+    trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"])
+    trainer.args.ewa_start_step, trainer.args.max_steps = 90, -1
+    with pytest.raises(ValueError, match="leave no averaging"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+    with pytest.raises(RuntimeError, match="make a new trainer and model"):
+        trainer.train()
 
 
 def test_going_back_to_an_earlier_checkpoint_is_told(tmp_path, caplog):

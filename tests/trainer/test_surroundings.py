@@ -2,7 +2,6 @@
 
 import inspect
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import schedulefree
@@ -212,24 +211,12 @@ def test_torch_compile_averages_the_right_tensors(tmp_path):
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint", "all_checkpoints"])
 def test_the_hub_gets_the_evaluation_weights(tmp_path, monkeypatch, strategy):
     """A spy at the edge of the hub's library keeps what would have been sent."""
-    from concurrent.futures import Future
-
-    from huggingface_hub import HfApi
-
     sent = []
 
-    def upload_folder(self, *, folder_path, path_in_repo=None, **kwargs):
-        weights = load_file(Path(folder_path) / "model.safetensors")
-        sent.append((path_in_repo, weights, {p.name for p in Path(folder_path).iterdir()}))
-        done: Future = Future()
-        done.set_result(None)
-        return done
+    def keep(folder, path_in_repo):
+        sent.append((path_in_repo, load_file(folder / "model.safetensors"), {p.name for p in folder.iterdir()}))
 
-    class Url(str):
-        repo_id = "me/run"
-
-    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
-    monkeypatch.setattr(HfApi, "create_repo", lambda self, *args, **kwargs: Url("me/run"))
+    tiny.spy_on_hub(monkeypatch, keep)
     trainer = tiny.trainer(
         tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20, push_to_hub=True, hub_strategy=strategy
     )
@@ -243,7 +230,7 @@ def test_the_hub_gets_the_evaluation_weights(tmp_path, monkeypatch, strategy):
     for weights, names in checkpoints.values():  # whole, with the training weights at the root
         assert tiny.same(weights, tiny.parameters(trainer.model))
         assert {"ewa", "hf_radam.json", "optimizer.pt"} <= names
-    assert not (tmp_path / "_push").exists()
+    assert not (tmp_path / "_staging").exists()
     sent.clear()
     trainer.push_to_hub()
     assert tiny.same(sent[0][1], average)
