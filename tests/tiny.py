@@ -133,7 +133,7 @@ class StopAfter(TrainerCallback):
 
 
 def spy_on_hub(monkeypatch: Any, sent: Callable[[Path, str | None], Future | None]) -> None:
-    """Let `sent(folder, path_in_repo)` have every upload at the edge of the hub's library, and say what becomes of it."""
+    """Give uploads at the edge of the hub's library to `sent(folder, path_in_repo)`, which may return their future."""
     from huggingface_hub import HfApi
 
     class Url(str):
