@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_radam.sharding import LocalSharding, Sharding
+
 DEFAULT_HALF_LIFE_RATIO = 0.0625
 """Half-life of the growing window, as a ratio of the updates since averaging began."""
 
@@ -79,12 +81,14 @@ def check_averaging(
 
 
 class WeightAverage:
-    """An fp32 average of a model's trainable parameters.
+    """An fp32 average of a model's trainable parameters, on each rank of its own part of them.
 
     Args:
         named_parameters: pairs of (name, parameter), as `model.named_parameters()` gives them. A parameter that
             appears under several names (tied weights) is averaged once, under its first name. Frozen parameters
-            (`requires_grad=False`) are left out of the arithmetic and of the swap, and keep their value.
+            (`requires_grad=False`) are left out of the arithmetic and of the swap, and keep their value. Or a
+            `Sharding`, which says what of each parameter this rank averages: then every rank must make an average,
+            and do with it what the others do.
         decay: decay per update for a fixed window, in (0, 1).
         half_life_ratio: half-life of a growing window, as a ratio of the updates since averaging began. The default,
             0.0625, when neither is given.
@@ -106,7 +110,7 @@ class WeightAverage:
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        named_parameters: Iterable[tuple[str, Tensor]] | Sharding,
         *,
         decay: float | None = None,
         half_life_ratio: float | None = None,
@@ -128,16 +132,13 @@ class WeightAverage:
         """Number of the update that `update` was last told of."""
         self.weight_sum = 0.0
         """Sum of all weights in units of the newest one's: the inverse of the last step size."""
-        self._trained: dict[str, Tensor] = {}
-        self._frozen: dict[str, Tensor] = {}
-        seen: set[int] = set()
-        for name, parameter in named_parameters:
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            if parameter.requires_grad and parameter.is_complex():
-                raise ValueError(f"Parameter {name} is complex ({parameter.dtype}); an average is kept in float32.")
-            (self._trained if parameter.requires_grad else self._frozen)[name] = parameter
+        given = named_parameters
+        self.sharding = given if isinstance(given, Sharding) else LocalSharding(given)
+        self._trained = self.sharding.trained
+        for name in self._trained:
+            if self.sharding.dtype(name).is_complex:
+                dtype = self.sharding.dtype(name)
+                raise ValueError(f"Parameter {name} is complex ({dtype}); an average is kept in float32.")
         if not self._trained:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
         self._averages: dict[str, Tensor] = {}
@@ -173,9 +174,9 @@ class WeightAverage:
             raise RuntimeError("update() inside applied() would average the average: leave the context first.")
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
-        thawed = [name for name, parameter in self._frozen.items() if parameter.requires_grad]
+        thawed = set(self.sharding.trained).difference(self._trained)
         if thawed:
-            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
+            raise RuntimeError(f"{min(thawed)} was frozen when the average was made and trains now: make a new one.")
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
@@ -184,26 +185,27 @@ class WeightAverage:
         if self.started:
             self._lerp(size)
         else:
-            self._averages = {name: self._accumulator(parameter) for name, parameter in self._trained.items()}
+            self._averages = {name: self._accumulator(name, self.sharding.live(name)) for name in self._trained}
         self.weight_sum = 1.0 / size
         self.num_averaged += 1
         return True
 
-    def _accumulator(self, parameter: Tensor) -> Tensor:
-        device = parameter.device if self.device is None else self.device
-        return parameter.detach().to(device=device, dtype=torch.float32, copy=True)
+    def _accumulator(self, name: str, value: Tensor) -> Tensor:
+        """A float32 copy of a value, where the accumulator of that parameter lives."""
+        device = self.sharding.live(name).device if self.device is None else self.device
+        return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
     def _lerp(self, size: float) -> None:
         """Move every accumulator by `size` towards its parameter: in one fused call where no cast is needed."""
         averages: list[Tensor] = []
         weights: list[Tensor] = []
-        for name, parameter in self._trained.items():
-            average = self._averages[name]
-            if parameter.dtype == torch.float32 and parameter.device == average.device:
+        for name, average in self._averages.items():
+            weight = self.sharding.live(name)
+            if weight.dtype == torch.float32 and weight.device == average.device:
                 averages.append(average)
-                weights.append(parameter.detach())
+                weights.append(weight)
             else:
-                average.lerp_(parameter.detach().to(device=average.device, dtype=torch.float32), size)
+                average.lerp_(weight.to(device=average.device, dtype=torch.float32), size)
         if averages:
             torch._foreach_lerp_(averages, weights, size)
 
@@ -224,21 +226,12 @@ class WeightAverage:
             )
         if self._applied:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
-        with torch.no_grad():
-            training = {name: parameter.detach().clone() for name, parameter in self._trained.items()}
         self._applied = True
         try:
-            self._write(self._averages)
-            yield
+            with self.sharding.holding(self._averages.items):
+                yield
         finally:
-            self._write(training)
             self._applied = False
-
-    @torch.no_grad()
-    def _write(self, values: dict[str, Tensor]) -> None:
-        # In place: the tensors' addresses stay what optimizers, compiled graphs and wrappers know.
-        for name, parameter in self._trained.items():
-            parameter.copy_(values[name])
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The average under the parameters' names, frozen parameters as they are: copies, float32 where averaged.
@@ -248,8 +241,10 @@ class WeightAverage:
         """
         if not self.started:
             raise RuntimeError("There is no average yet: ask `started` first.")
-        averaged = {name: average.clone() for name, average in self._averages.items()}
-        return averaged | {name: parameter.detach().clone() for name, parameter in self._frozen.items()}
+        gathered = {name: self.sharding.gather(name, average) for name, average in self._averages.items()}
+        frozen = [name for name in self.sharding.parameters if name not in gathered]
+        gathered |= {name: self.sharding.gather_held(name) for name in frozen}
+        return {name: value.clone() for name, value in gathered.items()}
 
     def counters(self) -> dict[str, Any]:
         """Every number that the next `update` depends on, besides the averages: plain values for a JSON file."""
@@ -261,12 +256,17 @@ class WeightAverage:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}` (no copies)."""
+        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}` (no copies).
+
+        Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.live`.
+        """
         return self.counters() | {"averages": dict(self._averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`; the window and `every` stay those given at construction.
+        """Go on from a `state_dict()`, of this rank or of whole parameters.
+
+        The window and `every` stay those given at construction.
 
         Raises:
             ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
@@ -280,22 +280,23 @@ class WeightAverage:
             extra = sorted(set(averages) - set(self._trained))
             if missing or extra:
                 raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
-            for name, parameter in self._trained.items():
-                if averages[name].shape != parameter.shape:
-                    raise ValueError(
-                        f"The state has {name} of shape {tuple(averages[name].shape)}, "
-                        f"the parameter has {tuple(parameter.shape)}."
-                    )
-            self._averages = {
-                name: averages[name]
-                .detach()
-                .to(device=parameter.device if self.device is None else self.device, dtype=torch.float32, copy=True)
-                for name, parameter in self._trained.items()
-            }
+            self._averages = {name: self._accumulator(name, self._own_part(name, averages[name])) for name in averages}
         else:
             self._averages = {}
         for counter in self.counters():
             setattr(self, counter, state[counter])
+
+    def _own_part(self, name: str, value: Tensor) -> Tensor:
+        """This rank's part of a value that is whole, or that part already."""
+        if value.shape == self.sharding.shape(name):
+            return self.sharding.cut(name, value)
+        part = self.sharding.live(name).shape
+        if value.shape != part:
+            raise ValueError(
+                f"The state has {name} of shape {tuple(value.shape)}, the parameter has "
+                f"{tuple(self.sharding.shape(name))}, of which {tuple(part)} on this rank."
+            )
+        return value
 
     def __repr__(self) -> str:
         """Window and progress in one line."""

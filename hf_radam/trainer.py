@@ -19,6 +19,7 @@ from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
+from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
@@ -147,7 +148,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._active and self.args.auto_find_batch_size:
             self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
-        self.average = self._new_average() if self.args.ewa else None
+        sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
+        self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None and self._active:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
@@ -155,6 +157,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             self.add_callback(AfterUpdate(self))
         self._evaluation = EvaluationWeights(
             self._bare_model,
+            sharding=sharding,
             average=self.average,
             optimizer=self._schedule_free,
             recalibrate=self._recalibrate_batch_norm if self._must_recalibrate() else None,
@@ -194,9 +197,9 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             steps_trained_in_current_epoch,
         )
 
-    def _new_average(self) -> WeightAverage:
+    def _new_average(self, sharding: Sharding) -> WeightAverage:
         return WeightAverage(
-            self._bare_model.named_parameters(),
+            sharding,
             decay=self.args.ewa_decay,
             half_life_ratio=self.args.ewa_half_life_ratio,
             every=self.args.ewa_every,

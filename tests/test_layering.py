@@ -27,8 +27,9 @@ def within(package: str, names: str) -> set[str]:
 TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "schedules": (set(), set()),
     "describe": (set(), set()),
-    "averaging": (set(), {"torch"}),
-    "optim": (set(), {"torch", "schedulefree"}),
+    "sharding": (set(), {"torch", "deepspeed"}),
+    "averaging": ({"sharding"}, {"torch"}),
+    "optim": ({"sharding"}, {"torch", "schedulefree"}),
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
     "names": ({"optim"}, ANY),
@@ -39,7 +40,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.integrity": (within("checkpoints", "storage manifest"), {"safetensors", "transformers"}),
     "checkpoints.runs": (within("checkpoints", "storage manifest integrity"), {"transformers"}),
     "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
-    "checkpoints.model_folders": ({"random_state"} | within("checkpoints", "manifest adapters"), ANY),
+    "checkpoints.weight_files": ({"sharding"}, ANY),
+    "checkpoints.model_folders": (
+        {"random_state", "sharding"} | within("checkpoints", "manifest adapters weight_files"),
+        ANY,
+    ),
     "checkpoints.loading": (within("checkpoints", "manifest adapters integrity runs"), ANY),
     "checkpoints.extension": (
         {"argument_checks", "names", "training_args", "describe"}
@@ -68,7 +73,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
     "cli": (within("inspection", "checkpoint uses run report"), set()),
     "training.support": ({"optim", "names", "argument_checks"} | within("checkpoints", "adapters"), ANY),
-    "training.evaluation": ({"averaging", "optim", "batch_norm"}, {"torch"}),
+    "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
     "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
         {"averaging", "optim", "names", "training_args"} | within("training", "support evaluation attempts"),
@@ -94,7 +99,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
-        {"averaging", "optim", "batch_norm", "random_state", "names", "training_args"}
+        {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within("training", "support evaluation attempts just_in_time saving resuming search"),
         ANY,
     ),
@@ -202,9 +207,9 @@ def test_public_names_are_listed_and_lazy():
         ("schedules.py", "from . import averaging", "imports hf_radam.averaging, but"),
         ("schedules.py", "from hf_radam import RAdam", "imports hf_radam.RAdam, but schedules may import no module"),
         ("averaging.py", "import transformers.trainer", "imports transformers.trainer, but averaging may"),
-        ("averaging.py", "import hf_radam.optim as o", "imports hf_radam.optim, but averaging may import no module"),
+        ("averaging.py", "import hf_radam.optim as o", "imports hf_radam.optim, but averaging may import ['sharding']"),
         ("optim/radam.py", "from ..averaging import WeightAverage", "imports hf_radam.averaging.WeightAverage, but"),
-        ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import no module"),
+        ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import ['sharding']"),
         ("training_args.py", "from hf_radam.trainer import RAdamTrainer", "but training_args may import ["),
         ("novelty.py", "import math", "novelty is not in the import table"),
         ("checkpoints/novelty.py", "import math", "checkpoints.novelty is not in the import table"),

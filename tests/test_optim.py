@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from hf_radam import RAdam, RAdamScheduleFree
-from hf_radam.optim import schedule_free_x
+from hf_radam.optim import schedule_free_x, x_pieces
+from hf_radam.sharding import LocalSharding
 
 STEPS = 40
 
@@ -234,13 +235,14 @@ def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
     model[2].requires_grad_(False)
     optimizer = RAdamScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert same(schedule_free_x(model, optimizer), weights(model))
-    assert not schedule_free_x(model, optimizer, changed_only=True)
+    sharding = LocalSharding(model.named_parameters())
+    assert not dict(x_pieces(sharding, optimizer))
     optimizer.train()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    changed = schedule_free_x(model, optimizer, changed_only=True)
+    changed = dict(x_pieces(sharding, optimizer))
     assert changed.keys() == trained < weights(model).keys()
     assert same(changed, {name: schedule_free_x(model, optimizer)[name] for name in trained})
 

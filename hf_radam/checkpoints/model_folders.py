@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,61 +23,88 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as hf_logging
 
 from hf_radam.checkpoints.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.weight_files import Tensors, widened, write_weights, written_names
 from hf_radam.random_state import preserved_random_state
+from hf_radam.sharding import Sharding
 
 
-def full_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of `model` with `weights` (by parameter name) in place of the parameters they name.
+def state_tensors(
+    model: nn.Module,
+    sharding: Sharding,
+    parameter: Callable[[str], Tensor | None],
+    *,
+    dtype: Callable[[torch.dtype], torch.dtype],
+) -> Tensors:
+    """What the weight files of `model` hold: its parameters as `parameter` brings them, its buffers as they are.
 
-    Every name of a tied parameter gets the one tensor, buffers are the model's, and floating-point tensors of fewer
-    than 32 bits are widened to float32, which loses nothing.
+    Args:
+        model: the bare model.
+        sharding: where its parameters lie.
+        parameter: brings a parameter, by its name, to the process that writes.
+        dtype: in which dtype a tensor is written, by the one it has in the model.
     """
-    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    widened: dict[int, Tensor] = {}
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        if id(value) not in widened:
-            tensor = weights.get(first_names.get(id(value), ""), value).detach()
-            narrow = tensor.is_floating_point() and torch.finfo(tensor.dtype).bits < 32
-            widened[id(value)] = tensor.float() if narrow else tensor
-        state[name] = widened[id(value)]
-    return state
+    with sharding.editing():  # so that the model shows its parameters as they are kept
+        written = written_names(model)
+    names = {id(value): name for name, value in sharding.parameters.items()}
+    of = {key: names[id(value)] for key, value in written.items() if id(value) in names}
+    like = {}
+    for key, value in written.items():
+        shape = sharding.shape(of[key]) if key in of else value.shape
+        like[key] = torch.empty(shape, dtype=dtype(value.dtype), device="meta")
+    return Tensors(like, lambda key: parameter(of[key]) if key in of else written[key].detach())
 
 
 def save_model_folder(
-    folder: PathLike, model: nn.Module, weights: Mapping[str, Tensor], *, processing_class: Any
+    folder: PathLike,
+    model: nn.Module,
+    sharding: Sharding,
+    parameter: Callable[[str], Tensor | None],
+    *,
+    processing_class: Any,
+    writes: bool = True,
+    in_float32: bool = True,
 ) -> None:
-    """Write a complete model folder, of a PEFT model an adapter folder, with `weights` in place of its own, in float32.
+    """Write a complete model folder, of a PEFT model an adapter folder. Every process must call it.
 
     Args:
-        folder: where to; made if needed. Only the process that saves may call this.
-        model: the unwrapped model: its configuration, buffers and frozen parameters are written too.
-        weights: float32 tensors by parameter name.
+        folder: where to; made if needed.
+        model: the unwrapped model: its configuration and buffers are written too.
+        sharding: where its parameters lie.
+        parameter: brings a parameter, by its name, to the process that writes; as `state_tensors` has it.
         processing_class: tokenizer or processor to save beside them, or None.
+        writes: whether this process writes.
+        in_float32: widen floating-point tensors below float32, and say so in the configuration; else they are written
+            in the dtypes that the model has.
     """
     path = Path(folder)
     if is_peft(model):
-        save_adapter_folder(path, model, weights, processing_class=processing_class)
+        brought = {name: parameter(name) for name in sharding.trained}
+        if writes:
+            weights = {name: value for name, value in brought.items() if value is not None}
+            save_adapter_folder(path, model, weights, processing_class=processing_class)
         return
-    state = full_state_dict(model, weights)
-    if isinstance(model, PreTrainedModel):
-        with _no_progress_bars():
-            model.save_pretrained(path, state_dict=state)
-        # save_pretrained names the model's dtype, in which plain from_pretrained would then load the average.
-        config = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-        (path / CONFIG_NAME).write_text(json.dumps(_with_dtype(config, "float32"), indent=2) + "\n", encoding="utf-8")
-    else:
+    if writes:
         path.mkdir(parents=True, exist_ok=True)
-        unique = {id(tensor): name for name, tensor in reversed(state.items())}
-        tensors = {name: state[name].contiguous() for name in unique.values()}
-        safetensors.torch.save_file(tensors, path / SAFE_WEIGHTS_NAME, metadata={"format": "pt"})
-    if processing_class is not None:
+        if isinstance(model, PreTrainedModel):
+            with _no_progress_bars():
+                model.save_pretrained(path, state_dict={})  # the configuration, and code of the model's own
+            if in_float32:
+                _say_float32(path / CONFIG_NAME)
+    dtype = widened if in_float32 else lambda kept: kept
+    write_weights(path, model, state_tensors(model, sharding, parameter, dtype=dtype), writes=writes)
+    if processing_class is not None and writes:
         processing_class.save_pretrained(path)
+
+
+def _say_float32(file: Path) -> None:
+    """Have plain `from_pretrained` load float32: `save_pretrained` names the dtype of the model that trains."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(_with_dtype(config, "float32"), indent=2) + "\n", encoding="utf-8")
 
 
 def _with_dtype(config: Any, dtype: str) -> Any:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from hf_radam.optim.checks import check_hyperparameters, low_precision
+from hf_radam.sharding import LocalSharding, Sharding
 
 SMALLEST_BETA2 = 0.6
 """At and below it the length of the moving average never exceeds 4, so RAdam never leaves its silent phase."""
@@ -250,23 +251,50 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self._y = {}
 
 
-def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree, *, changed_only: bool = False) -> dict[str, Tensor]:
+def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str], Tensor | None]:
+    """A function that computes this rank's part of x, of one parameter at a time.
+
+    Args:
+        sharding: where the parameters of the model lie that the optimizer trains.
+        optimizer: the optimizer.
+
+    Returns:
+        From a parameter's name to x in the form of `Sharding.live`, or to None where x is what the parameter holds:
+        it does not train, there was no update yet, or the optimizer is in evaluation mode.
+    """
+    groups = sharding.groups(optimizer)
+
+    def piece(name: str) -> Tensor | None:
+        group = groups.get(name)
+        z = None if group is None else sharding.state(name, optimizer, "z")
+        if group is None or z is None or not group["train_mode"]:
+            return None
+        return x_from_y(sharding.live(name), z, group["betas"][0])
+
+    return piece
+
+
+def x_pieces(sharding: Sharding, optimizer: RAdamScheduleFree) -> Iterator[tuple[str, Tensor]]:
+    """Name and part of x of every parameter in which x is not what it holds, one after another: see `x_piece`."""
+    piece = x_piece(sharding, optimizer)
+    for name in sharding.trained:
+        x = piece(name)
+        if x is not None:
+            yield name, x
+
+
+def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str, Tensor]:
     """The evaluation weights x of `model`, computed without touching model or optimizer.
 
     Args:
         model: the model that trains.
         optimizer: its optimizer.
-        changed_only: leave out the parameters that hold x already, such as frozen ones.
 
     Returns:
         Copies by parameter name (tied parameters once): x where the optimizer has made an update, else the
         parameter as it is. In evaluation mode, where the parameters hold x already, those.
     """
-    beta1_of = {p: g["betas"][0] for g in optimizer.param_groups if g["train_mode"] for p in g["params"]}
-    x: dict[str, Tensor] = {}
-    for name, p in model.named_parameters():
-        if p in beta1_of and "z" in optimizer.state.get(p, {}):
-            x[name] = x_from_y(p.detach(), optimizer.state[p]["z"], beta1_of[p])
-        elif not changed_only:
-            x[name] = p.detach().clone()
-    return x
+    sharding = LocalSharding(model.named_parameters())
+    x = {name: sharding.gather(name, piece) for name, piece in x_pieces(sharding, optimizer)}
+    x |= {name: sharding.gather_held(name) for name in sharding.parameters if name not in x}
+    return {name: x[name].clone() for name in sharding.parameters}

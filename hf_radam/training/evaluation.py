@@ -6,13 +6,14 @@ Evaluation weights are the average if one is kept, else x of a schedule-free opt
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 from torch import Tensor, nn
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
-from hf_radam.optim import RAdamScheduleFree, schedule_free_x
+from hf_radam.optim import RAdamScheduleFree, x_piece, x_pieces
+from hf_radam.sharding import Sharding, find_sharding
 
 
 class EvaluationWeights:
@@ -20,6 +21,7 @@ class EvaluationWeights:
 
     Args:
         model: the unwrapped model that trains.
+        sharding: where its parameters lie; by default as for a model of one process.
         average: its EWA, or None.
         optimizer: its schedule-free optimizer, or None.
         recalibrate: takes BatchNorm statistics again, in place, for the weights in the model; None if there is no
@@ -30,11 +32,13 @@ class EvaluationWeights:
         self,
         model: nn.Module,
         *,
+        sharding: Sharding | None = None,
         average: WeightAverage | None = None,
         optimizer: RAdamScheduleFree | None = None,
         recalibrate: Callable[[], None] | None = None,
     ):
         self.model = model
+        self.sharding = find_sharding(model) if sharding is None else sharding
         self.average = average
         self.optimizer = optimizer
         self._recalibrate = recalibrate
@@ -77,20 +81,23 @@ class EvaluationWeights:
     @contextmanager
     def training_weights(self) -> Iterator[None]:
         """Context in which evaluating uses the training weights: upstream's own `optimizer.eval()` changes nothing."""
-        with ExitStack() as stack:
-            if self.optimizer is not None:
-                stack.enter_context(self.optimizer.evaluating(write_x=False))
+        with self._in_evaluation_mode():
             yield
+
+    def _in_evaluation_mode(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.optimizer is None else self.optimizer.evaluating(write_x=False)
 
     @contextmanager
     def _applied(self, source: str) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(statistics_restored(self.model))
-            if self.optimizer is not None:
-                stack.enter_context(self.optimizer.evaluating(write_x=source == "schedule_free"))
             if source == "ewa":
                 assert self.average is not None
                 stack.enter_context(self.average.applied())
+            elif self.optimizer is not None:
+                optimizer = self.optimizer
+                stack.enter_context(self.sharding.holding(lambda: x_pieces(self.sharding, optimizer)))
+            stack.enter_context(self._in_evaluation_mode())
             if self._recalibrate is not None:
                 if source in self._statistics:
                     load_statistics(self.model, self._statistics[source])
@@ -99,28 +106,33 @@ class EvaluationWeights:
                     self._statistics[source] = statistics(self.model)
             yield
 
-    def folders(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Every set of weights that a checkpoint keeps beside the training weights, by the name of its folder.
-
-        Parameters that are not in a set are as in the model: frozen ones, of which a model with an adapter has many.
-
-        While one is handed out the model's BatchNorm buffers are those that belong to it.
-        """
+    @property
+    def kept(self) -> list[str]:
+        """Every kind of weights that a checkpoint keeps beside the training weights."""
         sources = [("ewa", self.averaged), ("schedule_free", self.optimizer is not None)]
-        for source in [name for name, kept in sources if kept]:
-            weights = self._weights(source)
-            if self._recalibrate is None:
-                yield source, weights
-                continue
-            with statistics_restored(self.model):
+        return [name for name, kept in sources if kept]
+
+    @contextmanager
+    def whole(self, source: str, *, everywhere: bool = False) -> Iterator[Callable[[str], Tensor | None]]:
+        """Context with a function that brings a parameter of these weights, by its name, to the process that saves.
+
+        Every process must call it with the same names in the same order. While in it the model's BatchNorm buffers
+        are those that belong to the weights; the parameters are not touched.
+
+        Args:
+            source: one of `kept`.
+            everywhere: bring it to every process.
+        """
+        with statistics_restored(self.model):
+            if self._recalibrate is not None:
                 with self._applied(source):
                     recalibrated = statistics(self.model)
                 load_statistics(self.model, recalibrated)
-                yield source, weights
-
-    def _weights(self, source: str) -> dict[str, Tensor]:
-        if source == "ewa":
-            assert self.average is not None
-            return self.average.state_dict()["averages"]
-        assert self.optimizer is not None
-        return schedule_free_x(self.model, self.optimizer, changed_only=True)
+            if source == "ewa":
+                assert self.average is not None
+                sharding, pieces = self.average.sharding, self.average.state_dict()["averages"]
+                yield lambda name: sharding.collect(name, pieces.get(name), everywhere=everywhere)
+            else:
+                assert self.optimizer is not None
+                piece = x_piece(self.sharding, self.optimizer)
+                yield lambda name: self.sharding.collect(name, piece(name), everywhere=everywhere)

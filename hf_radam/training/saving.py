@@ -64,13 +64,23 @@ class SavingMixin(PartsMixin):
         assert output_dir is not None
         super().save_model(output_dir, _internal_call)
         self._seal_weights(output_dir)
-        # What upstream's root gets, too
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        for name, weights in self._evaluation.folders():
-            if self.args.should_save:
-                folder = Path(output_dir, adapters.evaluation_subfolder(name, self._bare_model))
-                model_folders.save_model_folder(folder, self._bare_model, weights, processing_class=tokenizer)
-                self._seal_weights(output_dir)
+        for source in self._evaluation.kept:
+            folder = Path(output_dir, adapters.evaluation_subfolder(source, self._bare_model))
+            with self._evaluation.whole(source, everywhere=self.args.save_on_each_node) as parameter:
+                model_folders.save_model_folder(
+                    folder,
+                    self._bare_model,
+                    self._evaluation.sharding,
+                    parameter,
+                    processing_class=self._tokenizer,
+                    writes=self.args.should_save,
+                )
+            self._seal_weights(output_dir)
+
+    @property
+    def _tokenizer(self) -> Any:
+        """What upstream saves beside a model."""
+        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def _seal_weights(self, folder: str) -> None:
         """Flush the weights written so far, and take their checksums, while what comes after them is written."""

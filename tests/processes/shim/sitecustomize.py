@@ -1,8 +1,8 @@
 """Let FSDP2 and DeepSpeed run on CPU processes over gloo; for tests only, and only where `CPU_BACKEND` asks for it.
 
-Put this folder on `PYTHONPATH`: Python imports a module of this name when it starts, so that a command that is meant for
-GPUs runs as it is written. Without it accelerate takes processes on CPUs for DDP, whatever the launch file says, and
-FSDP is ignored without a word. Seen with accelerate 1.15; it changes which back-end is believed to be there, and
+Put this folder on `PYTHONPATH`: Python imports a module of this name when it starts, so that a command that is meant
+for GPUs runs as it is written. Without it accelerate takes processes on CPUs for DDP, whatever the launch file says,
+and FSDP is ignored without a word. Seen with accelerate 1.15; it changes which back-end is believed to be there, and
 nothing of what is computed.
 """
 

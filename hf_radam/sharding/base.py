@@ -1,0 +1,216 @@
+"""What every kind of sharding can do: see the package's docstring for the idea."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Pieces = Iterable[tuple[str, Tensor]]
+"""Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.live`."""
+
+WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without what wrappers around modules put into it."""
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process among them."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+class Sharding(ABC):
+    """The parameters of a model by name, tied ones once, and this rank's stretch of each.
+
+    Args:
+        parameters: every parameter by its canonical name.
+        device: where a tensor must lie to be sent to other processes; None: where it is.
+    """
+
+    def __init__(self, parameters: dict[str, Any], *, device: torch.device | None = None):
+        self.parameters = parameters
+        self.device = device
+
+    # ---- One parameter ----
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter."""
+        return torch.Size(self.parameters[name].shape)
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter is trained."""
+        return bool(self.parameters[name].requires_grad)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of the weights that the forward pass uses."""
+        dtype: torch.dtype = self.parameters[name].dtype
+        return dtype
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the parameters that are trained."""
+        return [name for name in self.parameters if self.trains(name)]
+
+    @abstractmethod
+    def live(self, name: str) -> Tensor:
+        """The stretch of a trained parameter on this rank, as the optimizer has it: the tensor itself, no copy."""
+
+    @abstractmethod
+    def held(self, name: str) -> Tensor:
+        """The stretch of any parameter on this rank, as the forward pass has it: the tensor itself, no copy."""
+
+    @abstractmethod
+    def start(self, name: str) -> int:
+        """First element of `live`, in the flattened parameter."""
+
+    def held_start(self, name: str) -> int:
+        """First element of `held`, in the flattened parameter."""
+        return self.start(name)
+
+    def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
+        """What the optimizer keeps for `live` under `key`, of the same form; None if it keeps nothing yet."""
+        return optimizer.state.get(self.parameters[name], {}).get(key)
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """The optimizer's parameter group of every parameter that it trains."""
+        of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        return {name: of[parameter] for name, parameter in self.parameters.items() if parameter in of}
+
+    # ---- Whole tensors ----
+
+    @cached_property
+    def _stretches(self) -> dict[tuple[str, bool], list[tuple[int, int]]]:
+        """Start and length of what every rank holds of every parameter, `live` and `held`; asked for once."""
+        mine = {}
+        for name in self.parameters:
+            mine[name, False] = (self.held_start(name), self.held(name).numel())
+            if self.trains(name):
+                mine[name, True] = (self.start(name), self.live(name).numel())
+        every: list[Any] = [None] * world_size()
+        if len(every) > 1:
+            dist.all_gather_object(every, mine)
+        else:
+            every = [mine]
+        return {key: [ranks[key] for ranks in every] for key in mine}
+
+    def gather(self, name: str, piece: Tensor) -> Tensor:
+        """Put a value together of which every rank has the stretch that `live` is. Every rank must call it.
+
+        Args:
+            name: the parameter that the value has the shape of.
+            piece: this rank's stretch, of any dtype and device.
+
+        Returns:
+            The whole value, on every rank; where nothing had to be sent, `piece` itself.
+        """
+        whole = self._assemble(name, piece, live=True)
+        assert whole is not None
+        return whole
+
+    def gather_held(self, name: str) -> Tensor:
+        """The whole parameter as the forward pass has it, as `gather`."""
+        whole = self._assemble(name, self.held(name).detach(), live=False)
+        assert whole is not None
+        return whole
+
+    def collect(self, name: str, piece: Tensor | None, *, everywhere: bool = False) -> Tensor | None:
+        """Put a value together on the first rank alone; the others get None. Every rank must call it.
+
+        Args:
+            name: the parameter that the value has the shape of.
+            piece: this rank's stretch of it in the form of `live`; None on every rank: the parameter as the forward
+                pass has it.
+            everywhere: bring it to every rank after all.
+        """
+        if piece is None:
+            return self._assemble(name, self.held(name).detach(), live=False, everywhere=everywhere)
+        return self._assemble(name, piece, live=True, everywhere=everywhere)
+
+    def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
+        shape, stretches = self.shape(name), self._stretches[name, live]
+        if all(stretch == (0, shape.numel()) for stretch in stretches):
+            return piece.view(shape) if everywhere or rank() == 0 else None
+        longest = max(length for _, length in stretches)
+        sent = piece.new_zeros(longest, device=self.device or piece.device)
+        sent[: piece.numel()] = piece.reshape(-1)
+        parts = [torch.empty_like(sent) for _ in stretches] if everywhere or rank() == 0 else None
+        if everywhere:
+            dist.all_gather(parts, sent)
+        else:
+            dist.gather(sent, parts, dst=0)
+        if parts is None:
+            return None
+        whole = sent.new_empty(shape.numel())
+        for part, (start, length) in zip(parts, stretches, strict=True):
+            whole[start : start + length] = part[:length]
+        return whole.view(shape)
+
+    def cut(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's stretch of a value of the parameter's shape, in the form of `live`: a view where that can be."""
+        live = self.live(name)
+        return whole.reshape(-1)[self.start(name) : self.start(name) + live.numel()].view(live.shape)
+
+    def cut_held(self, name: str, whole: Tensor) -> Tensor:
+        """The same in the form of `held`."""
+        held, start = self.held(name), self.held_start(name)
+        return whole.reshape(-1)[start : start + held.numel()].view(held.shape)
+
+    # ---- Other weights in the model ----
+
+    @torch.no_grad()
+    def write(self, pieces: Pieces) -> None:
+        """Have the forward pass use these values, given in the form of `live`, cast to the dtype of its weights."""
+        with self.editing():
+            for name, piece in pieces:
+                self._write(name, piece)
+
+    @torch.no_grad()
+    def write_whole(self, name: str, whole: Tensor) -> None:
+        """Have the forward pass use this value of one parameter, given whole on every rank."""
+        with self.editing():
+            self.held(name).copy_(self.cut_held(name, whole))
+
+    @abstractmethod
+    def _write(self, name: str, piece: Tensor) -> None: ...
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """Context in which `held` may be changed, so that the next forward pass sees it."""
+        yield
+
+    @contextmanager
+    def holding(self, pieces: Callable[[], Pieces]) -> Iterator[None]:
+        """Context in which the forward pass uses other values; its own come back bit for bit, whatever is raised.
+
+        Args:
+            pieces: makes the values, in the form of `live`; asked one after another, each before it is written.
+        """
+        with torch.no_grad():
+            kept = {name: self.held(name).detach().clone() for name in self.trained}
+        try:
+            self.write(pieces())
+            yield
+        finally:
+            with torch.no_grad(), self.editing():
+                for name, value in kept.items():
+                    self.held(name).copy_(value)
+
+    def shared(self) -> Sharding:
+        """A sharding in which every rank has its share of what this one has whole on every rank."""
+        return self

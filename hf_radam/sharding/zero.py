@@ -1,0 +1,148 @@
+"""DeepSpeed ZeRO: the float32 weights that the optimizer moves are partitioned, apart from those of the forward pass.
+
+ZeRO-1 and 2 keep whole parameters for the forward pass on every rank and cut the float32 copies of a parameter group,
+laid end to end, into one stretch per rank; a parameter may lie across two of them, or not be on a rank at all. ZeRO-3
+cuts every parameter by itself, and the forward pass gathers what it needs.
+
+DeepSpeed has public functions for whole values only, so this uses what they use (seen in DeepSpeed 0.19).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_radam.sharding.base import Sharding, canonical
+
+
+def zero_sharding(model: nn.Module, engine: Any, *, device: torch.device | None) -> Sharding:
+    """The sharding of DeepSpeed's `engine` around `model`.
+
+    Raises:
+        ValueError: for partitions that lie on a disk, or in several copies.
+    """
+    parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
+    stage = engine.zero_optimization_stage()
+    if stage == 0 and not any(hasattr(parameter, "_hp_mapping") for parameter in parameters.values()):
+        raise ValueError(
+            "DeepSpeed without ZeRO (stage 0) is not supported: set zero_optimization.stage to 1, 2 or 3, or use DDP."
+        )
+    if stage < 3:
+        return FragmentSharding(parameters, engine, device=device)
+    return PartitionSharding(parameters, engine, device=device)
+
+
+class FragmentSharding(Sharding):
+    """ZeRO-1 and ZeRO-2."""
+
+    def __init__(self, parameters: dict[str, Any], engine: Any, *, device: torch.device | None):
+        super().__init__(parameters, device=device)
+        self.engine = engine
+
+    def live(self, name: str) -> Tensor:
+        """The stretch of the parameter that lies in this rank's float32 partition, which may be none of it."""
+        mapping = self.parameters[name]._hp_mapping
+        if mapping is None:
+            return torch.empty(0, dtype=torch.float32, device=self.parameters[name].device)
+        fragment: Tensor = mapping.hp_fragment.detach()
+        return fragment
+
+    def held(self, name: str) -> Tensor:
+        """The whole parameter."""
+        whole: Tensor = self.parameters[name].detach()
+        return whole
+
+    def start(self, name: str) -> int:
+        """First element of the stretch."""
+        mapping = self.parameters[name]._hp_mapping
+        return 0 if mapping is None else int(mapping.lp_fragment_address.start)
+
+    def held_start(self, name: str) -> int:
+        """Zero: it is whole."""
+        return 0
+
+    def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
+        """The same stretch of the optimizer's state of the whole partition."""
+        mapping, group = self.parameters[name]._hp_mapping, self.groups(optimizer)[name]
+        state = optimizer.state.get(group["params"][0], {}).get(key)
+        if state is None or mapping is None:
+            return None if state is None else state[:0]
+        address = mapping.hp_fragment_address
+        return state.narrow(0, address.start, address.numel)
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """The group in whose partition each parameter lies."""
+        zero = self.engine.optimizer
+        # ZeRO-1 in bf16 has an optimizer of its own, which calls them by another name.
+        flattened = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
+        index = {id(parameter): number for number, group in enumerate(flattened) for parameter in group}
+        return {name: optimizer.param_groups[index[id(self.parameters[name])]] for name in self.trained}
+
+    def _write(self, name: str, piece: Tensor) -> None:
+        self.parameters[name].detach().copy_(self.gather(name, piece))
+
+
+class PartitionSharding(Sharding):
+    """ZeRO-3."""
+
+    def __init__(self, parameters: dict[str, Any], engine: Any, *, device: torch.device | None):
+        super().__init__(parameters, device=device)
+        self.engine = engine
+        self.optimizer = engine.optimizer
+
+    def shape(self, name: str) -> torch.Size:
+        """Shape of the whole parameter: a parameter that is not gathered says it has none."""
+        return torch.Size(self.parameters[name].ds_shape)
+
+    def _partition(self, name: str) -> tuple[int, int]:
+        """First element of this rank's partition, and how many there are: the last ones are padded."""
+        parameter = self.parameters[name]
+        length = parameter.ds_tensor.ds_numel
+        start = min(length * self.optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
+        return start, min(length, parameter.ds_numel - start)
+
+    def live(self, name: str) -> Tensor:
+        """The stretch of the parameter in this rank's float32 partition, without its padding."""
+        partition, _ = self.optimizer._get_fp32_opt_state_partition(self.parameters[name], release_swap_buffers=True)
+        whole: Tensor = partition.detach()[: self._partition(name)[1]]
+        return whole
+
+    def held(self, name: str) -> Tensor:
+        """The same stretch as it is gathered for the forward pass."""
+        part: Tensor = self.parameters[name].ds_tensor.detach()[: self._partition(name)[1]]
+        return part
+
+    def start(self, name: str) -> int:
+        """First element of the stretch."""
+        return self._partition(name)[0]
+
+    def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
+        """The same stretch of the optimizer's state."""
+        index, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(self.parameters[name])]
+        state = optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[index], {}).get(key)
+        return None if state is None else state.narrow(0, offset, self._partition(name)[1])
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """The group of the sub-group that each parameter belongs to."""
+        zero = self.optimizer
+        position = {name: zero.grad_position[zero.get_param_id(self.parameters[name])] for name in self.trained}
+        return {name: optimizer.param_groups[zero.sub_group_to_group_id[sub[0]]] for name, sub in position.items()}
+
+    def _write(self, name: str, piece: Tensor) -> None:
+        self.held(name).copy_(piece)
+
+    @contextmanager
+    def editing(self) -> Iterator[None]:
+        """Have DeepSpeed let go of what it keeps gathered, and gather it anew afterwards."""
+        # What is gathered would be used as it is; small parameters stay so, and must be gathered anew.
+        self.optimizer._partition_all_parameters()
+        try:
+            yield
+        finally:
+            lasting = self.optimizer.persistent_parameters
+            if lasting:
+                lasting[0].all_gather(lasting)
