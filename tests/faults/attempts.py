@@ -6,9 +6,7 @@ script does: make the model, the arguments and the trainer, and train.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import tiny
 import torch
+from processes import harness
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -42,18 +41,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 PINS = {"wsd+ewa": [("_pre_decay", 7)], "wsd_s": [("_budgets", 7), ("_budgets", 12)]}
 
 
-def context() -> Any:
-    """The fork server, with everything imported that a training needs."""
-    # The server is started with the environment but not with sys.path.
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(tiny.__file__).parents[1]), *filter(None, sys.path)])
-    started = multiprocessing.get_context("forkserver")
-    started.set_forkserver_preload(["hf_radam.trainer", "transformers.models.llama.modeling_llama", __name__])
-    return started
-
-
 def start(target: Callable[..., None], *args: Any, log: Path) -> Any:
     """Begin `target(*args)` in a process of its own, which writes what it says to a file."""
-    process = context().Process(target=_logged, args=(target, args, log))
+    process = harness.context().Process(target=_logged, args=(target, args, log))
     process.start()
     return process
 
