@@ -34,10 +34,11 @@ def pretend(backend: str) -> None:
     training_args.is_torch_bf16_gpu_available = lambda: True  # bf16 without use_cpu
     if backend == "deepspeed":
         os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed.comm.torch
+        import importlib
 
-        # A kernel for inference only, which would be compiled (a minute) by the first process that trains.
-        deepspeed.comm.torch.build_shm_op = lambda: None
+        # A kernel for inference only, which would be compiled (a minute) by the first process that trains. By this way,
+        # because the name in the package is that of torch itself.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
 
 
 if os.environ.get("CPU_BACKEND") and "LOCAL_RANK" in os.environ:
