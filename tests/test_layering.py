@@ -41,8 +41,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.runs": (within("checkpoints", "storage manifest integrity"), {"transformers"}),
     "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
     "checkpoints.weight_files": ({"sharding"}, ANY),
+    "checkpoints.sharded_weights": (within("checkpoints", "manifest"), {"torch"}),
     "checkpoints.model_folders": (
-        {"random_state", "sharding"} | within("checkpoints", "manifest adapters weight_files"),
+        {"random_state", "sharding"} | within("checkpoints", "manifest adapters weight_files sharded_weights"),
         ANY,
     ),
     "checkpoints.loading": (within("checkpoints", "manifest adapters integrity runs"), ANY),
@@ -72,7 +73,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
     "cli": (within("inspection", "checkpoint uses run report"), set()),
-    "training.support": ({"optim", "names", "argument_checks"} | within("checkpoints", "adapters"), ANY),
+    "training.backends": ({"optim", "names", "batch_norm"} | within("checkpoints", "adapters"), ANY),
+    "training.support": (
+        {"optim", "names", "argument_checks"} | within("checkpoints", "adapters") | within("training", "backends"),
+        ANY,
+    ),
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
     "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
@@ -86,9 +91,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.saving": (
-        {"names"}
+        {"names", "sharding"}
         | within("checkpoints", "storage manifest adapters runs model_folders")
-        | within("training", "hub just_in_time parts"),
+        | within("training", "backends hub just_in_time parts"),
         ANY,
     ),
     "training.resuming": (
@@ -100,7 +105,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
-        | within("training", "support evaluation attempts just_in_time saving resuming search"),
+        | within("training", "support backends evaluation attempts just_in_time saving resuming search"),
         ANY,
     ),
 }

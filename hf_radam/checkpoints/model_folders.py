@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,45 +29,54 @@ from transformers.utils import logging as hf_logging
 
 from hf_radam.checkpoints.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.sharded_weights import SHARDED_FOLDER, Stretch, write_sharded
 from hf_radam.checkpoints.weight_files import Tensors, widened, write_weights, written_names
 from hf_radam.random_state import preserved_random_state
-from hf_radam.sharding import Sharding
+from hf_radam.sharding import Sharding, Weights
+from hf_radam.sharding.base import rank
 
 
-def state_tensors(
-    model: nn.Module,
-    sharding: Sharding,
-    parameter: Callable[[str], Tensor | None],
-    *,
-    dtype: Callable[[torch.dtype], torch.dtype],
-) -> Tensors:
-    """What the weight files of `model` hold: its parameters as `parameter` brings them, its buffers as they are.
+def state_keys(model: nn.Module, sharding: Sharding) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What is written of a model.
 
-    Args:
-        model: the bare model.
-        sharding: where its parameters lie.
-        parameter: brings a parameter, by its name, to the process that writes.
-        dtype: in which dtype a tensor is written, by the one it has in the model.
+    Returns:
+        The tensors by their names in the state dict, and of those that are parameters the parameter's name.
     """
     with sharding.editing():  # so that the model shows its parameters as they are kept
         written = written_names(model)
     names = {id(value): name for name, value in sharding.parameters.items()}
-    of = {key: names[id(value)] for key, value in written.items() if id(value) in names}
+    return written, {key: names[id(value)] for key, value in written.items() if id(value) in names}
+
+
+def state_tensors(model: nn.Module, weights: Weights, *, in_float32: bool, everywhere: bool = False) -> Tensors:
+    """What the weight files of `model` hold: its parameters out of `weights`, its buffers as they are.
+
+    Args:
+        model: the bare model.
+        weights: its parameters.
+        in_float32: widen floating-point tensors below float32; else each has the dtype that it has in the model.
+        everywhere: bring them to every process, not to the first one alone.
+    """
+    written, name_of = state_keys(model, weights.sharding)
     like = {}
     for key, value in written.items():
-        shape = sharding.shape(of[key]) if key in of else value.shape
-        like[key] = torch.empty(shape, dtype=dtype(value.dtype), device="meta")
-    return Tensors(like, lambda key: parameter(of[key]) if key in of else written[key].detach())
+        shape = weights.sharding.shape(name_of[key]) if key in name_of else value.shape
+        like[key] = torch.empty(shape, dtype=widened(value.dtype) if in_float32 else value.dtype, device="meta")
+
+    def read(key: str) -> Tensor | None:
+        return weights.collect(name_of[key], everywhere=everywhere) if key in name_of else written[key].detach()
+
+    return Tensors(like, read)
 
 
 def save_model_folder(
     folder: PathLike,
     model: nn.Module,
-    sharding: Sharding,
-    parameter: Callable[[str], Tensor | None],
+    weights: Weights,
     *,
     processing_class: Any,
     writes: bool = True,
+    everywhere: bool = False,
     in_float32: bool = True,
 ) -> None:
     """Write a complete model folder, of a PEFT model an adapter folder. Every process must call it.
@@ -74,31 +84,60 @@ def save_model_folder(
     Args:
         folder: where to; made if needed.
         model: the unwrapped model: its configuration and buffers are written too.
-        sharding: where its parameters lie.
-        parameter: brings a parameter, by its name, to the process that writes; as `state_tensors` has it.
+        weights: its parameters.
         processing_class: tokenizer or processor to save beside them, or None.
         writes: whether this process writes.
+        everywhere: whether other processes than the first one write, too.
         in_float32: widen floating-point tensors below float32, and say so in the configuration; else they are written
             in the dtypes that the model has.
     """
     path = Path(folder)
     if is_peft(model):
-        brought = {name: parameter(name) for name in sharding.trained}
+        brought = {name: weights.collect(name, everywhere=everywhere) for name in weights.sharding.trained}
         if writes:
-            weights = {name: value for name, value in brought.items() if value is not None}
-            save_adapter_folder(path, model, weights, processing_class=processing_class)
+            adapter = {name: value for name, value in brought.items() if value is not None}
+            save_adapter_folder(path, model, adapter, processing_class=processing_class)
         return
     if writes:
-        path.mkdir(parents=True, exist_ok=True)
-        if isinstance(model, PreTrainedModel):
-            with _no_progress_bars():
-                model.save_pretrained(path, state_dict={})  # the configuration, and code of the model's own
-            if in_float32:
-                _say_float32(path / CONFIG_NAME)
-    dtype = widened if in_float32 else lambda kept: kept
-    write_weights(path, model, state_tensors(model, sharding, parameter, dtype=dtype), writes=writes)
-    if processing_class is not None and writes:
-        processing_class.save_pretrained(path)
+        save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
+    tensors = state_tensors(model, weights, in_float32=in_float32, everywhere=everywhere)
+    write_weights(path, model, tensors, writes=writes)
+
+
+def save_sharded_folder(
+    folder: PathLike, model: nn.Module, weights: Weights, *, processing_class: Any, in_float32: bool = True
+) -> None:
+    """Write a model folder in which the weights are sharded: no process holds more than its part of them.
+
+    Every process must call it; see `hf_radam.checkpoints.sharded_weights`. Arguments as for `save_model_folder`.
+    """
+    path, first = Path(folder), rank() == 0
+    if first:
+        save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
+    written, name_of = state_keys(model, weights.sharding)
+    stretches = {}
+    for key, value in written.items():
+        dtype = widened(value.dtype) if in_float32 else value.dtype
+        if key in name_of:
+            name = name_of[key]
+            start, piece = weights.stretch(name)
+            read = partial(lambda name: weights.stretch(name)[1], name)
+            stretches[key] = Stretch(weights.sharding.shape(name), dtype, start, piece.numel(), read)
+        else:
+            stretches[key] = Stretch(value.shape, dtype, 0, value.numel() if first else 0, value.detach)
+    write_sharded(path / SHARDED_FOLDER, stretches, first=first)
+
+
+def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, in_float32: bool) -> None:
+    """Write what a model folder has beside the weights: configuration, code of the model's own, tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel):
+        with _no_progress_bars():
+            model.save_pretrained(folder, state_dict={})
+        if in_float32:
+            _say_float32(folder / CONFIG_NAME)
+    if processing_class is not None:
+        processing_class.save_pretrained(folder)
 
 
 def _say_float32(file: Path) -> None:

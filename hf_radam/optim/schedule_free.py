@@ -95,6 +95,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
         self._y: dict[nn.Parameter, Tensor] = {}
+        self.steps_by_parts = False
+        """Whether one update comes as several calls of `step`, each with other parameters of a group (ZeRO-3)."""
+        self._stepped: list[set[int]] = []
         super().__init__(
             params,
             lr=lr,
@@ -130,19 +133,31 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            self._step_group(group)
+        for index, group in enumerate(self.param_groups):
+            if not self.steps_by_parts:
+                self._step_group(group)
+            elif group["params"]:
+                self._step_group(group, goes_on=self._goes_on(index, group))
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        step = group["k"] + 1
+    def _goes_on(self, index: int, group: dict[str, Any]) -> bool:
+        """Whether the group's update is under way: none of the parameters it has now has had its step in it."""
+        self._stepped += [set() for _ in range(index + 1 - len(self._stepped))]
+        now, stepped = {id(p) for p in group["params"]}, self._stepped[index]
+        goes_on = bool(stepped) and not now & stepped
+        self._stepped[index] = now | stepped if goes_on else now
+        return goes_on
+
+    def _step_group(self, group: dict[str, Any], *, goes_on: bool = False) -> None:
+        """Count the update, unless it goes on with further parameters, and move the parameters that are there."""
+        step = group["k"] + (not goes_on)
         factor, adaptive = rectification(step, beta2=group["betas"][1], silent_sgd_phase=group["silent_sgd_phase"])
         # As a Python number: a tensor's 0/0 below would be NaN where a float raises, and counters would become tensors.
         lr = float(group["lr"]) * factor
         group["scheduled_lr"] = lr
         group["lr_max"] = max(lr, group["lr_max"])
         weight = step ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
-        group["weight_sum"] += weight
+        group["weight_sum"] += weight * (not goes_on)
         c = weight / group["weight_sum"] if group["weight_sum"] else 0.0
         group["k"] = step
 
@@ -248,7 +263,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state (`load_state_dict`, `copy.deepcopy`); a y kept by `eval()` is not part of it."""
         super().__setstate__(state)
-        self._y = {}
+        self._y, self._stepped = {}, []
 
 
 def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str], Tensor | None]:

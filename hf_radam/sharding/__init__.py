@@ -25,6 +25,7 @@ from torch import nn
 
 from hf_radam.sharding.base import Sharding as Sharding
 from hf_radam.sharding.local import LocalSharding as LocalSharding
+from hf_radam.sharding.weights import Weights as Weights
 
 
 def find_sharding(model: nn.Module, *, wrapped: Any = None, device: torch.device | None = None) -> Sharding:

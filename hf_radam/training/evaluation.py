@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
 from hf_radam.optim import RAdamScheduleFree, x_piece, x_pieces
-from hf_radam.sharding import Sharding, find_sharding
+from hf_radam.sharding import Sharding, Weights, find_sharding
 
 
 class EvaluationWeights:
@@ -113,15 +113,13 @@ class EvaluationWeights:
         return [name for name, kept in sources if kept]
 
     @contextmanager
-    def whole(self, source: str, *, everywhere: bool = False) -> Iterator[Callable[[str], Tensor | None]]:
-        """Context with a function that brings a parameter of these weights, by its name, to the process that saves.
+    def weights(self, source: str) -> Iterator[Weights]:
+        """Context with one kind of weights, for whoever writes them.
 
-        Every process must call it with the same names in the same order. While in it the model's BatchNorm buffers
-        are those that belong to the weights; the parameters are not touched.
+        While in it the model's BatchNorm buffers are those that belong to the weights; its parameters are not touched.
 
         Args:
             source: one of `kept`.
-            everywhere: bring it to every process.
         """
         with statistics_restored(self.model):
             if self._recalibrate is not None:
@@ -130,9 +128,7 @@ class EvaluationWeights:
                 load_statistics(self.model, recalibrated)
             if source == "ewa":
                 assert self.average is not None
-                sharding, pieces = self.average.sharding, self.average.state_dict()["averages"]
-                yield lambda name: sharding.collect(name, pieces.get(name), everywhere=everywhere)
+                yield Weights(self.average.sharding, self.average.state_dict()["averages"].get)
             else:
                 assert self.optimizer is not None
-                piece = x_piece(self.sharding, self.optimizer)
-                yield lambda name: self.sharding.collect(name, piece(name), everywhere=everywhere)
+                yield Weights(self.sharding, x_piece(self.sharding, self.optimizer))

@@ -45,8 +45,13 @@ class PartsMixin(_Base):
 
     @property
     def _bare_optimizer(self) -> Any:
-        """The optimizer without accelerate's wrapper; None before training."""
-        return self.optimizer.optimizer if isinstance(self.optimizer, AcceleratedOptimizer) else self.optimizer
+        """The optimizer without the wrappers of accelerate and DeepSpeed; None before training."""
+        optimizer: Any = self.optimizer
+        if isinstance(optimizer, AcceleratedOptimizer):
+            optimizer = optimizer.optimizer
+            while self.is_deepspeed_enabled and hasattr(optimizer, "optimizer"):
+                optimizer = optimizer.optimizer
+        return optimizer
 
     @property
     def _schedule_free(self) -> RAdamScheduleFree | None:

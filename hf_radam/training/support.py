@@ -11,6 +11,7 @@ from hf_radam.checkpoints.adapters import check_adapter, is_peft
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.checks import low_precision
+from hf_radam.training.backends import check_backend
 
 
 def given_optimizer_class(trainer: Any) -> type | None:
@@ -36,13 +37,7 @@ def check_supported(trainer: Any) -> None:
         _check_precision(trainer)
         check_combinations(args)
     if args.uses_hf_radam or schedule_free:
-        # Not in every transformers from 5.17 on: there, a model is not sharded at load time either.
-        sharded_at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
-        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or sharded_at_load:
-            raise ValueError(
-                "FSDP, DeepSpeed and models sharded at load time are not supported by this version of hf_radam: the "
-                "average and x would not be those of the whole model. Use one process or DDP."
-            )
+        check_backend(trainer)
         if getattr(trainer.model, "_hf_peft_config_loaded", False):
             raise ValueError(
                 "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use "

@@ -1,0 +1,121 @@
+"""What FSDP2 and DeepSpeed need from a trainer: refuse what would be wrong, set what would be missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hf_radam.batch_norm import batch_norm_modules
+from hf_radam.checkpoints.adapters import is_peft
+from hf_radam.names import OPTIMIZERS, OptimizerName
+from hf_radam.optim import RAdamScheduleFree
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether a process holds only a part of the model, or of what trains it."""
+    # The last is not in every transformers from 5.17 on: there, a model is not sharded at load time either.
+    at_load = getattr(trainer, "is_distributed_loading_by_transformers", False)
+    return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or at_load)
+
+
+def gathers_weights(trainer: Any) -> bool:
+    """Whether a checkpoint holds whole weights: the back-end may be told to keep them sharded."""
+    if trainer.is_fsdp_enabled:
+        return "FULL" in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
+    if trainer.is_deepspeed_enabled and trainer.deepspeed.zero_optimization_stage() == 3:
+        return bool(trainer.deepspeed.zero_gather_16bit_weights_on_model_save())
+    return True
+
+
+def check_backend(trainer: Any) -> None:
+    """Refuse what FSDP or DeepSpeed would make wrong without a word, and set what they would miss.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    if not is_sharded(trainer):
+        return
+    if trainer.is_fsdp_enabled:
+        _check_fsdp(trainer)
+    if trainer.is_deepspeed_enabled:
+        _check_deepspeed(trainer)
+    if is_peft(trainer.model):
+        raise ValueError(
+            "A PEFT model under FSDP or DeepSpeed is not supported: an adapter fits every process, so train it under "
+            "DDP."
+        )
+    if batch_norm_modules(trainer.model) and trainer.args.recalibrate_batch_norm_batches:
+        raise ValueError(
+            "The model has BatchNorm layers, whose statistics are not taken again under FSDP or DeepSpeed: set "
+            "recalibrate_batch_norm_batches=0 to evaluate with those of the training weights, or use DDP."
+        )
+
+
+def _check_fsdp(trainer: Any) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    if plugin.fsdp_version != 2:
+        raise ValueError(
+            f"fsdp_version={plugin.fsdp_version} is not supported: FSDP1 is deprecated, and its sharded checkpoints "
+            'lose the optimizer\'s state. Set fsdp_version: 2 (in fsdp_config: "version": 2).'
+        )
+    if "LOCAL" in str(plugin.state_dict_type):
+        raise ValueError("LOCAL_STATE_DICT cannot be resumed: set FULL_STATE_DICT or SHARDED_STATE_DICT.")
+    policy = plugin.mixed_precision_policy
+    if policy is not None and policy.output_dtype in (torch.bfloat16, torch.float16):
+        # The losses would be rounded to three digits, and gradients summed in 16 bits.
+        plugin.mixed_precision_policy = type(policy)(
+            param_dtype=policy.param_dtype,
+            reduce_dtype=torch.float32,
+            output_dtype=torch.float32,
+            cast_forward_inputs=policy.cast_forward_inputs,
+        )
+
+
+def _check_deepspeed(trainer: Any) -> None:
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+    ours = OptimizerName(trainer.args.optim).value in OPTIMIZERS
+    for section, asked in (("optimizer", f"optim={trainer.args.optim}"), ("scheduler", "the schedule")):
+        if section in config:
+            raise ValueError(
+                f"The DeepSpeed configuration has a section {section!r}, which would take the place of {asked}: "
+                "remove that section."
+            )
+    zero = config.get("zero_optimization", {})
+    if not zero.get("stage", 0):
+        raise ValueError(
+            "DeepSpeed without ZeRO is not supported: set zero_optimization.stage to 1, 2 or 3, or use DDP."
+        )
+    for section in ("offload_optimizer", "offload_param"):
+        if zero.get(section, {}).get("device") == "nvme":
+            raise ValueError(f"{section} to nvme is not supported: the weights would not be at hand. Use device: cpu.")
+    for name in ("zero_hpz_partition_size", "mics_shard_size"):
+        if zero.get(name, 1) > 1:
+            raise ValueError(f"{name}={zero[name]} is not supported: remove it from the DeepSpeed configuration.")
+    if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
+        raise ValueError("tensor_parallel.autotp_size above 1 is not supported: remove it from the configuration.")
+    if ours and zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        if config.get("zero_force_ds_cpu_optimizer", False):
+            raise ValueError(
+                "zero_force_ds_cpu_optimizer=true would put DeepSpeed's CPU Adam in the place of "
+                f"optim={trainer.args.optim}: remove it from the configuration, or set it to false."
+            )
+        config["zero_force_ds_cpu_optimizer"] = False  # absent means true
+
+
+def check_prepared(trainer: Any) -> None:
+    """Refuse to train with another optimizer than the one asked for, which a back-end may have put in its place.
+
+    Raises:
+        ValueError: with the way out.
+    """
+    optimizer = trainer._bare_optimizer
+    name = OptimizerName(trainer.args.optim).value
+    if name in OPTIMIZERS and not isinstance(optimizer, OPTIMIZERS[name][0]):
+        raise ValueError(
+            f"optim={name}, but {type(optimizer).__module__}.{type(optimizer).__name__} took its place when the model "
+            "was prepared. With DeepSpeed, set zero_force_ds_cpu_optimizer to false."
+        )
+    if isinstance(optimizer, RAdamScheduleFree):
+        # ZeRO-3 calls the optimizer once for each sub-group of the parameters.
+        optimizer.steps_by_parts = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
