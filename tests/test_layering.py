@@ -37,37 +37,41 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training_args": ({"schedules", "averaging", "names", "argument_checks"}, ANY),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": ({"averaging"} | within("checkpoints", "storage"), {"torch"}),
-    "checkpoints.integrity": (within("checkpoints", "storage manifest"), {"safetensors", "transformers"}),
-    "checkpoints.runs": (within("checkpoints", "storage manifest integrity"), {"transformers"}),
+    "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
+    "checkpoints.layouts": (within("checkpoints", "manifest dcp_folders"), set()),
+    "checkpoints.optimizer_states": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
+    "checkpoints.integrity": (within("checkpoints", "storage manifest layouts"), {"safetensors", "transformers"}),
+    "checkpoints.runs": (within("checkpoints", "storage manifest layouts integrity"), {"transformers"}),
     "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
     "checkpoints.weight_files": ({"sharding"}, ANY),
     "checkpoints.sharded_weights": (within("checkpoints", "manifest"), {"torch"}),
+    "checkpoints.fsdp_weights": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
     "checkpoints.model_folders": (
         {"random_state", "sharding"} | within("checkpoints", "manifest adapters weight_files sharded_weights"),
         ANY,
     ),
-    "checkpoints.loading": (within("checkpoints", "manifest adapters integrity runs"), ANY),
+    "checkpoints.loading": (within("checkpoints", "manifest adapters layouts integrity runs"), ANY),
     "checkpoints.extension": (
         {"argument_checks", "names", "training_args", "describe"}
-        | within("checkpoints", "storage manifest integrity runs"),
+        | within("checkpoints", "storage manifest layouts integrity runs"),
         set(),
     ),
     "inspection.phases": ({"schedules", "describe"}, set()),
-    "inspection.peeking": (set(), {"torch"}),
+    "inspection.peeking": (within("checkpoints", "manifest optimizer_states"), {"torch"}),
     "inspection.pickled": (set(), set()),
     "inspection.facts": (set(), set()),
     "inspection.checkpoint": (
         {"describe"}
-        | within("checkpoints", "manifest integrity")
+        | within("checkpoints", "manifest layouts integrity")
         | within("inspection", "phases peeking pickled facts"),
         set(),
     ),
     "inspection.uses": (
-        {"describe"} | within("checkpoints", "manifest integrity runs loading") | within("inspection", "phases facts"),
+        {"describe"} | within("checkpoints", "manifest layouts runs loading") | within("inspection", "phases facts"),
         {"transformers"},
     ),
     "inspection.run": (
-        within("checkpoints", "storage manifest integrity runs loading")
+        within("checkpoints", "storage manifest layouts integrity runs loading")
         | within("inspection", "peeking facts checkpoint uses"),
         set(),
     ),
@@ -85,8 +89,13 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.resume_checks": (
-        {"averaging"} | within("checkpoints", "manifest adapters model_folders runs extension"),
+        {"averaging"}
+        | within("checkpoints", "manifest layouts optimizer_states adapters model_folders runs extension"),
         ANY,
+    ),
+    "training.moving": (
+        within("checkpoints", "manifest layouts optimizer_states fsdp_weights model_folders"),
+        {"torch"},
     ),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
@@ -98,8 +107,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resuming": (
         {"argument_checks", "averaging"}
-        | within("checkpoints", "storage manifest integrity adapters runs model_folders loading extension")
-        | within("training", "evaluation resume_checks parts"),
+        | within("checkpoints", "storage manifest layouts integrity adapters runs model_folders loading extension")
+        | within("training", "evaluation resume_checks moving parts"),
         ANY,
     ),
     "training.search": (within("training", "evaluation support parts"), ANY),

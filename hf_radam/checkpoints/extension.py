@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.argument_checks import HorizonError
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME
+from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints, newest, recorded_step, run_of, step_of
 from hf_radam.checkpoints.storage import sha256
@@ -107,7 +107,7 @@ def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 def _source(root: Path, args: RAdamTrainingArguments) -> Place:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
-    alone = (root / TRAINER_STATE_NAME).is_file() and (root / OPTIMIZER_NAME).is_file()  # a run has no optimizer
+    alone = (root / TRAINER_STATE_NAME).is_file() and has_optimizer(root)  # a run has no optimizer
     places = [Place(recorded_step(root) or 0, "", root)] if alone or step_of(root) is not None else checkpoints(root)
     damaged: list[str] = []
     in_decay: list[str] = []

@@ -23,10 +23,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from hf_radam.checkpoints.layouts import DEEPSPEED_FOLDER, FSDP_WEIGHTS_FOLDER, damaged_parts, state_files
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
 from hf_radam.checkpoints.storage import sha256
 
-OPTIMIZER_NAME, SCHEDULER_NAME = "optimizer.pt", "scheduler.pt"
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
 UNREADABLE = (
@@ -117,17 +117,29 @@ def damaged_form(path: Path, only: str | None = None) -> dict[str, str]:
         wrong[UNFINISHED] = "says that the save did not come to its end"
     adapters = [folder for folder in path.glob("*/") if any((folder / name).is_file() for name in ADAPTER_FILES)]
     if not adapters and not any((path / name).is_file() for name in (*WEIGHT_FILES, *ADAPTER_FILES)):
-        wrong[SAFE_WEIGHTS_NAME] = "is missing, and there are no other weights"
+        problem = _without_weights(path, only)
+        wrong |= {SAFE_WEIGHTS_NAME: problem} if problem else {}
     for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
         for shard in _shards(path / index):
             if not (path / shard).is_file():
                 wrong[shard] = f"is missing, though {index} names it"
-    for file in sorted(p for p in path.iterdir() if p.is_file()):
-        if only is None or _belongs_to_model(file.name, only):
+    for file in [*sorted(p for p in path.iterdir() if p.is_file()), *state_files(path)]:
+        name = file.relative_to(path).as_posix()
+        if only is None or _belongs_to_model(name, only):
             problem = _malformed(file)
             if problem:
-                wrong[file.name] = problem
-    return wrong
+                wrong[name] = problem
+    return wrong if only is not None else wrong | damaged_parts(path)
+
+
+def _without_weights(path: Path, only: str | None) -> str | None:
+    """What is wrong with a checkpoint that has no weights at its root, as some sharded ones have not."""
+    for part in (FSDP_WEIGHTS_FOLDER, f"{DEEPSPEED_FOLDER}*"):
+        found = next(path.glob(f"{part}/"), None)
+        if found is not None:
+            # Training goes on from the shards, but they are no model to load.
+            return None if only is None else f"is missing: the weights lie in {found.name}/, in shards"
+    return "is missing, and there are no other weights"
 
 
 def _is_trainer_state(content: object) -> bool:

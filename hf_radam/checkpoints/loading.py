@@ -17,7 +17,8 @@ from transformers.utils import (
 )
 
 from hf_radam.checkpoints.adapters import base_and_adapter
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, OPTIMIZER_NAME, WEIGHT_FILES, check_whole, damaged_form
+from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, check_whole, damaged_form
+from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
     MANIFEST_NAME,
@@ -99,7 +100,7 @@ def is_checkpoint(folder: PathLike) -> bool:
     if (path / MANIFEST_NAME).is_file():
         return True
     named = bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name))
-    if any((path / name).is_dir() for name in EVALUATION_FOLDERS) and (named or (path / OPTIMIZER_NAME).is_file()):
+    if any((path / name).is_dir() for name in EVALUATION_FOLDERS) and (named or has_optimizer(path)):
         return True  # not written to the end, or damaged: `read_manifest` says so
     return named and (path / TRAINER_STATE_NAME).is_file()
 

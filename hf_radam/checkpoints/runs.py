@@ -12,7 +12,8 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, check_whole
+from hf_radam.checkpoints.integrity import check_whole
+from hf_radam.checkpoints.layouts import missing_state
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.storage import interrupted, remove
 
@@ -84,12 +85,11 @@ def newest(
 def check_resumable(checkpoint: PathLike) -> None:
     """Raise `CheckpointError` if a checkpoint is damaged, or was saved without what training goes on from."""
     check_whole(checkpoint)
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (Path(checkpoint) / name).is_file():
-            raise CheckpointError(
-                f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
-                "To start a new run from its weights, load them as the model instead."
-            )
+    for name in missing_state(checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
+            "To start a new run from its weights, load them as the model instead."
+        )
 
 
 def pinned_folder(schedule: Mapping[str, Any], update: int) -> str | None:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME, WEIGHT_FILES, damage, damaged_form
+from hf_radam.checkpoints.integrity import damage, damaged_form
+from hf_radam.checkpoints.layouts import SCHEDULER_NAME, layout_of, missing_state, process_count
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
     FORMAT_VERSION,
@@ -39,8 +40,6 @@ from hf_radam.inspection.phases import multiplier, phase
 from hf_radam.inspection.pickled import pickled_attributes
 
 ARGUMENTS_NAME = "training_args.bin"
-SHARDED = ("global_step*", "pytorch_model_fsdp*", "optimizer_[0-9]*", "optimizer.bin")
-"""What DeepSpeed and FSDP write in place of the optimizer or the weights."""
 
 
 def inspect_checkpoint(checkpoint: PathLike) -> CheckpointFacts:
@@ -50,10 +49,10 @@ def inspect_checkpoint(checkpoint: PathLike) -> CheckpointFacts:
     """
     path = Path(checkpoint)
     manifest, trouble = _manifest(path)
-    sharded = sorted({found.name for pattern in SHARDED for found in path.glob(pattern)})
-    problems = _problems(path, manifest, trouble, sharded=bool(sharded))
+    layout = layout_of(path)
+    problems = _problems(path, manifest, trouble)
     method = _method(path, manifest)
-    groups = [] if OPTIMIZER_NAME in problems else parameter_groups(path / OPTIMIZER_NAME)
+    groups = [] if any(name.split("/")[0] == layout.optimizer for name in problems) else parameter_groups(path)
     average = _schedule_free(groups)
     return CheckpointFacts(
         path=str(checkpoint),
@@ -68,7 +67,8 @@ def inspect_checkpoint(checkpoint: PathLike) -> CheckpointFacts:
         beside=[name for name in EVALUATION_FOLDERS if (path / name).is_dir()],
         averaging=manifest["averaging"] if manifest else None,
         schedule_free=average,
-        sharded=sharded,
+        layout=layout.words,
+        processes=process_count(path),
         files=_files(path, manifest, problems),
     )
 
@@ -102,15 +102,13 @@ def _check_shape(manifest: Mapping[str, Any]) -> None:
         raise TypeError(f"{numbers}, {texts}")
 
 
-def _problems(path: Path, manifest: Any, trouble: str | None, *, sharded: bool) -> dict[str, str]:
+def _problems(path: Path, manifest: Any, trouble: str | None) -> dict[str, str]:
     try:
         if manifest is not None:
             return damage(path)
         wrong = damaged_form(path)
     except OSError as error:
         return {".": f"cannot be read ({error})"}
-    if sharded and not any((path / name).exists() for name in WEIGHT_FILES):
-        wrong.pop(WEIGHT_FILES[0], None)  # the weights are sharded, too
     return wrong if trouble is None else {MANIFEST_NAME: trouble, **wrong}
 
 
@@ -121,7 +119,7 @@ def _state(path: Path, problems: Mapping[str, str]) -> str:
             return OTHER_FORMAT
     if problems:
         return DAMAGED
-    return WHOLE if all((path / name).is_file() for name in (OPTIMIZER_NAME, SCHEDULER_NAME)) else NOT_RESUMABLE
+    return NOT_RESUMABLE if missing_state(path) else WHOLE
 
 
 def _writer(path: Path, manifest: Mapping[str, Any] | None) -> str:

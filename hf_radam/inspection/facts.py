@@ -40,7 +40,7 @@ class CheckpointFacts:
         beside: the folders of weights that lie beside the root.
         averaging: window and counters of the average.
         schedule_free: `train_mode`, `weight_sum` and `k` as a schedule-free optimizer saved them.
-        sharded: what DeepSpeed or FSDP wrote, which is not looked into.
+        layout: how weights and optimizer are kept, in words. `processes`: how many have written it.
         files: every file.
     """
 
@@ -64,7 +64,8 @@ class CheckpointFacts:
     beside: list[str]
     averaging: dict[str, Any] | None
     schedule_free: dict[str, Any] | None
-    sharded: list[str]
+    layout: str
+    processes: int | None
     files: list[FileFacts] = field(repr=False)
 
     @property

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from hf_radam.checkpoints.manifest import CheckpointError
+from hf_radam.checkpoints.optimizer_states import read_groups
+
 
 def json_object(file: Path) -> tuple[dict[str, Any], str | None]:
     """The object in a JSON file, or an empty one and why there is none."""
@@ -42,10 +45,12 @@ def load_plain(file: Path) -> tuple[dict[str, Any], str | None]:
     return (content, None) if isinstance(content, dict) else ({}, f"holds a {type(content).__name__}, not a dict")
 
 
-def parameter_groups(optimizer_file: Path) -> list[dict[str, Any]]:
-    """The parameter groups in an optimizer's file; none if it cannot be read."""
-    groups = load_plain(optimizer_file)[0].get("param_groups")
-    return [group for group in groups if isinstance(group, dict)] if isinstance(groups, list) else []
+def parameter_groups(checkpoint: Path) -> list[dict[str, Any]]:
+    """The parameter groups of a checkpoint's optimizer; none if they cannot be read."""
+    try:
+        return read_groups(checkpoint)
+    except CheckpointError:
+        return []
 
 
 def learning_rates(scheduler_file: Path) -> list[float]:

@@ -24,6 +24,7 @@ def checkpoint_report(facts: CheckpointFacts) -> str:
     state = facts.state if facts.state == NOT_RESUMABLE else f"{facts.state} {checked}"
     lines = [f"{facts.path}: a checkpoint of {facts.written_by}, {state}", ""]
     lines += _row("method", [_method(facts)])
+    lines += _row("layout", [_layout(facts)])
     lines += _row("schedule", [facts.schedule_words or "not known"])
     lines += _row("stands at", [_standing(facts)])
     lines += _row("root", [_root(facts)])
@@ -78,6 +79,11 @@ def _method(facts: CheckpointFacts) -> str:
     return f"{facts.optim or 'optimizer not known'}, {facts.lr_scheduler_type or 'schedule not known'}, {average}"
 
 
+def _layout(facts: CheckpointFacts) -> str:
+    count = facts.processes
+    return f"{facts.layout}, written by {_known(count)} process{'' if count == 1 else 'es'}"
+
+
 def _standing(facts: CheckpointFacts) -> str:
     phase = WORDS[facts.phase] if facts.phase else "phase not known"
     text = f"update {_known(facts.update)} of {_known(facts.max_steps)}, {phase}"
@@ -103,7 +109,7 @@ def _root(facts: CheckpointFacts) -> str:
         return "x, the averaged weights (schedule-free): stock Trainer evaluated in the same step"
     if average is None and "schedule" not in (facts.optim or ""):
         return "not known: neither the optimizer nor the arguments can be read"
-    return "y or x of a schedule-free optimizer: only a readable optimizer.pt tells which"
+    return "y or x of a schedule-free optimizer: only a readable optimizer tells which"
 
 
 def _beside(name: str, facts: CheckpointFacts) -> str:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, damaged_form
+from hf_radam.checkpoints.integrity import damaged_form
+from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, later_than_model
 from hf_radam.checkpoints.manifest import PathLike
 from hf_radam.checkpoints.runs import PREFIX, checkpoints, step_of
@@ -69,7 +70,7 @@ class RunFacts:
 def looks_like_checkpoint(folder: PathLike) -> bool:
     """Whether a folder is a checkpoint, be it a damaged one: by its name, or by what it has."""
     path = Path(folder)
-    return step_of(path.resolve()) is not None or is_checkpoint(path) or (path / OPTIMIZER_NAME).is_file()
+    return step_of(path.resolve()) is not None or is_checkpoint(path) or has_optimizer(path)
 
 
 def looks_like_run(folder: PathLike) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from hf_radam.checkpoints.integrity import OPTIMIZER_NAME, SCHEDULER_NAME
+from hf_radam.checkpoints.layouts import DEEPSPEED, has_optimizer, layout_of, missing_state
 from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import checkpoints, run_of
@@ -38,12 +38,9 @@ def _unfit(facts: CheckpointFacts) -> str | None:
         return None
     if facts.state != NOT_RESUMABLE:
         return f"no: {facts.state} ({', '.join(facts.problems)})"
-    if facts.sharded:
-        return f"no: it was saved with DeepSpeed or FSDP ({', '.join(facts.sharded)}), which hf_radam does not read"
-    missing = [name for name in (OPTIMIZER_NAME, SCHEDULER_NAME) if not Path(facts.path, name).is_file()]
     return (
-        f"no: without {' and '.join(missing)} (save_only_model?) training cannot go on; to start a new run from its "
-        "weights, load them as the model"
+        f"no: without {' and '.join(missing_state(facts.path))} (save_only_model?) training cannot go on; to start a "
+        "new run from its weights, load them as the model"
     )
 
 
@@ -54,6 +51,8 @@ def _resume(facts: CheckpointFacts) -> Use:
     if facts.phase == FINISHED:
         return Use(False, f"no: the run has had its {facts.max_steps} updates, there is nothing left to train")
     words = f"--resume_from_checkpoint {shlex.quote(facts.path)}, with the flags the run was started with"
+    if layout_of(facts.path) is DEEPSPEED:
+        words += f", under DeepSpeed with the same stage and number of processes ({facts.processes})"
     if facts.ours:
         return Use(True, words)
     optim = facts.optim or ""
@@ -80,7 +79,7 @@ def _latest_source(run: Path) -> Path | None:
     for place in checkpoints(run):
         with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             manifest = read_manifest(place.path)
-            if manifest and manifest["schedule"] and (place.path / OPTIMIZER_NAME).is_file():
+            if manifest and manifest["schedule"] and has_optimizer(place.path):
                 if decay_at(manifest["schedule"], manifest["schedule_step"]) is None:
                     return place.path
     return None

@@ -7,8 +7,6 @@ or weight decay on the command line has no effect, and a checkpoint without opti
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +20,10 @@ from transformers.utils import logging
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints.adapters import evaluation_subfolder
 from hf_radam.checkpoints.extension import right_command
+from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stage
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.model_folders import read_parameters
+from hf_radam.checkpoints.optimizer_states import read_groups
 from hf_radam.checkpoints.runs import check_resumable
 
 logger = logging.get_logger(__name__)
@@ -41,6 +41,43 @@ def check_checkpoint(checkpoint: str) -> None:
             f"{checkpoint} has no {TRAINER_STATE_NAME}: to resume, give the folder of a whole checkpoint, checkpoint-N."
         )
     check_resumable(checkpoint)
+
+
+def check_deepspeed(checkpoint: str, *, stage: int | None, processes: int) -> None:
+    """Raise `CheckpointError` if a state in DeepSpeed's form would be needed and is not there, or the other way round.
+
+    Args:
+        checkpoint: its folder.
+        stage: of ZeRO, in which DeepSpeed is to go on, or None without it.
+        processes: that go on.
+    """
+    written = process_count(checkpoint)
+    saved = layout_of(checkpoint)
+    if saved is DEEPSPEED:
+        of = zero_stage(checkpoint)
+        if stage is not None and str(stage) in of and processes == written:
+            return
+        was, way_out = f"DeepSpeed (ZeRO-{of}, {written} processes)", "Resume with just that"
+    elif stage is not None:
+        was, way_out = f"{saved.words} ({written} processes)", "Resume without DeepSpeed"
+    else:
+        return
+    now = "without DeepSpeed" if stage is None else f"with DeepSpeed (ZeRO-{stage})"
+    raise CheckpointError(
+        f"{checkpoint} was saved with {was}, and this run goes on {now} with {processes}: DeepSpeed keeps the "
+        f"optimizer in pieces that fit one stage and one number of processes. {way_out}, or start a new "
+        "run from its weights, with load_evaluation_model as the model."
+    )
+
+
+def warn_of_move(checkpoint: str, *, processes: int) -> None:
+    """Say so where a run goes on with another number of processes, of what is then not the same."""
+    written = process_count(checkpoint)
+    if written is not None and written != processes:
+        logger.warning(
+            f"{checkpoint} was written by {written} processes, and {processes} go on from it: random numbers, as for "
+            "dropout, are others than they would have been."
+        )
 
 
 def check_data(state: TrainerState, train_dataloader: Any, *, checkpoint: str) -> None:
@@ -61,14 +98,17 @@ def hyperparameters(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in param_groups]
 
 
-@contextmanager
-def same_optimizer(optimizer: torch.optim.Optimizer, *, name: str, checkpoint: str) -> Iterator[None]:
-    """Context for loading the optimizer's state: at its end, refuse a state that was trained otherwise.
+def check_same_optimizer(
+    planned: list[dict[str, Any]], loaded: list[dict[str, Any]], *, name: str, checkpoint: str
+) -> None:
+    """Refuse an optimizer's state that was trained otherwise.
 
     Args:
-        optimizer: the optimizer as the arguments made it, without wrapper.
-        name: what the arguments call it.
-        checkpoint: folder that the state is loaded from.
+        planned: hyper-parameters of each group as the arguments made them.
+        loaded: groups of the optimizer now, for a state that was loaded into it already, as DeepSpeed does. Else those
+            in the checkpoint are looked at: torch fills gaps in what it loads with defaults.
+        name: what the arguments call the optimizer.
+        checkpoint: folder that the state is in.
 
     Raises:
         CheckpointError: if the checkpoint's optimizer is another one or has other hyper-parameters.
@@ -79,21 +119,17 @@ def same_optimizer(optimizer: torch.optim.Optimizer, *, name: str, checkpoint: s
             f"{checkpoint} was trained with optim={manifest['method']['optim']}, the arguments say {name}: resume with "
             "the same, or start a new run from its weights."
         )
-    planned = hyperparameters(optimizer.param_groups)
-    saved: list[dict[str, Any]] = []
-    # Torch fills gaps in what it loads with defaults, so the state is looked at before that.
-    hook = optimizer.register_load_state_dict_pre_hook(
-        lambda _, state: saved.extend(hyperparameters(state["param_groups"]))
-    )
-    try:
-        yield
-    finally:
-        hook.remove()
-    check_same_hyperparameters(planned, saved, checkpoint=checkpoint)
+    saved = loaded if layout_of(checkpoint) is DEEPSPEED else read_groups(checkpoint)
+    check_same_hyperparameters(planned, hyperparameters(saved), checkpoint=checkpoint)
 
 
 def check_same_hyperparameters(planned: list[dict[str, Any]], saved: list[dict[str, Any]], *, checkpoint: str) -> None:
     """Raise `CheckpointError` if a group that was saved differs from the one that the arguments ask for."""
+    if len(planned) != len(saved):
+        raise CheckpointError(
+            f"{checkpoint} was trained with {len(saved)} groups of parameters, this optimizer has {len(planned)}: "
+            "resume with the optimizer it was trained with, or start a new run from its weights."
+        )
     for ours, theirs in zip(planned, saved, strict=True):
         if set(ours) != set(theirs):
             raise CheckpointError(

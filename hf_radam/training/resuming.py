@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -18,10 +20,11 @@ from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
 from hf_radam.checkpoints.extension import Extension, extend
 from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
-from hf_radam.training import resume_checks
+from hf_radam.training import moving, resume_checks
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
 
@@ -33,6 +36,8 @@ class ResumingMixin(PartsMixin):
 
     _extension: Extension | None = None
     _refused: bool = False
+    _planned: Sequence[dict[str, Any]] = ()
+    """Hyper-parameters of each group of the optimizer, as the arguments made them."""
 
     def train(
         self,
@@ -54,6 +59,8 @@ class ResumingMixin(PartsMixin):
             )
         if self._active:
             resume_from_checkpoint = self._chosen(resume_from_checkpoint)
+            if resume_from_checkpoint is not None:
+                self._check_backend(resume_from_checkpoint)
         try:
             return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
         except (CheckpointError, HorizonError):
@@ -136,19 +143,54 @@ class ResumingMixin(PartsMixin):
             raise outcome[1]
         return outcome[0]
 
+    def _check_backend(self, checkpoint: str) -> None:
+        processes = self.args.world_size
+        stage = self.accelerator.state.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        resume_checks.check_deepspeed(checkpoint, stage=stage, processes=processes)
+        if self.is_world_process_zero():
+            resume_checks.warn_of_move(checkpoint, processes=processes)
+
     # ---- What is loaded ----
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """Note what the arguments ask of the optimizer: upstream loads what was saved over it soon after.
+
+        DeepSpeed's state is loaded before `_load_optimizer_and_scheduler` is called.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if self._bare_optimizer is not None:
+            self._planned = resume_checks.hyperparameters(self._bare_optimizer.param_groups)
+        return scheduler
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Read the training weights as `from_pretrained` does: upstream silently skips keys that files spell otherwise.
 
-        Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23).
+        Remove when upstream's resume goes through its weight conversion (not so in transformers 5.23). It also refuses
+        weights in a layout that is not the one it would write now.
         """
-        bare = self._bare_model
-        ours = self._active and model is None
-        if ours and (isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare)):
+        bare, layout = self._bare_model, layout_of(resume_from_checkpoint)
+        if not self._active:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif (
+            self.is_fsdp_enabled and layout.fsdp_weights and Path(resume_from_checkpoint, layout.fsdp_weights).exists()
+        ):
+            with self._fsdp_as_in(layout):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+        elif self.is_fsdp_enabled:
+            moving.load_weights(bare, resume_from_checkpoint, agreed=self._agreed)
+        elif layout is FSDP_SHARDED:
+            moving.load_sharded_weights(bare, resume_from_checkpoint)
+        elif isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare) or layout is FSDP_FULL:
             model_folders.load_weights(bare, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    @contextmanager
+    def _fsdp_as_in(self, layout: Layout) -> Iterator[None]:
+        """Context in which upstream's FSDP reads a layout of its own, whichever of the two this run writes."""
+        plugin = self.accelerator.state.fsdp_plugin
+        with moving.state_dicts_as_written(plugin, layout, world_size=self.args.world_size):
+            yield
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both as upstream does, and refuse what it would let pass: see `hf_radam.training.resume_checks`."""
@@ -156,7 +198,18 @@ class ResumingMixin(PartsMixin):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.lr_scheduler is not None
-        with resume_checks.same_optimizer(self._bare_optimizer, name=self._optimizer_name, checkpoint=checkpoint):
+        bare, layout = self._bare_optimizer, layout_of(checkpoint)
+        resume_checks.check_same_optimizer(
+            [*self._planned], bare.param_groups, name=self._optimizer_name, checkpoint=checkpoint
+        )
+        if self.is_fsdp_enabled and layout in (FSDP_FULL, FSDP_SHARDED):
+            moving.allow_a_first_step(bare)
+            with self._fsdp_as_in(layout):
+                super()._load_optimizer_and_scheduler(checkpoint)
+        elif layout in (FSDP_FULL, FSDP_SHARDED) or self.is_fsdp_enabled:
+            moving.load_optimizer(bare, self._bare_model, checkpoint, agreed=self._agreed)
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
+        else:
             super()._load_optimizer_and_scheduler(checkpoint)
         if not isinstance(self.lr_scheduler, LambdaLR):
             return
@@ -211,7 +264,7 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        model_folders.load_weights(self._bare_model, evaluation_folder(best))
+        moving.load_weights(self._bare_model, evaluation_folder(best), agreed=self._agreed)
         if self._schedule_free is not None:
             self._schedule_free.forget_training_weights()
         self.average = None

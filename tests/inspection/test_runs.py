@@ -141,15 +141,6 @@ def test_save_only_model(tmp_path, capsys):
     assert f'load_evaluation_model("{tmp_path / "checkpoint-20"}") loads ewa/' in text
 
 
-def test_sharded_optimizers_are_not_called_damaged(made_by_stock, tmp_path, capsys):
-    checkpoint = Path(shutil.copytree(made_by_stock / "checkpoint-5", tmp_path / "checkpoint-5"))
-    (checkpoint / "optimizer.pt").unlink()
-    (checkpoint / "model.safetensors").unlink()
-    (checkpoint / "pytorch_model_fsdp_0").mkdir()
-    code, text = inspect(checkpoint, capsys)
-    assert code == 0 and "saved with DeepSpeed or FSDP (pytorch_model_fsdp_0)" in text
-
-
 def test_an_adapter_one_level_deeper(run, capsys):
     checkpoint = run("ewa") / "checkpoint-12"
     content = {k: v for k, v in read_manifest(checkpoint).items() if k not in ("files", "manifest_sha256")}
