@@ -78,7 +78,7 @@ def allow_a_first_step(optimizer: torch.optim.Optimizer) -> None:
 
 @torch.no_grad()
 def load_weights(model: nn.Module, folder: str | Path, *, agreed: Agreed) -> None:
-    """Copy the weights of a model or adapter folder, or of a checkpoint, into `model`, sharded or not.
+    """Copy the weights of a model folder, or of a checkpoint, into `model`, sharded or not.
 
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
@@ -89,10 +89,7 @@ def load_weights(model: nn.Module, folder: str | Path, *, agreed: Agreed) -> Non
     read: dict[str, Tensor] = {}
 
     def outline() -> dict[str, Facts]:
-        of_adapter = adapters.is_peft(model)
-        read.update(
-            adapters.read_adapter(model, folder) if of_adapter else model_folders.read_state_dict(model, folder)
-        )
+        read.update(model_folders.read_state_dict(model, folder))
         return {name: Facts(tensor.shape, tensor.dtype) for name, tensor in read.items()}
 
     reshard(model)
