@@ -1,0 +1,174 @@
+"""A run goes on in another layout: other back-ends, other numbers of processes, full and sharded state dicts.
+
+Oracles: the run that was never interrupted, in the layout that goes on; the files, read with torch's own functions; and
+the weights and the optimizer of the run that saved, kept at the update of the save. Bitwise where nothing is computed.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from processes import harness
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from transformers import TrainerCallback
+
+from hf_radam import RAdamTrainer
+
+SAVED, UPDATES = 6, 12
+ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
+METHODS = {
+    "wsd": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 4},
+    "ewa": {"optim": "radam", "ewa": True},
+    "schedule_free": {"optim": "radam_schedulefree"},
+}
+LAYOUTS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
+MOVES = [("one", "ddp"), ("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2_sharded")]
+MOVES += [("fsdp2_sharded", "one")]
+# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 updates long.
+TOLERANCE = 1e-6
+
+
+def model(method):
+    """Tied embeddings; with `ewa` a frozen parameter instead."""
+    made = tiny.llama(**ODD, tie_word_embeddings=method != "ewa")
+    if method == "ewa":
+        made.model.embed_tokens.requires_grad_(False)
+    return made
+
+
+def whole(tensor):
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
+
+
+class Notes(TrainerCallback):
+    """Keeps weights and optimizer, whole, as they are when training begins and at the update of the save."""
+
+    def __init__(self):
+        self.trainer, self.kept = None, {}
+
+    def note(self):
+        bare, optimizer = self.trainer._bare_model, self.trainer._bare_optimizer
+        names = {parameter: name for name, parameter in bare.named_parameters()}
+        values = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        state = {
+            names[parameter]: {key: whole(value) for key, value in kept.items()}
+            for parameter, kept in optimizer.state.items()
+        }
+        weights = {name: whole(parameter) for parameter, name in names.items()}
+        return {"weights": weights, "state": state, "groups": values}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.kept["begin"] = self.note()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == SAVED:
+            self.kept["saved"] = self.note()
+
+
+def train(folder, layout, method, resume=None, **overrides):
+    """Train in this process, or these; returns what was kept on the way, and the weights at the end."""
+    options = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": SAVED, "per_device_train_batch_size": 2}
+    options |= {"gradient_accumulation_steps": 2 if layout == "one" else 1}
+    arguments = tiny.arguments(folder, **options | METHODS[method] | harness.arguments(layout) | overrides)
+    notes = Notes()
+    notes.trainer = RAdamTrainer(model(method), arguments, train_dataset=tiny.TRAIN, callbacks=[notes])
+    notes.trainer.train(resume_from_checkpoint=resume and str(resume))
+    assert harness.is_really(notes.trainer, layout)
+    return notes.kept | {"end": notes.note()["weights"]}
+
+
+def uninterrupted(root, layout):
+    return {method: train(root / layout / method, layout, method) for method in METHODS}
+
+
+def resumed(root, layout, sources):
+    folder = root / f"{layout}_resumed"
+    return {
+        (source, method): train(folder / source, layout, method, root / source / method / f"checkpoint-{SAVED}")
+        for source in sources
+        for method in METHODS
+    }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Every run in every layout, by layout and source (None: not interrupted), on each process."""
+    root = tmp_path_factory.mktemp("moving")
+    found = {}
+    for layout in LAYOUTS:
+        found[layout, None] = harness.run(uninterrupted, root, layout, backend=layout)
+    for layout in LAYOUTS:
+        sources = [layout, *[source for source, target in MOVES if target == layout]]
+        each = harness.run(resumed, root, layout, sources, backend=layout)
+        for source in sources:
+            found[layout, source] = [{m: kept[source, m] for m in METHODS} for kept in each]
+    return root, found
+
+
+def in_files(checkpoint, method):
+    """The optimizer's state and groups by torch's own readers, the state by the parameters' names."""
+    if (checkpoint / "optimizer_0").is_dir():
+        with tempfile.TemporaryDirectory() as folder:
+            dcp_to_torch_save(checkpoint / "optimizer_0", f"{folder}/whole.pt")
+            saved = torch.load(f"{folder}/whole.pt", weights_only=False)["optimizer"]
+    elif (checkpoint / "optimizer.bin").is_file():
+        saved = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    else:
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        trained = [(name, p) for name, p in model(method).named_parameters() if p.requires_grad]
+        names = [name for name, p in trained if p.dim() > 1] + [name for name, p in trained if p.dim() == 1]
+        saved["state"] = {names[number]: kept for number, kept in saved["state"].items()}
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in saved["param_groups"]]
+    return saved["state"], groups
+
+
+def assert_same_state(one, other):
+    assert one.keys() == other.keys() and one
+    for name in one:
+        assert tiny.same(one[name], other[name]), name
+
+
+def plain(groups):
+    """Groups without the difference between a tuple and a list, which the formats do not keep."""
+    return [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in groups]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("source", "target"), [*MOVES, *((layout, layout) for layout in LAYOUTS)])
+def test_every_process_has_just_what_was_saved(runs, source, target, method):
+    root, found = runs
+    saved = found[source, None][0][method]["saved"]
+    state, groups = in_files(root / source / method / f"checkpoint-{SAVED}", method)
+    assert_same_state(state, saved["state"])
+    for kept in found[target, source]:
+        begun = kept[method]["begin"]
+        assert tiny.same(begun["weights"], saved["weights"])
+        assert_same_state(begun["state"], state)
+        assert plain(begun["groups"]) == plain(groups)
+        if method == "schedule_free":
+            assert [group["k"] for group in begun["groups"]] == [SAVED] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("source", "target"), MOVES)
+def test_a_run_that_moves_trains_as_if_it_had_always_been_there(runs, source, target, method):
+    _, found = runs
+    for kept, never_moved in zip(found[target, source], found[target, None], strict=True):
+        end, expected = kept[method]["end"], never_moved[method]["end"]
+        assert end.keys() == expected.keys()
+        worst = max(float((end[name] - expected[name]).abs().max()) for name in end)
+        moved = max(float((end[name] - kept[method]["begin"]["weights"][name]).abs().max()) for name in end)
+        assert worst <= TOLERANCE < moved / 1000, (worst, moved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_that_stays_is_the_same_bit_for_bit(runs, layout, method):
+    _, found = runs
+    for kept, never_stopped in zip(found[layout, layout], found[layout, None], strict=True):
+        assert tiny.same(kept[method]["end"], never_stopped[method]["end"])
