@@ -7,7 +7,6 @@ the weights and the optimizer of the run that saved, kept at the update of the s
 from __future__ import annotations
 
 import tempfile
-from pathlib import Path
 
 import pytest
 import tiny
