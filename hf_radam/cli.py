@@ -1,4 +1,4 @@
-"""The command `hf-radam`: `hf-radam inspect PATH` says what a checkpoint or a run holds and how to go on with it."""
+"""The command `hf-radam`: look into checkpoints and runs (`inspect`), put sharded weights together (`consolidate`)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,19 @@ def parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("path", metavar="PATH", help="a checkpoint, or the folder of a run")
     inspect.add_argument("--json", action="store_true", help="print the facts as JSON")
-    inspect.set_defaults(refuse=inspect.error)
+    inspect.set_defaults(refuse=inspect.error, run=_inspect)
+    consolidate = commands.add_parser(
+        "consolidate",
+        help="put sharded weights together, so that from_pretrained loads them",
+        description="Write the weights that evaluation uses, which a checkpoint holds in shards (FSDP2 with sharded "
+        "state dicts, ZeRO-3 that does not gather), whole into the same folder, file by file. Prints that folder. "
+        "Exit code 1 if the checkpoint is damaged or cannot be written to.",
+    )
+    consolidate.add_argument("path", metavar="CHECKPOINT", help="a checkpoint, checkpoint-N")
+    consolidate.add_argument(
+        "--trust_remote_code", action="store_true", help="run the code of a model that brings its own"
+    )
+    consolidate.set_defaults(refuse=consolidate.error, run=_consolidate)
     return top
 
 
@@ -35,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; those of the process when not given.
 
     Returns:
-        0; 1 if anything that was inspected is damaged. A wrong argument leaves the process with 2 (`SystemExit`).
+        0; 1 if anything is damaged. A wrong argument leaves the process with 2 (`SystemExit`).
     """
     arguments = parser().parse_args(argv)
     path = _shown(arguments.path)
     if not Path(path).is_dir():
         arguments.refuse(f"{arguments.path} is no folder: give a checkpoint, checkpoint-N, or the folder of a run.")
     try:
-        output, code = _inspect(path, as_json=arguments.json)
+        output, code = arguments.run(path, arguments)
     except OSError as error:
         arguments.refuse(f"{arguments.path} cannot be read: {error}")
         raise  # not reached: it ends the process
@@ -59,7 +71,21 @@ def _shown(path: str) -> str:
     return os.path.abspath(plain) if os.path.basename(plain) in ("", os.curdir, os.pardir) else plain
 
 
-def _inspect(path: str, *, as_json: bool) -> tuple[str | None, int]:
+def _consolidate(path: str, arguments: argparse.Namespace) -> tuple[str | None, int]:
+    """The output and the exit code, or None for a folder that is no checkpoint."""
+    from hf_radam.checkpoints.consolidation import consolidate
+    from hf_radam.checkpoints.loading import is_checkpoint
+
+    if not is_checkpoint(path):
+        return None, 2
+    try:
+        return f"{consolidate(path, trust_remote_code=arguments.trust_remote_code or None)}\n", 0
+    except (OSError, ValueError) as error:
+        print(f"hf-radam consolidate: {error}", file=sys.stderr)
+        return "", 1
+
+
+def _inspect(path: str, arguments: argparse.Namespace) -> tuple[str | None, int]:
     """The output and the exit code, or None for a folder that is neither a checkpoint nor a run."""
     # Here, so that `--help` need not load torch.
     from hf_radam.inspection.checkpoint import inspect_checkpoint
@@ -69,14 +95,14 @@ def _inspect(path: str, *, as_json: bool) -> tuple[str | None, int]:
 
     if looks_like_checkpoint(path):
         checkpoint = inspect_checkpoint(path)
-        if as_json:
+        if arguments.json:
             can = {name: dataclasses.asdict(use) for name, use in uses(checkpoint).items()}
             return _json({"kind": "checkpoint", **dataclasses.asdict(checkpoint), "uses": can}), int(checkpoint.bad)
         return _printable(checkpoint_report(checkpoint)), int(checkpoint.bad)
     if looks_like_run(path):
         run = inspect_run(path)
         code = int(bool(run.bad))
-        if as_json:
+        if arguments.json:
             return _json({"kind": "run", **dataclasses.asdict(run), "damaged": run.bad}), code
         return _printable(run_report(run)), code
     return None, 2

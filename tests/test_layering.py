@@ -44,13 +44,26 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.runs": (within("checkpoints", "storage manifest layouts integrity"), {"transformers"}),
     "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
     "checkpoints.weight_files": ({"sharding"}, ANY),
-    "checkpoints.sharded_weights": (within("checkpoints", "manifest"), {"torch"}),
-    "checkpoints.fsdp_weights": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
+    "checkpoints.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
+    "checkpoints.whole_models": (set(), {"torch", "transformers"}),
+    "checkpoints.model_class": (set(), {"torch", "transformers"}),
     "checkpoints.model_folders": (
-        {"random_state", "sharding"} | within("checkpoints", "manifest adapters weight_files sharded_weights"),
+        {"random_state", "sharding"}
+        | within("checkpoints", "manifest adapters layouts weight_files sharded_weights whole_models"),
         ANY,
     ),
-    "checkpoints.loading": (within("checkpoints", "manifest adapters layouts integrity runs"), ANY),
+    "checkpoints.weight_reading": (
+        {"sharding"} | within("checkpoints", "manifest dcp_folders layouts weight_files sharded_weights model_folders"),
+        ANY,
+    ),
+    "checkpoints.consolidation": (
+        within("checkpoints", "manifest storage integrity layouts model_class sharded_weights weight_files"),
+        ANY,
+    ),
+    "checkpoints.loading": (
+        within("checkpoints", "manifest adapters layouts integrity runs consolidation model_class"),
+        ANY,
+    ),
     "checkpoints.extension": (
         {"argument_checks", "names", "training_args", "describe"}
         | within("checkpoints", "storage manifest layouts integrity runs"),
@@ -67,7 +80,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.uses": (
-        {"describe"} | within("checkpoints", "manifest layouts runs loading") | within("inspection", "phases facts"),
+        {"describe"}
+        | within("checkpoints", "integrity manifest layouts runs loading")
+        | within("inspection", "phases facts"),
         {"transformers"},
     ),
     "inspection.run": (
@@ -76,7 +91,10 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
-    "cli": (within("inspection", "checkpoint uses run report"), set()),
+    "cli": (
+        within("inspection", "checkpoint uses run report") | within("checkpoints", "consolidation loading"),
+        set(),
+    ),
     "training.backends": ({"optim", "names", "batch_norm"} | within("checkpoints", "adapters"), ANY),
     "training.support": (
         {"optim", "names", "argument_checks"} | within("checkpoints", "adapters") | within("training", "backends"),
@@ -90,7 +108,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resume_checks": (
         {"averaging"}
-        | within("checkpoints", "manifest layouts optimizer_states adapters model_folders runs extension"),
+        | within(
+            "checkpoints", "weight_reading manifest layouts optimizer_states adapters model_folders runs extension"
+        ),
         ANY,
     ),
     "training.moving": (
@@ -106,9 +126,12 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.resuming": (
-        {"argument_checks", "averaging"}
-        | within("checkpoints", "storage manifest layouts integrity adapters runs model_folders loading extension")
-        | within("training", "evaluation resume_checks moving parts"),
+        {"sharding", "argument_checks", "averaging"}
+        | within(
+            "checkpoints",
+            "weight_reading storage manifest layouts integrity adapters runs model_folders loading extension",
+        )
+        | within("training", "backends evaluation resume_checks moving parts"),
         ANY,
     ),
     "training.search": (within("training", "evaluation support parts"), ANY),

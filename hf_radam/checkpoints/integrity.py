@@ -23,7 +23,13 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from hf_radam.checkpoints.layouts import DEEPSPEED_FOLDER, FSDP_WEIGHTS_FOLDER, damaged_parts, state_files
+from hf_radam.checkpoints.layouts import (
+    DEEPSPEED_FOLDER,
+    FSDP_WEIGHTS_FOLDER,
+    SHARDED_FOLDER,
+    damaged_parts,
+    state_files,
+)
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
 from hf_radam.checkpoints.storage import sha256
 
@@ -83,9 +89,22 @@ def check_whole(checkpoint: PathLike, *, only: str | None = None) -> None:
         raise CheckpointError(f"The checkpoint is damaged: {listed}.")
 
 
+def evaluation_folder(checkpoint: PathLike) -> Path:
+    """The model folder in a checkpoint that holds the weights that evaluation used.
+
+    Raises:
+        CheckpointError: if the files of that model, or the manifest that says which it is, are damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
+    check_whole(checkpoint, only=folder)
+    return Path(checkpoint) / folder
+
+
 def _belongs_to_model(name: str, folder: str) -> bool:
     path = Path(name)
-    return (
+    shards = [Path(folder, SHARDED_FOLDER), *([Path(FSDP_WEIGHTS_FOLDER)] if folder == "" else [])]
+    return path.parent in shards or (
         path.parent == Path(folder)
         and path.suffix in (".safetensors", ".bin", ".json")
         and (path.name not in (TRAINER_STATE_NAME, "training_args.bin"))

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import (
     ADAPTER_CONFIG_NAME,
     CONFIG_NAME,
-    SAFE_WEIGHTS_NAME,
 )
 
 from hf_radam.checkpoints.adapters import base_and_adapter
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, check_whole, damaged_form
+from hf_radam.checkpoints.consolidation import consolidated, is_sharded_alone
+from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, damaged_form, evaluation_folder
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
@@ -27,6 +26,7 @@ from hf_radam.checkpoints.manifest import (
     PathLike,
     read_manifest,
 )
+from hf_radam.checkpoints.model_class import class_of
 from hf_radam.checkpoints.runs import checkpoints, newest, recorded_step, step_of
 
 logger = logging.getLogger(__name__)
@@ -85,8 +85,10 @@ def later_than_model(run: PathLike) -> str | None:
 
 
 def holds_model(folder: PathLike) -> bool:
-    """Whether `folder` has a configuration and weights, of a model or of an adapter, at its root."""
+    """Whether `folder` has a configuration and weights, of a model (maybe sharded) or of an adapter, at its root."""
     path = Path(folder)
+    if (path / CONFIG_NAME).is_file() and is_sharded_alone(path):
+        return True
     kinds = ((CONFIG_NAME, WEIGHT_FILES), (ADAPTER_CONFIG_NAME, ADAPTER_FILES))
     return any((path / config).is_file() and any((path / f).is_file() for f in files) for config, files in kinds)
 
@@ -124,22 +126,23 @@ def newest_checkpoint(run: PathLike) -> Path:
     return place.path
 
 
-def evaluation_folder(checkpoint: PathLike) -> Path:
-    """The model folder in a checkpoint that holds the weights that evaluation used.
-
-    Raises:
-        CheckpointError: if the files of that model, or the manifest that says which it is, are damaged.
-    """
-    manifest = read_manifest(checkpoint)
-    folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
-    check_whole(checkpoint, only=folder)
-    return Path(checkpoint) / folder
-
-
 def _load_checkpoint(
     checkpoint: Path, model_class: type[PreTrainedModel] | None, kwargs: dict[str, Any]
 ) -> PreTrainedModel:
     folder = evaluation_folder(checkpoint)
+    if not is_sharded_alone(folder):
+        return _load_folder(checkpoint, folder, model_class, kwargs)
+    with consolidated(checkpoint, folder, model_class=model_class, **_only(kwargs, "trust_remote_code")) as whole:
+        return _load_folder(checkpoint, whole, model_class, kwargs)
+
+
+def _only(kwargs: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _load_folder(
+    checkpoint: Path, folder: Path, model_class: type[PreTrainedModel] | None, kwargs: dict[str, Any]
+) -> PreTrainedModel:
     manifest = read_manifest(checkpoint)
     if manifest is None or "dtype" in kwargs:
         return _from_pretrained(folder, model_class, kwargs)
@@ -162,20 +165,5 @@ def _from_pretrained(
     if (folder / ADAPTER_CONFIG_NAME).is_file():
         return base_and_adapter(folder, model_class=model_class, dtypes=None, **kwargs)
     if model_class is None:
-        model_class = _model_class(folder, kwargs)
+        model_class = class_of(folder, trust_remote_code=kwargs.get("trust_remote_code"))
     return model_class.from_pretrained(folder, **kwargs)
-
-
-def _model_class(folder: Path, kwargs: dict[str, Any]) -> Any:
-    """The class that the configuration names; for a model with code of its own, the Auto class that finds it."""
-    if not (folder / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load {SAFE_WEIGHTS_NAME} in it with "
-            "safetensors.torch.load_file."
-        )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=kwargs.get("trust_remote_code"))
-    names = [*(config.architectures or ()), *(n for n in getattr(config, "auto_map", {}) if n.startswith("AutoModel"))]
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
-    raise ValueError(f"{folder / CONFIG_NAME} names no model class that transformers has ({names}): pass model_class.")

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints.storage import Sealing, flush
+from hf_radam.checkpoints.storage import Sealing, flush, sha256
 
 MANIFEST_NAME = "hf_radam.json"
 FORMAT_VERSION = 2
@@ -86,11 +86,34 @@ def write_manifest(checkpoint: PathLike, content: Mapping[str, Any], *, sealing:
         name: {"size": size, "sha256": checksum}
         for name, (size, checksum) in (sealing or Sealing(path)).finish().items()
     }
-    manifest = {"format_version": FORMAT_VERSION, **content, "files": files, OWN_CHECKSUM: NO_CHECKSUM}
-    text = json.dumps(manifest, indent=2) + "\n"
-    (path / MANIFEST_NAME).write_text(text.replace(NO_CHECKSUM, _own_checksum(text)), encoding="utf-8")
-    flush(path / MANIFEST_NAME)
+    _write(path / MANIFEST_NAME, {"format_version": FORMAT_VERSION, **content, "files": files})
     flush(path)
+
+
+def add_files(checkpoint: PathLike, names: Iterable[str]) -> None:
+    """Take files that were written later into the manifest of a checkpoint, if it has one.
+
+    Args:
+        checkpoint: its folder.
+        names: their paths in it; they are on the disk.
+    """
+    path = Path(checkpoint)
+    manifest = read_manifest(path)
+    if manifest is None:
+        return
+    for name in names:
+        manifest["files"][name] = {"size": (path / name).stat().st_size, "sha256": sha256(path / name)}
+    aside = path / f".{MANIFEST_NAME}"
+    _write(aside, manifest)
+    aside.replace(path / MANIFEST_NAME)
+    flush(path)
+
+
+def _write(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Write a manifest with the checksum of its own, and have it on the disk."""
+    text = json.dumps({**manifest, OWN_CHECKSUM: NO_CHECKSUM}, indent=2) + "\n"
+    file.write_text(text.replace(NO_CHECKSUM, _own_checksum(text)), encoding="utf-8")
+    flush(file)
 
 
 def _own_checksum(text: str) -> str:

@@ -28,9 +28,11 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as hf_logging
 
 from hf_radam.checkpoints.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
+from hf_radam.checkpoints.layouts import SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
-from hf_radam.checkpoints.sharded_weights import SHARDED_FOLDER, Stretch, write_sharded
+from hf_radam.checkpoints.sharded_weights import Stretch, write_sharded
 from hf_radam.checkpoints.weight_files import Tensors, widened, write_weights, written_names
+from hf_radam.checkpoints.whole_models import unsharded_class, whole_models
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, Weights
 from hf_radam.sharding.base import rank
@@ -197,8 +199,8 @@ def _read_pretrained(model: PreTrainedModel, path: Path) -> tuple[dict[str, Tens
     options: dict[str, Any] = {"config": copy.deepcopy(model.config), "dtype": torch.float64 if wide else torch.float32}
     try:
         # Weights that are missing would be initialised, with random numbers of the running training.
-        with preserved_random_state(), _no_progress_bars():
-            result: Any = type(model).from_pretrained(path, output_loading_info=True, **options)
+        with preserved_random_state(), _no_progress_bars(), whole_models():
+            result: Any = unsharded_class(model).from_pretrained(path, output_loading_info=True, **options)
     except TypeError:
         # The class is not made from a configuration alone, so it is not one whose file keys differ either.
         return _read_files(model, path)

@@ -14,6 +14,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
@@ -30,9 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from hf_radam.checkpoints.dcp_folders import read_metadata
 from hf_radam.checkpoints.manifest import CheckpointError
 
-SHARDED_FOLDER = "sharded"
 SHAPES_NAME = "shapes.json"
 
 
@@ -144,24 +146,37 @@ def shapes_in(folder: Path) -> dict[str, torch.Size]:
         raise CheckpointError(f"{folder / SHAPES_NAME} cannot be read ({error!r}): the folder is damaged.") from error
 
 
-def read_sharded(folder: Path, into: Mapping[str, tuple[int, Tensor]]) -> None:
+class CachedReader(dcp.FileSystemReader):
+    """Reads a folder's metadata once, however often it is read from, and runs nothing that is in it."""
+
+    @cached_property
+    def contents(self) -> Metadata:
+        """The metadata."""
+        return read_metadata(self.path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata, for torch."""
+        return self.contents
+
+
+def read_sharded(folder: Path | CachedReader, into: Mapping[str, tuple[int, Tensor]]) -> None:
     """Fill this process's stretches; each process reads by itself.
 
     Args:
-        folder: a folder that `write_sharded` wrote.
+        folder: a folder that `write_sharded` wrote, or a reader of it.
         into: first element and a one-dimensional tensor to fill, by the tensors' names; empty ones may be left out.
 
     Raises:
         CheckpointError: if the folder cannot be read.
     """
     wanted: dict[str, Any] = {name: place for name, place in into.items() if place[1].numel()}
+    reader = folder if isinstance(folder, CachedReader) else CachedReader(folder)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # which is what no_dist asks for
-            reader = dcp.FileSystemReader(folder)
             dcp.load({}, storage_reader=reader, planner=_LoadPlanner(wanted), no_dist=True)
     except Exception as error:  # torch wraps what went wrong in one of several of its own
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+        raise CheckpointError(f"{reader.path} cannot be read: {error}") from error
 
 
 def _together() -> bool:

@@ -79,7 +79,7 @@ def written_names(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name in kept and name not in ignored}
 
 
-def plan(model: nn.Module, like: dict[str, Tensor], *, max_bytes: int = MAX_FILE_BYTES) -> list[WeightFile]:
+def plan(model: nn.Module | None, like: dict[str, Tensor], *, max_bytes: int = MAX_FILE_BYTES) -> list[WeightFile]:
     """Which tensors go into which file, in the order in which they are brought."""
     files = [WeightFile()]
     for unit, written in _units(model, like):
@@ -92,17 +92,17 @@ def plan(model: nn.Module, like: dict[str, Tensor], *, max_bytes: int = MAX_FILE
     return files
 
 
-def _units(model: nn.Module, like: dict[str, Tensor]) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
+def _units(model: nn.Module | None, like: dict[str, Tensor]) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
     """Names that must be brought together, and the tensors of the file that they become.
 
     Some classes keep tensors in another form in their files (the experts of a Mixtral, one by one). What belongs
     together there lies in one layer; a class of which that is not true is brought all at once.
     """
-    converted = _as_in_files(model, like)
-    if converted.keys() == like.keys():
+    if files_have_its_keys(model):
         for name, tensor in like.items():
             yield [name], {name: tensor}
         return
+    converted = _as_in_files(model, like)
     layers: dict[str, list[str]] = {}
     for name in like:
         numbered = re.match(r"(.*?\.\d+)\.", name)
@@ -116,18 +116,24 @@ def _units(model: nn.Module, like: dict[str, Tensor]) -> Iterator[tuple[list[str
     yield list(like), converted
 
 
-def _as_in_files(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def files_have_its_keys(model: nn.Module | None) -> bool:
+    """Whether the tensors in the files of such a model are those of its state dict, under the same names."""
+    nothing: dict[str, Tensor] = {}
+    return not isinstance(model, PreTrainedModel) or revert_weight_conversion(model, nothing) is nothing
+
+
+def _as_in_files(model: nn.Module | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return revert_weight_conversion(model, dict(state)) if isinstance(model, PreTrainedModel) else state
 
 
 def write_weights(
-    folder: Path, model: nn.Module, tensors: Tensors, *, writes: bool, max_bytes: int = MAX_FILE_BYTES
+    folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool, max_bytes: int = MAX_FILE_BYTES
 ) -> None:
     """Write the weights of `model` into a folder, as `from_pretrained` reads them. Every process must call it.
 
     Args:
         folder: where to; it must be there.
-        model: whose class says what the files look like.
+        model: whose class says what the files look like; None for one that is not upstream's.
         tensors: what to write, and how to get at it.
         writes: whether this process does.
         max_bytes: limit of a file's size.
@@ -158,7 +164,7 @@ def write_weights(
         _write_index(folder, tensors, files, names)
 
 
-def _ready(model: nn.Module, brought: dict[str, Tensor], tensors: Tensors) -> dict[str, Tensor]:
+def _ready(model: nn.Module | None, brought: dict[str, Tensor], tensors: Tensors) -> dict[str, Tensor]:
     """The file's tensors, in memory of their own size: a live parameter is written from where it is."""
     cast = {key: value.detach().to(tensors.like[key].dtype) for key, value in brought.items()}
     return {key: value.cpu().contiguous() for key, value in _as_in_files(model, cast).items()}

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from hf_radam.checkpoints.integrity import evaluation_folder
 from hf_radam.checkpoints.layouts import DEEPSPEED, has_optimizer, layout_of, missing_state
-from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import checkpoints, run_of
 from hf_radam.describe import decay_at

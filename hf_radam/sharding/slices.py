@@ -14,25 +14,22 @@ def stretch(numel: int, index: int, ranks: int) -> tuple[int, int]:
     return first, min(share, numel - first)
 
 
-def in_memory_order(value: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The tensor with its dimensions in the order in which they lie in memory, and that order."""
-    strides = value.stride()
-    order = tuple(sorted(range(value.dim()), key=lambda dim: -strides[dim]))
-    return value.permute(order), order
-
-
 class SlicedSharding(Sharding):
-    """The same parameters on every rank, each rank having its share of each."""
+    """The same parameters on every rank, each rank having its share of each.
+
+    A parameter whose elements do not lie in their order in memory is not cut: every rank has all of it.
+    """
+
+    def _stretch(self, name: str) -> tuple[int, int]:
+        parameter = self.parameters[name]
+        if not parameter.is_contiguous():
+            return 0, parameter.numel()
+        return stretch(parameter.numel(), rank(), world_size())
 
     def live(self, name: str) -> Tensor:
-        """This rank's stretch of the flattened tensor: a view of it.
-
-        Raises:
-            RuntimeError: if the parameter's elements do not fill a stretch of memory.
-        """
-        parameter = self.parameters[name].detach()
-        first, length = stretch(parameter.numel(), rank(), world_size())
-        return in_memory_order(parameter)[0].view(-1)[first : first + length]
+        """This rank's stretch of the flattened tensor: a view of it."""
+        whole, (first, length) = self.held(name), self._stretch(name)
+        return whole.view(-1)[first : first + length] if whole.is_contiguous() else whole
 
     def held(self, name: str) -> Tensor:
         """The whole parameter."""
@@ -41,24 +38,11 @@ class SlicedSharding(Sharding):
 
     def start(self, name: str) -> int:
         """First element of this rank's share."""
-        return stretch(self.parameters[name].numel(), rank(), world_size())[0]
+        return self._stretch(name)[0]
 
     def held_start(self, name: str) -> int:
         """Zero: it is whole."""
         return 0
 
-    def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
-        whole = super()._assemble(name, piece, live=live, everywhere=everywhere)
-        if whole is None or not live:
-            return whole
-        # The shares follow the order in which the elements lie in memory.
-        reordered, order = in_memory_order(self.parameters[name].detach())
-        return whole.view(reordered.shape).permute([order.index(dim) for dim in range(len(order))])
-
-    def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's share, taken in the order in which the parameter lies in memory."""
-        _, order = in_memory_order(self.parameters[name].detach())
-        return super().cut(name, whole.permute(order).contiguous())
-
     def _write(self, name: str, piece: Tensor) -> None:
-        self.parameters[name].copy_(self.gather(name, piece))
+        self.held(name).copy_(self.gather(name, piece))

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_radam.checkpoints import model_folders, optimizer_states
-from hf_radam.checkpoints.fsdp_weights import read_sharded_weights
+from hf_radam.checkpoints import optimizer_states
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, Layout
 from hf_radam.checkpoints.manifest import CheckpointError
 
@@ -74,51 +71,6 @@ def allow_a_first_step(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if "train_mode" in group:
             group["train_mode"] = True
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: str | Path, *, agreed: Agreed) -> None:
-    """Copy the weights of a model folder, or of a checkpoint, into `model`, sharded or not.
-
-    Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
-    """
-    if not is_sharded(model):
-        model_folders.load_weights(model, folder)
-        return
-    read: dict[str, Tensor] = {}
-
-    def outline() -> dict[str, Facts]:
-        read.update(model_folders.read_state_dict(model, folder))
-        return {name: Facts(tensor.shape, tensor.dtype) for name, tensor in read.items()}
-
-    reshard(model)
-    known = agreed(outline)
-    seen: set[int] = set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if name in known and id(value) not in seen:
-            value.copy_(_shard(read.pop(name, None), known[name], value))
-            seen.add(id(value))
-
-
-def load_sharded_weights(model: nn.Module, checkpoint: str) -> None:
-    """Copy weights that FSDP2 wrote in shards into a model that has its tensors whole; every process reads them.
-
-    Raises:
-        CheckpointError: if the checkpoint does not hold exactly the weights of such a model; nothing is changed then.
-    """
-    state = read_sharded_weights(model, checkpoint)
-    with torch.no_grad():
-        for name, value in model.state_dict(keep_vars=True).items():
-            if name in state:
-                value.copy_(state[name])
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of whole parameters that FSDP2 keeps after an evaluation: it would go on with those."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: str, *, agreed: Agreed) -> None:

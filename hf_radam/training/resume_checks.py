@@ -18,13 +18,14 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints.adapters import evaluation_subfolder
+from hf_radam.checkpoints.adapters import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.extension import right_command
 from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stage
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.model_folders import read_parameters
 from hf_radam.checkpoints.optimizer_states import read_groups
 from hf_radam.checkpoints.runs import check_resumable
+from hf_radam.checkpoints.weight_reading import read_pieces
 
 logger = logging.get_logger(__name__)
 
@@ -218,6 +219,12 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
     if changed:
         logger.warning(f"{checkpoint}: the average goes on with another window (old, new): {changed}.")
     folder = Path(checkpoint, evaluation_subfolder(EWA_FOLDER, model))
-    averages = read_parameters(model, folder) if kept["num_averaged"] else {}
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    average.load_state_dict(kept | {"averages": {n: t for n, t in averages.items() if n in trained}})
+    average.load_state_dict(kept | {"averages": _averages(average, model, folder) if kept["num_averaged"] else {}})
+
+
+def _averages(average: WeightAverage, model: nn.Module, folder: Path) -> dict[str, Tensor]:
+    """What this process averages, out of a model or adapter folder."""
+    if not is_peft(model):
+        return read_pieces(folder, model, average.sharding)
+    trained = set(average.sharding.trained)
+    return {name: value for name, value in read_parameters(model, folder).items() if name in trained}

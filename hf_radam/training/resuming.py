@@ -19,12 +19,14 @@ from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
 from hf_radam.checkpoints.extension import Extension, extend
-from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.integrity import damage, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
-from hf_radam.checkpoints.loading import evaluation_folder
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
+from hf_radam.checkpoints.weight_reading import load_parts
+from hf_radam.sharding import find_sharding
 from hf_radam.training import moving, resume_checks
+from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
 
@@ -176,10 +178,8 @@ class ResumingMixin(PartsMixin):
         ):
             with self._fsdp_as_in(layout):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
-        elif self.is_fsdp_enabled:
-            moving.load_weights(bare, resume_from_checkpoint, agreed=self._agreed)
-        elif layout is FSDP_SHARDED:
-            moving.load_sharded_weights(bare, resume_from_checkpoint)
+        elif self.is_fsdp_enabled or layout is FSDP_SHARDED:
+            load_parts(Path(resume_from_checkpoint), bare, find_sharding(bare, device=self.args.device))
         elif isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare) or layout is FSDP_FULL:
             model_folders.load_weights(bare, resume_from_checkpoint)
         else:
@@ -264,9 +264,12 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        moving.load_weights(self._bare_model, evaluation_folder(best), agreed=self._agreed)
+        if is_sharded(self):
+            load_parts(evaluation_folder(best), self._bare_model, self._evaluation.sharding)
+        else:
+            model_folders.load_weights(self._bare_model, evaluation_folder(best))
         if self._schedule_free is not None:
             self._schedule_free.forget_training_weights()
         self.average = None
-        self._evaluation = EvaluationWeights(self._bare_model)
+        self._evaluation = EvaluationWeights(self._bare_model, sharding=self._evaluation.sharding)
         self._best_model_loaded = True

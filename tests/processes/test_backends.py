@@ -1,0 +1,142 @@
+"""The table "method x back-end": trained, evaluated, saved, shipped, resumed and extended in two real processes.
+
+Oracles: the run of one process with as many sequences in each update; plain `from_pretrained` on what was written, with
+a loss that no trainer computed; the run that was never interrupted, and the one that was planned longer, bit for bit.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import tiny
+import torch
+from processes import harness
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_radam import load_evaluation_model
+from hf_radam.checkpoints.manifest import read_manifest
+
+UPDATES, LONGER = 12, 16
+METHODS = {name: tiny.METHODS[name] for name in ("wsd", "ewa", "schedule_free")}
+METHODS["wsd_s"] = {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [6], "decay_steps": 2}
+BACKENDS = [name for name in harness.BACKENDS if name != "one"]
+ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
+# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 updates long.
+TOLERANCE = 2e-6
+BESIDE = {"ewa": "ewa", "schedule_free": "schedule_free"}
+
+
+def model(method):
+    """Odd sizes everywhere; tied embeddings or a frozen parameter besides."""
+    made = tiny.llama(**ODD, tie_word_embeddings=method == "schedule_free")
+    if method == "ewa":
+        made.model.layers[0].mlp.up_proj.requires_grad_(False)
+    return made
+
+
+def options(backend, method):
+    accumulation = {"gradient_accumulation_steps": 2} if backend == "one" else {}
+    when = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 4}
+    size = {"max_steps": UPDATES, "per_device_train_batch_size": 2, "dataloader_pin_memory": False}
+    return when | size | accumulation | METHODS[method] | harness.arguments(backend)
+
+
+def whole_weights(trainer):
+    """Every parameter as the forward pass has it, whole, on every rank."""
+    sharding = trainer._evaluation.sharding
+    return {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+
+
+def train_one(folder, backend, method):
+    """Train, evaluate, ship, resume and extend; what one process saw of it."""
+    made = partial(tiny.trainer, **options(backend, method))
+    trainer = made(folder / "run", model(method))
+    trainer.train()
+    assert harness.is_really(trainer, backend)
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    weights = whole_weights(trainer)
+    average = trainer.average
+    pieces = average.state_dict()["averages"].values() if average else ()
+    facts = {
+        "losses": {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry},
+        "loss": loss,
+        "weights": weights,
+        "average": average.averaged_state_dict() if average else None,
+        "bytes": sum(piece.numel() * piece.element_size() for piece in pieces),
+    }
+    resumed = made(folder / "resumed", model(method))
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-8"))
+    facts["resumed is the same"] = tiny.same(weights, whole_weights(resumed))
+    facts["resumed loss"] = resumed.evaluate()["eval_loss"]
+    if average:
+        facts["resumed average is the same"] = tiny.same(facts["average"], resumed.average.averaged_state_dict())
+    decays = METHODS[method].get("lr_scheduler_type") in ("wsd", "wsd_s")
+    where = {"extend_from": str(folder / "run")} if decays else {}
+    longer = made(folder / ("longer" if decays else "resumed"), model(method), max_steps=LONGER, **where)
+    longer.train(resume_from_checkpoint=None if decays else True)
+    planned = {"budgets": [6, 12]} if method == "wsd_s" else {}
+    twin = made(folder / "planned", model(method), max_steps=LONGER, **planned)
+    twin.train()
+    facts["longer is the planned"] = tiny.same(whole_weights(longer), whole_weights(twin))
+    return facts
+
+
+def train_all(folder, backend):
+    return {method: train_one(folder / method, backend, method) for method in METHODS}
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The oracle: one process."""
+    return harness.run(train_all, tmp_path_factory.mktemp("one"), "one", backend="one")[0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_method(tmp_path, one, backend):
+    if harness.missing(backend):
+        pytest.skip(harness.missing(backend))
+    ranks = harness.run(train_all, tmp_path, backend, backend=backend, timeout=240)
+    for method in METHODS:
+        check(tmp_path / method, method, backend, [facts[method] for facts in ranks], one[method])
+
+
+def check(folder, method, backend, ranks, one):
+    for facts in ranks:
+        assert facts["losses"] == pytest.approx(one["losses"], abs=TOLERANCE), method
+        for name, value in one["weights"].items():
+            torch.testing.assert_close(facts["weights"][name], value, rtol=0, atol=TOLERANCE, msg=f"{method} {name}")
+        assert tiny.same(facts["weights"], ranks[0]["weights"])
+        assert facts["resumed is the same"] and facts["resumed loss"] == facts["loss"], method
+        assert facts["longer is the planned"], method
+        if method == "ewa":
+            assert facts["resumed average is the same"]
+            for name, value in one["average"].items():
+                torch.testing.assert_close(facts["average"][name], value, rtol=0, atol=TOLERANCE)
+    if method == "ewa":
+        check_shares(backend, ranks, one)
+    loss, checkpoint = ranks[0]["loss"], folder / "run" / "checkpoint-12"
+    files = read_manifest(checkpoint)["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "scheduler.pt", "trainer_state.json"} <= set(files)
+    shards = [name for name in files if name.endswith(".distcp") or "zero_pp_rank" in name]
+    assert not shards or {name for name in shards if "_0" in name} != set(shards), "every rank's files"
+    # The mean over 16 sequences one by one, or over batches of 8: float32 sums in another order.
+    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(folder / "run")) == pytest.approx(loss, abs=1e-6)
+    if method in BESIDE:
+        beside = checkpoint / BESIDE[method]
+        assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(beside)) == pytest.approx(loss, abs=1e-6)
+    if method == "ewa":
+        average = load_file(checkpoint / "ewa" / "model.safetensors")
+        assert tiny.same(average, {name: ranks[0]["average"][name] for name in average})
+
+
+def check_shares(backend, ranks, one):
+    """4 bytes for each parameter that trains, once over all ranks, and evenly."""
+    trained = sum(v.numel() for n, v in one["average"].items() if n != "model.layers.0.mlp.up_proj.weight")
+    bytes_of = [facts["bytes"] for facts in ranks]
+    assert one["bytes"] == 4 * trained == sum(bytes_of)
+    # Of an odd number of rows the first rank has one more.
+    assert max(bytes_of) - min(bytes_of) < 4 * 45 * 12
