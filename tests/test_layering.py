@@ -134,6 +134,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("training", "backends evaluation resume_checks moving parts"),
         ANY,
     ),
+    "training.agreement": (set(), ANY),
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
