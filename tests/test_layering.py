@@ -117,6 +117,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         within("checkpoints", "manifest layouts optimizer_states fsdp_weights model_folders"),
         {"torch"},
     ),
+    "training.agreement": (set(), ANY),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.saving": (
@@ -131,10 +132,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
             "checkpoints",
             "weight_reading storage manifest layouts integrity adapters runs model_folders loading extension",
         )
-        | within("training", "backends evaluation resume_checks moving parts"),
+        | within("training", "agreement backends evaluation resume_checks moving parts"),
         ANY,
     ),
-    "training.agreement": (set(), ANY),
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}

@@ -36,18 +36,19 @@ MOST_NAMED = 10
 """Differences that the error names; a model of another shape has hundreds."""
 
 
-def check_agreement(trainer: Any) -> None:
+def check_agreement(trainer: Any, **further: Any) -> None:
     """Raise on every process if they are not about to do the same; all of them must call this.
 
     Args:
-        trainer: any `Trainer`, made and not yet training.
+        trainer: any `Trainer` that is about to train.
+        **further: more that must be the same, by name.
 
     Raises:
         ValueError: naming what differs (arguments, functions, the model's parameters, lengths of the data, versions),
             with its values and the ranks that have them. It is the same error on every rank.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        check_same(described(trainer))
+        check_same(described(trainer) | dict(_flat("", further)))
 
 
 def check_same(facts: Mapping[str, str]) -> None:

@@ -26,6 +26,7 @@ from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newe
 from hf_radam.checkpoints.weight_reading import load_parts
 from hf_radam.sharding import find_sharding
 from hf_radam.training import moving, resume_checks
+from hf_radam.training.agreement import check_agreement
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
@@ -52,8 +53,11 @@ class ResumingMixin(PartsMixin):
         At the end, however it comes, let go of what `auto_find_batch_size` kept.
 
         Raises:
+            ValueError: on every process, if they were started with different flags, models or data.
             CheckpointError: if the checkpoint named is damaged, or there is none to go on from.
         """
+        # Before anything else: a process on which our methods are off would not look for a checkpoint with the others.
+        check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
         self._extension = None
         if self._refused and self.model_init is None:
             raise RuntimeError(

@@ -150,6 +150,31 @@ def test_sharded_parameters_have_their_whole_shape(tmp_path, backend):
     assert harness.run(shapes_after_training, tmp_path, backend, backend=backend) == [whole, whole]
 
 
+def told_by_training(folder, by_rank):
+    """What `train()` of our trainer raises here."""
+    options = {"ddp_find_unused_parameters": False} | by_rank[int(os.environ["RANK"])]
+    resume = options.pop("resume", None)
+    model = tiny.llama(**options.pop("model", {}))
+    with pytest.raises(ValueError) as caught:
+        tiny.trainer(folder, model, **options).train(resume_from_checkpoint=resume)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "said"),
+    [
+        ({"ewa": True}, {}, "ewa: True on rank 0, False on rank 1"),
+        ({"optim": "radam"}, {"optim": "radam_schedulefree"}, "optim: radam on rank 0, radam_schedulefree on rank 1"),
+        ({"ewa": True}, {"ewa": True, "resume": True}, "resume_from_checkpoint: None on rank 0, True on rank 1"),
+        ({"ewa": True, "model": {"vocab_size": 70}}, {"ewa": True}, "lm_head.weight: (70, 32) float32 on rank 0"),
+    ],
+    ids=["a method on one", "optim", "resuming", "model"],
+)
+def test_training_does_not_begin(tmp_path, here, there, said):
+    each = harness.run(told_by_training, tmp_path, [here, there], timeout=40)
+    assert each[0] == each[1] and said in each[0]
+
+
 def test_one_process_agrees_with_itself(tmp_path):
     check_agreement(trainer_for(tmp_path))
 
