@@ -1,0 +1,118 @@
+"""Trainings of several processes, one of which may die: at an update, or before a chosen operation on files."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attempts
+import crash_points
+import tiny
+import torch.distributed as dist
+from processes import harness
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from hf_radam import RAdamTrainer
+from hf_radam.checkpoints.runs import checkpoints
+
+SCENARIOS = {
+    # keeps _pre_decay/checkpoint-4
+    "wsd+ewa": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 2, "ewa": True, "ewa_every": 2},
+    "schedule_free+ewa": tiny.METHODS["schedule_free_ewa"] | {"gradient_accumulation_steps": 2},
+}
+COMMON = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+
+
+class Begins(TrainerCallback):
+    """Notes the update that training goes on from."""
+
+    at: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After the checkpoint was loaded."""
+        self.at = state.global_step
+
+
+class Dies(TrainerCallback):
+    """Ends one process with a signal that it cannot catch.
+
+    Args:
+        rank: which one.
+        update: after which update.
+        where: ``"in training"`` at once; ``"limit 5000"`` in the middle of the next file that grows beyond so many
+            bytes; ``"before open model.safetensors"`` before the next operation on files of which an audit event of the
+            interpreter tells with these words in its name and path.
+    """
+
+    def __init__(self, rank: int, update: int, where: str):
+        self.rank, self.update, self.where = rank, update, where
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The save comes after this."""
+        if state.global_step != self.update or args.process_index != self.rank:
+            return
+        if self.where == "in training":
+            kill_myself()
+        if self.where.startswith("limit"):
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.where.split()[1]), resource.RLIM_INFINITY))
+            return
+        _, event, path = self.where.split()
+
+        def hook(happens: str, arguments: tuple[Any, ...]) -> None:
+            if happens == event and any(path in str(argument) for argument in arguments[:2]):
+                if event != "open" or (isinstance(arguments[2], int) and arguments[2] & crash_points.WRITING):
+                    kill_myself()
+
+        sys.addaudithook(hook)
+
+
+def kill_myself() -> None:
+    """As the kernel does where memory runs out."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def make_trainer(run: Path, backend: str, options: dict[str, Any]) -> RAdamTrainer:
+    """The trainer of one process of a run."""
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+    return tiny.trainer(run, **COMMON | sizes | options | harness.arguments(backend))
+
+
+def train(run: Path, backend: str, options: dict[str, Any], dies: tuple[int, int, str] | None = None) -> dict:
+    """Train to the end, from the newest checkpoint if there is one; returns what this rank ended with."""
+    trainer, begins = make_trainer(run, backend, options), Begins()
+    trainer.add_callback(begins)
+    if dies is not None:
+        trainer.add_callback(Dies(*dies))
+    trainer.train(resume_from_checkpoint=bool(checkpoints(run)) or None)
+    assert harness.is_really(trainer, backend)
+    dist.barrier()
+    return {"began at": begins.at} | on_this_rank(attempts.outcome(trainer))
+
+
+def on_this_rank(value: Any) -> Any:
+    """The same with this rank's part of every sharded tensor."""
+    if isinstance(value, DTensor):
+        return value.to_local().clone()
+    if isinstance(value, dict):
+        return {key: on_this_rank(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_this_rank(inner) for inner in value)
+    return value
+
+
+def train_into_fault(
+    run: Path, backend: str, options: dict[str, Any], fault: Callable[[], TrainerCallback], rank: int
+) -> None:
+    """Train with a fault in one of the processes."""
+    trainer = make_trainer(run, backend, options)
+    if trainer.args.process_index == rank:
+        trainer.add_callback(fault())
+    trainer.train()
