@@ -94,6 +94,37 @@ def check_data(state: TrainerState, train_dataloader: Any, *, checkpoint: str) -
         )
 
 
+def epochs_after(updates: int, *, batches_per_epoch: int, accumulation: int) -> float:
+    """How many rounds through the data `updates` updates are: the place from which upstream goes on.
+
+    Args:
+        updates: updates done.
+        batches_per_epoch: batches of one process in a round.
+        accumulation: batches of one process in an update; the last update of a round may have fewer.
+    """
+    updates_per_epoch = math.ceil(batches_per_epoch / accumulation)
+    whole, rest = divmod(updates, updates_per_epoch)
+    return whole + rest * accumulation / batches_per_epoch
+
+
+def warn_of_other_place(state: TrainerState, train_dataloader: Any, *, accumulation: int, checkpoint: str) -> None:
+    """Say so where the same number of updates is another place in the data: an update has more or fewer samples now.
+
+    One update more or less may come from the last batch of a round, which processes fill up.
+    """
+    if not has_length(train_dataloader) or not state.epoch:
+        return
+    batches = len(train_dataloader)
+    now = epochs_after(state.global_step, batches_per_epoch=batches, accumulation=accumulation)
+    if abs(now - state.epoch) > accumulation / batches:
+        logger.warning(
+            f"{checkpoint} has gone {state.epoch:.4g} times through the data, but {state.global_step} updates of these "
+            f"arguments are {now:.4g} times, and that is where training goes on: some samples are left out, or come "
+            "again. For the same place keep per_device_train_batch_size * gradient_accumulation_steps * processes as "
+            "it was."
+        )
+
+
 def hyperparameters(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The numbers of every parameter group that stay the same over a run."""
     return [{k: v for k, v in group.items() if k not in NOT_COMPARED} for group in param_groups]

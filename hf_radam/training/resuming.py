@@ -228,6 +228,11 @@ class ResumingMixin(PartsMixin):
         """Check the place in the data, restore the average, and keep the checkpoint if it is one that is pinned."""
         if not self.args.ignore_data_skip and self.state.global_step < self.state.max_steps:
             resume_checks.check_data(self.state, train_dataloader, checkpoint=checkpoint)
+            if self.is_world_process_zero():
+                accumulation = self.args.gradient_accumulation_steps
+                resume_checks.warn_of_other_place(
+                    self.state, train_dataloader, accumulation=accumulation, checkpoint=checkpoint
+                )
         if average is None:
             resume_checks.warn_of_dropped_average(checkpoint)
         else:

@@ -1,0 +1,53 @@
+"""A run that goes on with larger or smaller updates is told that it goes on at another place in the data.
+
+Oracle: the samples that were used, as the data itself counts them.
+"""
+
+import logging
+
+import pytest
+import tiny
+
+from hf_radam.training.resume_checks import epochs_after
+
+
+class Counted(list):
+    """Data that keeps the order in which it is asked."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return super().__getitem__(index)
+
+
+def train(folder, resume=None, **options):
+    """Train; returns the samples in the order in which they were asked for."""
+    trainer = tiny.trainer(folder, optim="radam", max_steps=12, **options)
+    trainer.train_dataset = Counted(tiny.TRAIN)
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.train_dataset.asked
+
+
+@pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4), (2, 1), (4, 2)])
+def test_the_place_in_the_data(tmp_path, caplog, batch, accumulation):
+    order = train(tmp_path, save_strategy="steps", save_steps=6)
+    with caplog.at_level(logging.WARNING):
+        went_on = train(
+            tmp_path / "new",
+            str(tmp_path / "checkpoint-6"),
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+        )
+    same = went_on[:4] == order[6 * 4 : 7 * 4]
+    assert same == (batch * accumulation == 4)
+    told = "has gone 0.375 times through the data, but 6 updates of these" in caplog.text
+    assert told != same
+
+
+def test_rounds_through_the_data():
+    assert epochs_after(5, batches_per_epoch=10, accumulation=1) == 0.5
+    assert epochs_after(5, batches_per_epoch=9, accumulation=2) == 1.0  # the fifth update has one batch
+    assert epochs_after(7, batches_per_epoch=9, accumulation=2) == 1 + 4 / 9
