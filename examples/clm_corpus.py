@@ -13,8 +13,8 @@ from pathlib import Path
 
 import datasets
 import tokenizers
+from datasets.utils import tqdm  # silent where disable_progress_bars() was called
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from typing import Any
 
 from datasets import Dataset, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetsError
-from tqdm.auto import tqdm
+from datasets.utils import tqdm  # silent where disable_progress_bars() was called
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from clm_arguments import DATA_SUFFIXES, DataArguments, ModelArguments

@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any, NoReturn, get_args, get_type_hints
 
@@ -18,6 +19,7 @@ import yaml
 from transformers import HfArgumentParser
 
 YAML_SUFFIXES = (".yaml", ".yml")
+SPEAK_AFTER = 10  # seconds; launchers look after their processes several times a second
 
 
 class InputError(ValueError):
@@ -29,10 +31,21 @@ def one_sentence(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def leave(message: str) -> NoReturn:
+    """Print one sentence the way a command line tool does and leave with exit code 2.
+
+    Of the processes that a launcher started on one machine only the first speaks at once. When it leaves, the launcher
+    ends the others, so that the same sentence is not told once by each; what went wrong elsewhere only is told later.
+    """
+    if int(os.environ.get("LOCAL_RANK", "0")) > 0:
+        time.sleep(SPEAK_AFTER)
+    print(f"{os.path.basename(sys.argv[0])}: error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
 def fail(error: BaseException) -> NoReturn:
-    """Print an error the way a command line tool does and leave with exit code 2."""
-    print(f"{os.path.basename(sys.argv[0])}: error: {one_sentence(error)}", file=sys.stderr)
-    raise SystemExit(2) from error
+    """Leave with the message of an error."""
+    leave(one_sentence(error))
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:
@@ -57,7 +70,7 @@ class YamlArgumentParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print one sentence (upstream prints the usage of some 150 flags first) and leave with exit code 2."""
-        self.exit(2, f"{self.prog}: error: {self._source}{' '.join(message.split())}\n")
+        leave(f"{self._source}{' '.join(message.split())}")
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Return one instance of each dataclass, from `[FILE.yaml] [--flag value ...]`.

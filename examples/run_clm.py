@@ -30,6 +30,7 @@ from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import checkpoints, run_of
+from hf_radam.training.launched import check_backend
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def set_up_logging(training_args: RAdamTrainingArguments) -> None:
         logging.getLogger(name).setLevel(level)
     datasets.utils.logging.set_verbosity(training_args.get_process_log_level())
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    if training_args.disable_tqdm or not training_args.should_log:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
     logger.info(
         "device %s, %d process(es), optimizer %s, schedule %s",
         training_args.device,
@@ -115,16 +119,38 @@ def build_trainer(ready: Prepared, training_args: RAdamTrainingArguments) -> RAd
 
 
 def check_processes(training_args: RAdamTrainingArguments) -> None:
-    """Refuse several processes that do not know of each other: each would train alone and write the same files.
+    """Refuse processes that would not train as the launch file says.
 
-    Upstream joins processes on CPUs only where `use_cpu` is set.
+    Upstream joins processes on CPUs only where `use_cpu` is set; without it each would train alone and write the same
+    files.
 
     Raises:
-        InputError: the launcher started more processes than training will use.
+        InputError: FSDP or DeepSpeed without GPUs, or more processes launched than training will use.
     """
+    try:
+        check_backend(training_args)
+    except ValueError as error:
+        raise InputError(str(error)) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training_args.world_size == 1:
         raise InputError(f"{launched} processes were launched, but each would train alone: on CPUs pass --use_cpu true")
+
+
+def check_stream(data_args: DataArguments, training_args: RAdamTrainingArguments) -> None:
+    """Refuse the one setting under which the processes do not share a stream evenly and in its order.
+
+    As it is, accelerate reads the stream on the first process and gives each process its part of every batch: the
+    samples, their order and so the place after a resume are those of one process. Otherwise each process would read
+    files of its own, one of them more than another, or the whole stream besides.
+
+    Raises:
+        InputError: a stream, several processes and `dispatch_batches` set to false.
+    """
+    if data_args.streaming and training_args.world_size > 1:
+        if training_args.accelerator_config.dispatch_batches is False:
+            raise InputError(
+                "dispatch_batches=false would not split a stream evenly: leave it out of accelerator_config"
+            )
 
 
 def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | None:
@@ -257,6 +283,7 @@ def main() -> None:
     set_seed(training_args.seed)
     try:
         check_processes(training_args)
+        check_stream(data_args, training_args)
         resume_from_checkpoint = checkpoint_to_resume(training_args)
         ready = prepare(model_args, data_args, training_args)
         set_seed(training_args.seed)  # whatever the preparation drew, a run depends on its seed only
@@ -269,6 +296,8 @@ def main() -> None:
     if training_args.do_eval:
         evaluate(trainer, ready)
     publish(trainer, model_args, data_args)
+    # Else a process may abort while it exits (gloo, torch 2.13), and the launcher reports a finished run as failed.
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
