@@ -54,7 +54,7 @@ def set_up_logging(training_args: RAdamTrainingArguments) -> None:
     """Log what this script does, on the main process as loudly as the training arguments say."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
     level = logging.INFO if training_args.should_log else logging.WARNING
-    for name in ("__main__", "clm_corpus", "clm_data", "clm_model"):
+    for name in (__name__, "clm_corpus", "clm_data", "clm_model"):
         logging.getLogger(name).setLevel(level)
     datasets.utils.logging.set_verbosity(training_args.get_process_log_level())
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())

@@ -95,6 +95,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         within("inspection", "checkpoint uses run report") | within("checkpoints", "consolidation loading"),
         set(),
     ),
+    "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": ({"optim", "names", "batch_norm"} | within("checkpoints", "adapters"), ANY),
     "training.support": (
         {"optim", "names", "argument_checks"} | within("checkpoints", "adapters") | within("training", "backends"),

@@ -21,7 +21,7 @@ def _asked_for(args: TrainingArguments) -> str | None:
     return None
 
 
-def check_backend(args: TrainingArguments) -> None:
+def check_launched(args: TrainingArguments) -> None:
     """Raise `ValueError` where FSDP or DeepSpeed was asked for, but nothing would be sharded.
 
     accelerate gives both to processes on accelerators only. Processes on CPUs, and processes that found no accelerator,
