@@ -12,7 +12,6 @@ import dataclasses
 import logging
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,11 +25,11 @@ from clm_arguments import DataArguments, ModelArguments, parse_arguments
 from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, validation_blocks
 from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
+from clm_processes import check_processes, check_stream, leave_the_others, set_up_logging
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import checkpoints, run_of
-from hf_radam.training.launched import check_backend
 
 logger = logging.getLogger(__name__)
 
@@ -48,26 +47,6 @@ class Prepared:
     validation: datasets.Dataset
     size: TextSize
     block_size: int
-
-
-def set_up_logging(training_args: RAdamTrainingArguments) -> None:
-    """Log what this script does, on the main process as loudly as the training arguments say."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
-    level = logging.INFO if training_args.should_log else logging.WARNING
-    for name in (__name__, "clm_corpus", "clm_data", "clm_model"):
-        logging.getLogger(name).setLevel(level)
-    datasets.utils.logging.set_verbosity(training_args.get_process_log_level())
-    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
-    if training_args.disable_tqdm or not training_args.should_log:
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()
-    logger.info(
-        "device %s, %d process(es), optimizer %s, schedule %s",
-        training_args.device,
-        training_args.world_size,
-        getattr(training_args.optim, "value", training_args.optim),
-        getattr(training_args.lr_scheduler_type, "value", training_args.lr_scheduler_type),
-    )
 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RAdamTrainingArguments) -> Prepared:
@@ -116,41 +95,6 @@ def build_trainer(ready: Prepared, training_args: RAdamTrainingArguments) -> RAd
         )
     except ValueError as error:
         raise InputError(str(error)) from error
-
-
-def check_processes(training_args: RAdamTrainingArguments) -> None:
-    """Refuse processes that would not train as the launch file says.
-
-    Upstream joins processes on CPUs only where `use_cpu` is set; without it each would train alone and write the same
-    files.
-
-    Raises:
-        InputError: FSDP or DeepSpeed without GPUs, or more processes launched than training will use.
-    """
-    try:
-        check_backend(training_args)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and training_args.world_size == 1:
-        raise InputError(f"{launched} processes were launched, but each would train alone: on CPUs pass --use_cpu true")
-
-
-def check_stream(data_args: DataArguments, training_args: RAdamTrainingArguments) -> None:
-    """Refuse the one setting under which the processes do not share a stream evenly and in its order.
-
-    As it is, accelerate reads the stream on the first process and gives each process its part of every batch: the
-    samples, their order and so the place after a resume are those of one process. Otherwise each process would read
-    files of its own, one of them more than another, or the whole stream besides.
-
-    Raises:
-        InputError: a stream, several processes and `dispatch_batches` set to false.
-    """
-    if data_args.streaming and training_args.world_size > 1:
-        if training_args.accelerator_config.dispatch_batches is False:
-            raise InputError(
-                "dispatch_batches=false would not split a stream evenly: leave it out of accelerator_config"
-            )
 
 
 def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | None:
@@ -274,7 +218,7 @@ def publish(trainer: RAdamTrainer, model_args: ModelArguments, data_args: DataAr
         trainer.create_model_card(**card)
 
 
-def main() -> None:
+def run() -> None:
     """Parse, prepare, train, evaluate, publish; a wrong request ends in one sentence and exit code 2."""
     model_args, data_args, training_args = parse_arguments()
     set_up_logging(training_args)
@@ -296,8 +240,12 @@ def main() -> None:
     if training_args.do_eval:
         evaluate(trainer, ready)
     publish(trainer, model_args, data_args)
-    # Else a process may abort while it exits (gloo, torch 2.13), and the launcher reports a finished run as failed.
-    trainer.accelerator.end_training()
+
+
+def main() -> None:
+    """Run, and leave with the right exit code."""
+    run()
+    leave_the_others()
 
 
 if __name__ == "__main__":

@@ -32,8 +32,10 @@ WORDS = "def return class import self value name list text number".split()
 BATCH = 4  # blocks of each process and update
 LIMIT = 200  # seconds; a launch takes 10 to 15 on a quiet machine
 TOOLS = [name for name in ("g++", "ninja") if shutil.which(name) is None]
-NO_DEEPSPEED = "deepspeed is not installed" if importlib.util.find_spec("deepspeed") is None else (
-    f"deepspeed builds its communication with {' and '.join(TOOLS)}, which is not there" if TOOLS else ""
+NO_DEEPSPEED = (
+    "deepspeed is not installed"
+    if importlib.util.find_spec("deepspeed") is None
+    else (f"deepspeed builds its communication with {' and '.join(TOOLS)}, which is not there" if TOOLS else "")
 )
 
 
