@@ -1,4 +1,4 @@
-"""What `run_clm.py` must know of being one of several processes: who speaks, whether they train together, how they end."""
+"""What `run_clm.py` must know of being one of several processes: who speaks, who trains with whom, how they end."""
 
 import gc
 import logging
@@ -12,7 +12,7 @@ from accelerate import PartialState
 from clm_arguments import DataArguments
 from clm_parser import InputError
 from hf_radam import RAdamTrainingArguments
-from hf_radam.training.launched import check_backend
+from hf_radam.training.launched import check_launched
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def check_processes(training_args: RAdamTrainingArguments) -> None:
         InputError: FSDP or DeepSpeed without GPUs, or more processes launched than training will use.
     """
     try:
-        check_backend(training_args)
+        check_launched(training_args)
     except ValueError as error:
         raise InputError(str(error)) from error
     launched = int(os.environ.get("WORLD_SIZE", "1"))
