@@ -18,8 +18,8 @@ MARKED = re.compile(r"(<!-- scale: (\w+).*?-->\n)(.*?)(<!-- end of scale -->)", 
 
 OPTIMIZER, AVERAGE = 8, 4  # bytes per parameter: two float32 numbers, RAdam's or the schedule-free optimizer's; one
 # Bytes per parameter of (what every process holds whole, what N processes share), float32 and with --bf16. DDP keeps
-# the gradients twice, the second time in its buckets. DeepSpeed keeps float32 weights for the optimizer apart from those
-# of the forward pass; with --bf16 the latter and the gradients are in bf16.
+# the gradients twice, the second time in its buckets. DeepSpeed keeps float32 weights for the optimizer apart from
+# those of the forward pass; with --bf16 the latter and the gradients are in bf16.
 HELD = {
     "one_process": {False: (4 + 4 + OPTIMIZER + AVERAGE, 0), True: (4 + 4 + OPTIMIZER + AVERAGE, 0)},
     "ddp": {False: (4 + 4 + 4 + OPTIMIZER, AVERAGE), True: (4 + 4 + 4 + OPTIMIZER, AVERAGE)},
