@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+from accelerate.utils import DistributedType
 
 import clm_parser
 from clm_arguments import DataArguments
@@ -40,6 +41,15 @@ def test_processes_launched_for_a_back_end_that_do_not_know_of_each_other(args, 
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     with pytest.raises(InputError, match="DeepSpeed was asked for"):
         check_processes(args)
+    # As `accelerate launch` makes them: of that type from the start, together or not.
+    for together in (1, 2):
+        state = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, num_processes=together)
+        launched = SimpleNamespace(fsdp=None, deepspeed=None, distributed_state=state, device=args.device)
+        if together == 2:
+            check_launched(launched)
+            continue
+        with pytest.raises(ValueError, match="DeepSpeed was asked for"):
+            check_launched(launched)
 
 
 @pytest.mark.parametrize("dispatch", [None, True, False])
