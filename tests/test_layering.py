@@ -121,10 +121,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.agreement": (set(), ANY),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
+    "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
     "training.saving": (
         {"names", "sharding"}
         | within("checkpoints", "storage manifest adapters runs model_folders")
-        | within("training", "backends hub just_in_time parts"),
+        | within("training", "backends hub just_in_time failures parts"),
         ANY,
     ),
     "training.resuming": (

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
@@ -23,15 +22,12 @@ from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
 from hf_radam.sharding import Weights
 from hf_radam.training.backends import gathers_weights, is_sharded
+from hf_radam.training.failures import save_error
 from hf_radam.training.hub import push_evaluation_weights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.parts import PartsMixin
 
 logger = logging.get_logger(__name__)
-
-
-class CheckpointSaveError(OSError):
-    """A checkpoint that could not be written; every earlier one is as it was."""
 
 
 class SavingMixin(PartsMixin):
@@ -263,15 +259,9 @@ class SavingMixin(PartsMixin):
         if self.args.should_save:
             with suppress(OSError):
                 storage.recover(run)
-        # Torch tells of a failed write in a RuntimeError, by the file of its source that found it or as C++ does.
-        of_torch = isinstance(error, RuntimeError) and any(
-            word in str(error) for word in ("inline_container", "iostream")
-        )
-        if isinstance(error, (OSError, SafetensorError)) or of_torch:
-            raise CheckpointSaveError(
-                f"{run / name} could not be written: {error} ({storage.free_space(run)}). Every earlier checkpoint is "
-                "as it was: make room in the folder or make it writable, and go on with --resume_from_checkpoint true."
-            ) from error
+        of_disk = save_error(error, run / name)
+        if of_disk is not None:
+            raise of_disk from error
 
     def _push_and_rotate(self, run: Path, written: Path) -> None:
         if self.args.push_to_hub:

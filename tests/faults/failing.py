@@ -11,7 +11,7 @@ from typing import Any
 import attempts
 from transformers import TrainerCallback
 
-from hf_radam.training.saving import CheckpointSaveError
+from hf_radam.training.failures import CheckpointSaveError
 
 NOBODY = 65534
 

@@ -115,4 +115,7 @@ def train_into_fault(
     trainer = make_trainer(run, backend, options)
     if trainer.args.process_index == rank:
         trainer.add_callback(fault())
-    trainer.train()
+    try:
+        trainer.train()
+    finally:  # so that what is raised can be told
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

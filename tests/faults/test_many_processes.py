@@ -3,12 +3,14 @@
 Oracles: the twin, the checksums in the manifests, and the list of the files that are there.
 """
 
+import functools
 import os
 import signal
 import tempfile
 from pathlib import Path
 
 import attempts
+import failing
 import many
 import pytest
 from processes import harness
@@ -18,7 +20,7 @@ from hf_radam.checkpoints.manifest import MANIFEST_NAME, read_manifest
 from hf_radam.checkpoints.runs import check_resumable, checkpoints, newest
 from hf_radam.checkpoints.storage import STAGING
 
-BACKENDS = ["ddp"]
+BACKENDS = ["ddp", "fsdp2"]
 DEATHS = {
     # which rank dies, after which update, where; and the update that is gone on from
     "in training, rank 0": ((0, 3, "in training"), 2),
@@ -74,6 +76,9 @@ def test_whichever_rank_dies_wherever(memory, twins, backend, death):
     scenario = "wsd+ewa" if "average" in death or "rank 1" in death else "schedule_free+ewa"
     run, options = memory / f"{backend} {scenario}" / death, many.SCENARIOS[scenario]
     dies, goes_on_from = DEATHS[death]
+    if backend == "fsdp2_sharded":  # other files hold the weights
+        here = dies[2].replace("ewa/model.safetensors", "ewa/sharded/__0_0")
+        dies = *dies[:2], here.replace("model.safetensors", "model_fsdp_0/__0_0")
     ended = harness.run(many.train, run, backend, options, dies, backend=backend, timeout=60, check=False)
     assert ended[dies[0]].exit_code in (-signal.SIGKILL, -signal.SIGXFSZ), ended[dies[0]].told
     other = ended[1 - dies[0]]
@@ -82,10 +87,35 @@ def test_whichever_rank_dies_wherever(memory, twins, backend, death):
     check_files(run, backend)
     found = newest(run, check_resumable)
     assert found is not None and found.step == goes_on_from
-    load_evaluation_model(run)
+    if backend != "fsdp2_sharded":  # where a model folder is made first
+        load_evaluation_model(run)
     resumed = harness.run(many.train, run, backend, options, backend=backend)
     assert [rank.pop("began at") for rank in resumed] == [goes_on_from] * 2
     for rank, twin in zip(resumed, twins(backend, scenario), strict=True):
         assert not attempts.differences({k: v for k, v in twin.items() if k != "began at"}, rank)
     assert not (run / STAGING).exists()
     check_files(run, backend)
+
+
+@pytest.mark.parametrize(
+    ("rank", "bytes_left"), [(0, 70_000), (0, 130_000), (1, 5_000)], ids=["the model", "the optimizer", "random state"]
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_disk_that_fails_one_rank_is_told_by_both(memory, twins, backend, rank, bytes_left):
+    run, options = memory / f"{backend} wsd+ewa" / f"failing {bytes_left}", many.SCENARIOS["wsd+ewa"]
+    fault = functools.partial(failing.Fault, 3, f"limit {bytes_left}", run)
+    told = harness.run(
+        many.train_into_fault, run, backend, options, fault, rank, backend=backend, timeout=60, check=False
+    )
+    for outcome in told:
+        assert outcome.error.startswith(f"CheckpointSaveError: {run}/checkpoint-3 could not be written: "), outcome.told
+        assert "Every earlier checkpoint is as it was: make room in the folder" in outcome.error
+    cause = told[rank].error.split("could not be written: ")[1].split(" (")[0].removeprefix(f"rank {rank}: ")
+    assert f"could not be written: rank {rank}: {cause}" in told[1 - rank].error
+
+    check_files(run, backend)
+    found = newest(run, check_resumable)
+    assert found is not None and found.step == 2 and not (run / STAGING).exists()
+    resumed = harness.run(many.train, run, backend, options, backend=backend)
+    for outcome, twin in zip(resumed, twins(backend, "wsd+ewa"), strict=True):
+        assert attempts.differences(twin, outcome) == ["/began at"]
