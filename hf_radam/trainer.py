@@ -88,7 +88,9 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
     def get_optimizer_cls_and_kwargs(args: Any, model: Any = None) -> tuple[Any, Any]:
         """Our optimizers, which upstream does not know, or upstream's."""
         ours = args.optimizer_class_and_kwargs() if isinstance(args, RAdamTrainingArguments) else None
-        return ours if ours is not None else Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if ours is None:
+            return Trainer.get_optimizer_cls_and_kwargs(args, model)
+        return ours[0], ours[1] | {"master_weights": args.deepspeed_plugin is not None}
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Make our schedule where one is asked for; upstream then keeps it.

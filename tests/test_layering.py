@@ -96,7 +96,10 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "training.launched": (set(), {"accelerate", "transformers"}),
-    "training.backends": ({"optim", "names", "batch_norm"} | within("checkpoints", "adapters"), ANY),
+    "training.backends": (
+        {"optim", "names", "batch_norm"} | within("checkpoints", "adapters") | within("training", "launched"),
+        ANY,
+    ),
     "training.support": (
         {"optim", "names", "argument_checks"} | within("checkpoints", "adapters") | within("training", "backends"),
         ANY,

@@ -25,6 +25,8 @@ class RAdam(torch.optim.RAdam):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay: each update multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels; torch decides when not given.
+        master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
+            first update, as DeepSpeed has it: then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included.
@@ -46,7 +48,9 @@ class RAdam(torch.optim.RAdam):
         weight_decay: float = 0.0,
         *,
         foreach: bool | None = None,
+        master_weights: bool = False,
     ):
+        self._master_weights = master_weights
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(
             params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, decoupled_weight_decay=True, foreach=foreach
@@ -55,7 +59,7 @@ class RAdam(torch.optim.RAdam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, and warn of parameters whose optimizer state would stall."""
         super().add_param_group(param_group)
-        for param in low_precision(self.param_groups[-1]["params"]):
+        for param in [] if self._master_weights else low_precision(self.param_groups[-1]["params"]):
             warnings.warn(
                 f"RAdam keeps its state in the parameters' dtype, and some are {param.dtype}: the second moment "
                 "stalls there. Keep float32 parameters and train with bf16=True (autocast) instead.",

@@ -63,6 +63,8 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         foreach: use torch's multi-tensor kernels.
         silent_sgd_phase: while RAdam's rectification is undefined (the first few updates) only gather the second
             moment; False takes plain SGD updates there.
+        master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
+            first update, as DeepSpeed has it: then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included: beta1 = 0 (x would be undefined), beta2 <= 0.6 (the
@@ -83,6 +85,8 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         weight_lr_power: float = 2.0,
         foreach: bool = True,
         silent_sgd_phase: bool = True,
+        *,
+        master_weights: bool = False,
     ):
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if betas[0] == 0.0:
@@ -94,6 +98,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         for name, value in (("r", r), ("weight_lr_power", weight_lr_power)):
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
+        self._master_weights = master_weights
         self._y: dict[nn.Parameter, Tensor] = {}
         self.steps_by_parts = False
         """Whether one update comes as several calls of `step`, each with other parameters of a group (ZeRO-3)."""
@@ -113,7 +118,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; refuse parameters whose state would lose its small updates."""
         super().add_param_group(param_group)
-        for param in low_precision(self.param_groups[-1]["params"]):
+        for param in [] if self._master_weights else low_precision(self.param_groups[-1]["params"]):
             self.param_groups.pop()
             raise ValueError(
                 f"RAdamScheduleFree keeps its state in the parameters' dtype, and {param.dtype} loses every small "

@@ -10,6 +10,7 @@ from hf_radam.batch_norm import batch_norm_modules
 from hf_radam.checkpoints.adapters import is_peft
 from hf_radam.names import OPTIMIZERS, OptimizerName
 from hf_radam.optim import RAdamScheduleFree
+from hf_radam.training.launched import check_launched
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -34,6 +35,7 @@ def check_backend(trainer: Any) -> None:
     Raises:
         ValueError: with the way out.
     """
+    check_launched(trainer.args)
     if not is_sharded(trainer):
         return
     if trainer.is_fsdp_enabled:

@@ -34,7 +34,8 @@ def check_supported(trainer: Any) -> None:
     _check_given_optimizer(trainer)
     args, schedule_free = trainer.args, is_schedule_free(trainer)
     if schedule_free:
-        _check_precision(trainer)
+        if not trainer.is_deepspeed_enabled:  # which has float32 master weights
+            _check_precision(trainer)
         check_combinations(args)
     if args.uses_hf_radam or schedule_free:
         check_backend(trainer)

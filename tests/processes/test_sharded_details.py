@@ -1,0 +1,245 @@
+"""What is particular to sharded models: precision, the best model, memory, refusals, replaced optimizers.
+
+Oracles: the master weights gathered by DeepSpeed's and torch's own functions; plain `from_pretrained`; counting every
+tensor that torch makes.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import tiny
+import torch
+from processes import harness
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM
+
+from hf_radam import RAdamTrainer, WeightAverage, load_evaluation_model
+
+ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
+ZERO = [name for name in harness.ZERO]
+needs = {name: pytest.mark.skipif(bool(harness.missing(name)), reason=str(harness.missing(name))) for name in ZERO}
+SHARDED = [
+    pytest.param(name, marks=needs.get(name, ())) for name in ("fsdp2", "fsdp2_sharded", "zero2", "zero3_ungathered")
+]
+
+
+def options(backend, **more):
+    size = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "dataloader_pin_memory": False,
+        "logging_strategy": "steps",
+    }
+    return size | {"logging_steps": 1} | more | harness.arguments(backend)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the size of the largest tensor that any operation of torch makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        given = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
+                self.largest = max(self.largest, leaf.numel())
+        return result
+
+
+# ---- Averages in parts ----
+
+
+def largest_while_updating(folder, backend):
+    """The largest tensor made while averaging, the largest part and the largest parameter."""
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options(backend, ewa=True, optim="radam"))
+    sizes = []
+    update = WeightAverage.update
+
+    def watched(self, step):
+        if not self.started:
+            return update(self, step)
+        with LargestTensor() as watch:
+            done = update(self, step)
+        sizes.append(watch.largest)
+        return done
+
+    WeightAverage.update = watched
+    trainer.train()
+    assert harness.is_really(trainer, backend)
+    average = trainer.average
+    parts = max(piece.numel() for piece in average.state_dict()["averages"].values())
+    return max(sizes), parts, max(average.sharding.shape(name).numel() for name in average.sharding.parameters)
+
+
+@pytest.mark.parametrize("backend", ["ddp", *SHARDED])
+def test_averaging_makes_no_tensor_larger_than_a_part(tmp_path, backend):
+    for made, part, whole in harness.run(largest_while_updating, tmp_path, backend, backend=backend):
+        assert made <= part <= (whole + 1) // 2 + 32  # a row more where the rows are odd
+
+
+# ---- Precision ----
+
+
+def train_in_bf16(folder, backend, method):
+    """Losses in bf16, and the average, or x, against master weights gathered by the back-end's own functions."""
+    args = options(backend, bf16=True, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=6)
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args | tiny.METHODS[method])
+    masters = []
+
+    class Masters(tiny.TrainerCallback):
+        def on_optimizer_step(self, args, state, control, **kwargs):
+            masters.append({name: master(p) for name, p in trainer._bare_model.named_parameters()})
+
+    trainer.add_callback(Masters())
+    trainer.train()
+    history = trainer.state.log_history
+    losses = [entry[key] for entry in history for key in ("loss", "eval_loss") if key in entry]
+    return {"losses": losses, "masters": masters, "loss": trainer.evaluate()["eval_loss"]}
+
+
+def master(parameter):
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor().clone()
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return safe_get_full_fp32_param(parameter).clone()
+
+
+@pytest.mark.parametrize("backend", SHARDED)
+def test_bf16_rounds_neither_losses_nor_averages(tmp_path, backend):
+    first, _ = harness.run(train_in_bf16, tmp_path, backend, "ewa", backend=backend)
+    rounded = [float(torch.tensor(loss).bfloat16()) == loss for loss in first["losses"]]
+    assert len(rounded) >= 9 and not any(rounded)
+    expected, size = None, None
+    for n, weights in enumerate(first["masters"], start=1):
+        size = 1.0 if n == 1 else 1 - 0.5 ** (1 / (0.0625 * n))
+        wide = {name: value.double() for name, value in weights.items()}
+        expected = wide if n == 1 else {k: v + size * (wide[k] - v) for k, v in expected.items()}
+    load_evaluation_model(tmp_path / "checkpoint-6")  # puts shards together
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6" / "ewa")
+    assert model.dtype == torch.float32
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=2e-7, msg=name)
+    # bf16 has 8 bits: losses of the same weights, computed in it or not, differ by less than 1 in 200.
+    assert tiny.loss_of(model) == pytest.approx(first["loss"], rel=5e-3)
+
+
+# ---- The best model ----
+
+
+def train_for_the_best(folder, backend):
+    """The largest learning rate by far in the middle: the best weights are not the last."""
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    args = options(backend, **best, save_steps=2, optim="radam_schedulefree", learning_rate=0.3)
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return {"loss": loss, "best": trainer.state.best_metric, "step": trainer.state.best_global_step}
+
+
+@pytest.mark.parametrize("backend", SHARDED)
+def test_the_best_weights_are_loaded_evaluated_and_shipped(tmp_path, backend):
+    for facts in harness.run(train_for_the_best, tmp_path, backend, backend=backend):
+        assert facts["loss"] == facts["best"] and facts["step"] < 6
+        assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(facts["loss"], abs=1e-6)
+
+
+# ---- Sharded at load time ----
+
+
+def train_sharded_at_load_time(folder, source):
+    """A model that transformers shards while it loads it; such a run cannot be resumed, upstream says."""
+    from transformers.distributed import DistributedConfig
+
+    harness.join_group()
+    model = AutoModelForCausalLM.from_pretrained(source, distributed_config=DistributedConfig(fsdp_size=2))
+    args = tiny.arguments(folder, **options("ddp", optim="radam_schedulefree", save_strategy="no"))
+    trainer = RAdamTrainer(model, args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
+    trainer.train()
+    assert all(hasattr(parameter, "full_tensor") for parameter in trainer.model.parameters())
+    loss = trainer.evaluate()["eval_loss"]
+    trainer.save_model()
+    return loss
+
+
+def test_a_model_sharded_at_load_time(tmp_path):
+    tiny.llama(attention_dropout=0.0).save_pretrained(tmp_path / "source")
+    losses = harness.run(train_sharded_at_load_time, tmp_path / "run", str(tmp_path / "source"), backend="fsdp2")
+    shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert losses == pytest.approx([tiny.loss_of(shipped)] * 2, abs=1e-6)
+
+
+# ---- Optimizers that DeepSpeed would replace ----
+
+
+def optimizer_under_offload(folder, force):
+    args = options("zero2", optim="radam_schedulefree")
+    args["deepspeed"]["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if force is not None:
+        args["deepspeed"]["zero_force_ds_cpu_optimizer"] = force
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args)
+    trainer.train()
+    return type(trainer._bare_optimizer).__name__, trainer._bare_optimizer.param_groups[0]["k"]
+
+
+@needs["zero2"]
+def test_the_optimizer_stays_under_offload(tmp_path):
+    assert harness.run(optimizer_under_offload, tmp_path, None, backend="zero2") == [("RAdamScheduleFree", 6)] * 2
+    forced = harness.run(optimizer_under_offload, tmp_path, True, backend="zero2", check=False)
+    assert all("zero_force_ds_cpu_optimizer=true would put DeepSpeed's CPU Adam" in o.error for o in forced)
+
+
+# ---- Refusals ----
+
+
+def refusals(folder, backend, changes):
+    """What is said to each of several wrong requests."""
+    said = []
+    for change in changes:
+        args = options(backend, optim="radam", ewa=True)
+        for path, value in change.items():
+            *parents, last = path.split("/")
+            place = args
+            for key in parents:
+                place = place.setdefault(key, {})
+            place[last] = value
+        try:
+            tiny.trainer(folder, tiny.llama(**ODD), **args)
+            said.append(None)
+        except ValueError as error:
+            said.append(str(error))
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state()
+    return said
+
+
+@needs["zero2"]
+def test_deepspeed_configurations_that_are_refused(tmp_path):
+    cases = {
+        "optimizer.*remove that section": {"deepspeed/optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+        "scheduler.*remove that section": {"deepspeed/scheduler": {"type": "WarmupLR", "params": {}}},
+        "stage to 1, 2 or 3": {"deepspeed/zero_optimization/stage": 0},
+        "nvme is not supported": {
+            "deepspeed/zero_optimization/offload_optimizer": {"device": "nvme", "nvme_path": "/x"}
+        },
+        "zero_hpz_partition_size=2": {"deepspeed/zero_optimization/zero_hpz_partition_size": 2},
+    }
+    for said in harness.run(refusals, tmp_path, "zero2", list(cases.values()), backend="zero2"):
+        for pattern, words in zip(cases, said, strict=True):
+            assert words is not None and re.search(pattern, words), (pattern, words)
+
+
+def test_fsdp_that_is_refused(tmp_path):
+    cases = {
+        "fsdp_version=1 is not supported": {"fsdp_config/version": 1},
+        "LOCAL_STATE_DICT cannot be resumed": {"fsdp_config/state_dict_type": "LOCAL_STATE_DICT"},
+    }
+    for said in harness.run(refusals, tmp_path, "fsdp2", list(cases.values()), backend="fsdp2"):
+        for pattern, words in zip(cases, said, strict=True):
+            assert words is not None and pattern in words, (pattern, words)
