@@ -1,0 +1,140 @@
+"""Models too large for one process: memory while saving, and the shards put together afterwards.
+
+Oracles: the peak of resident memory, as the kernel counts it; the same model written whole.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from processes import harness
+from transformers import AutoModelForCausalLM
+
+from hf_radam import load_evaluation_model
+from hf_radam.checkpoints import model_folders, weight_files
+from hf_radam.checkpoints.consolidation import consolidate, is_sharded_alone
+from hf_radam.checkpoints.integrity import damage
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
+from hf_radam.cli import main
+from hf_radam.sharding import Weights
+
+MEGABYTE = 2**20
+LARGE = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peaks_of_a_save(folder, sharded):
+    """How much a process holds more than before while it saves: in all, and the bytes of the whole model in float32."""
+    weight_files.write_weights.__kwdefaults__["max_bytes"] = 20 * MEGABYTE
+    trainer = tiny.trainer(folder, tiny.llama(**LARGE), **harness.arguments("fsdp2"), max_steps=1)
+    trainer.train()
+    assert harness.is_really(trainer, "fsdp2")
+    sharding = trainer._evaluation.sharding
+    whole = sum(4 * sharding.shape(name).numel() for name in sharding.parameters)
+    weights = Weights.of_forward_pass(sharding)
+    before, earlier = resident(), peak()
+    ballast = torch.ones(max(earlier - before, 0) // 4 + 1)  # so that a new peak shows at once
+    write = model_folders.save_sharded_folder if sharded else model_folders.save_model_folder
+    start = max(peak(), resident())
+    write(folder / "model", trainer._bare_model, weights, processing_class=None)
+    return peak() - start, whole, ballast.numel()
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_process_holds_one_file_of_the_model_at_most(tmp_path, sharded):
+    ranks = harness.run(peaks_of_a_save, tmp_path, sharded, backend="fsdp2")
+    for rank, (more, whole, _) in enumerate(ranks):
+        assert whole > 200 * MEGABYTE
+        # A file of 20 MB, gathered from two ranks and copied; only the first process has one. Buffers of gloo besides.
+        allowed = 80 if rank == 0 and not sharded else 40
+        assert more < allowed * MEGABYTE < whole / 2, (rank, more / MEGABYTE)
+
+
+# ---- Put together ----
+
+
+def train_sharded(folder, method):
+    args = harness.arguments("fsdp2_sharded") | {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
+    trainer = tiny.trainer(folder, tiny.tied(), **args | tiny.METHODS[method])
+    trainer.train()
+    return trainer.evaluate()["eval_loss"]
+
+
+@pytest.fixture(scope="module", params=["wsd", "ewa", "schedule_free"])
+def sharded(request, tmp_path_factory):
+    """A run whose checkpoint has nothing whole in it, the loss it reported, and the folder of the weights evaluated."""
+    folder = tmp_path_factory.mktemp(request.param)
+    loss = harness.run(train_sharded, folder, request.param, backend="fsdp2_sharded")[0]
+    return folder, loss, "" if request.param == "wsd" else request.param
+
+
+@pytest.fixture
+def checkpoint(sharded, tmp_path):
+    shutil.copytree(sharded[0], tmp_path / "run", copy_function=shutil.copy2)
+    return tmp_path / "run" / "checkpoint-4"
+
+
+def test_loading_puts_the_shards_together(sharded, checkpoint):
+    _, loss, beside = sharded
+    assert is_sharded_alone(checkpoint / beside)
+    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint / beside)) == pytest.approx(loss, abs=1e-6)
+    assert not damage(checkpoint)
+
+
+def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
+    _, loss, beside = sharded
+    before = checkpoint.stat().st_mtime_ns
+    assert main(["consolidate", str(checkpoint)]) == 0
+    assert capsys.readouterr().out.strip() == str(checkpoint / beside)
+    file = checkpoint / beside / "model.safetensors"
+    written = file.stat()
+    assert checkpoint.stat().st_mtime_ns == before  # by which rotation tells the oldest
+    assert main(["consolidate", str(checkpoint)]) == 0 and file.stat() == written
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert (Path(beside) / "model.safetensors").as_posix() in damage(checkpoint)
+
+
+def test_a_folder_that_cannot_be_written_to_is_loaded_all_the_same(sharded, checkpoint, monkeypatch, caplog):
+    _, loss, beside = sharded
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("hf_radam.checkpoints.consolidation.consolidate", refuse)
+    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
+    assert is_sharded_alone(checkpoint / beside) and "put together elsewhere" in caplog.text
+
+
+def test_shards_that_are_damaged_are_named(sharded, checkpoint, capsys):
+    _, _, beside = sharded
+    shard = next((checkpoint / beside).glob("*/__1_0.distcp"))
+    shard.write_bytes(shard.read_bytes()[:-40])
+    with pytest.raises(CheckpointError, match="__1_0.distcp"):
+        consolidate(checkpoint)
+    assert main(["consolidate", str(checkpoint)]) == 1 and "__1_0.distcp" in capsys.readouterr().err
+    (checkpoint / MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError):
+        load_evaluation_model(checkpoint)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["consolidate", str(tmp_path)])
+    assert refused.value.code == 2 and "consolidate" in capsys.readouterr().err
