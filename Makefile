@@ -30,8 +30,9 @@ test: lint ## lint, type-check, then run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 KILLS ?= 50
-soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=...), resume them, compare with uninterrupted twins
-	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/kills.py --kills $(KILLS)
+SOAK_ARGS ?=
+soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=..., SOAK_ARGS="--processes 2 --backend fsdp2"), compare with twins
+	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/kills.py --kills $(KILLS) $(SOAK_ARGS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .

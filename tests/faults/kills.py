@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attempts
+import many_kills
 import tiny
 import torch
 from transformers.utils import logging
@@ -208,9 +209,15 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="of each run; one of them is killed at a time, or all")
+    parser.add_argument("--backend", default="ddp", choices=["ddp", "fsdp2", "fsdp2_sharded"])
     flags = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        print(soak(Path(scratch), kills=flags.kills, most_each=4, seed=flags.seed))
+        if flags.processes > 1:
+            several = {"processes": flags.processes, "backend": flags.backend}
+            print(many_kills.soak(Path(scratch), kills=flags.kills, seed=flags.seed, **several))
+        else:
+            print(soak(Path(scratch), kills=flags.kills, most_each=4, seed=flags.seed))
     sys.exit(0)

@@ -125,6 +125,7 @@ def run(
     world: int = 2,
     timeout: float = 120,
     check: bool = True,
+    grace: float | None = None,
     **kwargs: Any,
 ) -> list[Any]:
     """Call `function(*args, **kwargs)` in every process of a group.
@@ -140,6 +141,8 @@ def run(
         world: how many processes; with ``"one"`` there is one.
         timeout: seconds until processes that have not ended are killed.
         check: whether every process must come to a good end.
+        grace: seconds that the other processes have to end by themselves once one has failed; `GRACE` unless told, and
+            with ``check=False`` as long as the timeout.
         **kwargs: more of its arguments.
 
     Returns:
@@ -151,6 +154,8 @@ def run(
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
     world = 1 if backend == "one" else world
+    if grace is None:
+        grace = GRACE if check else timeout
     call = pickle.dumps((function, args, kwargs))
     # The port is taken as long as the processes live, and the store is where they meet: as torchrun has it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -164,7 +169,7 @@ def run(
         try:
             for process in processes:
                 process.start()
-            _wait_for(processes, time.monotonic() + timeout + 5, grace=GRACE if check else timeout)
+            _wait_for(processes, time.monotonic() + timeout + 5, grace=grace)
         finally:
             begun = [process for process in processes if process.pid is not None]
             codes = [process.exitcode for process in begun]
