@@ -117,10 +117,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ),
         ANY,
     ),
-    "training.moving": (
-        within("checkpoints", "manifest layouts optimizer_states fsdp_weights model_folders"),
-        {"torch"},
-    ),
+    "training.moving": (within("checkpoints", "manifest layouts optimizer_states"), {"torch"}),
     "training.agreement": (set(), ANY),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
