@@ -24,10 +24,13 @@ from transformers.utils import (
 )
 
 from hf_radam.checkpoints.layouts import (
+    DEEPSPEED,
     DEEPSPEED_FOLDER,
+    FSDP_SHARDED,
     FSDP_WEIGHTS_FOLDER,
     SHARDED_FOLDER,
     damaged_parts,
+    layout_of,
     state_files,
 )
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
@@ -153,12 +156,11 @@ def damaged_form(path: Path, only: str | None = None) -> dict[str, str]:
 
 def _without_weights(path: Path, only: str | None) -> str | None:
     """What is wrong with a checkpoint that has no weights at its root, as some sharded ones have not."""
-    for part in (FSDP_WEIGHTS_FOLDER, f"{DEEPSPEED_FOLDER}*"):
-        found = next(path.glob(f"{part}/"), None)
-        if found is not None:
-            # Training goes on from the shards, but they are no model to load.
-            return None if only is None else f"is missing: the weights lie in {found.name}/, in shards"
-    return "is missing, and there are no other weights"
+    folder = {FSDP_SHARDED: FSDP_WEIGHTS_FOLDER, DEEPSPEED: f"{DEEPSPEED_FOLDER}N"}.get(layout_of(path))
+    if folder is None:
+        return "is missing, and there are no other weights"
+    # Training goes on from the shards, but they are no model to load.
+    return None if only is None else f"is missing: the weights lie in {folder}/, in shards"
 
 
 def _is_trainer_state(content: object) -> bool:

@@ -119,12 +119,13 @@ def _damaged_deepspeed(path: Path) -> dict[str, str]:
         return {DEEPSPEED_LATEST: "is missing, or names no folder of DeepSpeed's"}
     if not any(folder.glob("*model_states.pt")):
         return {folder.name: "has no model states"}
-    written = _deepspeed_ranks(path)
+    wrong: dict[str, str] = {}
     count = process_count(path) or 0
-    absent = sorted(set(range(count)) - written) if written else []
-    sample = next((file.name for file in folder.glob("*zero_pp_rank_*_optim_states.pt")), "")
-    names = [re.sub(r"(?<=zero_pp_rank_)\d+", str(rank), sample) for rank in absent]
-    return {f"{folder.name}/{name}": "is missing" for name in names}
+    for kind in ("optim", "model"):
+        files = sorted(file.name for file in folder.glob(f"*zero_pp_rank_*_{kind}_states.pt"))
+        names = [re.sub(r"(?<=zero_pp_rank_)\d+", str(rank), files[0]) for rank in range(count)] if files else []
+        wrong |= {f"{folder.name}/{name}": "is missing" for name in names if name not in files}
+    return wrong
 
 
 def _deepspeed_ranks(path: Path) -> set[int]:
