@@ -28,6 +28,7 @@ from clm_arguments import DataArguments, ModelArguments
 from clm_data import TextSize, load_texts, validation_blocks
 from clm_parser import InputError, fail
 from hf_radam import load_evaluation_model
+from hf_radam.checkpoints.consolidation import consolidate
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_checkpoint
 from run_clm import RECIPE, bits_per_byte, perplexity
 
@@ -176,6 +177,7 @@ def compare(args: argparse.Namespace) -> list[Column]:
     try:
         models = {"evaluation weights": (load_evaluation_model(shipped_folder, **trust), shipped_folder)}
         if raw_folder is not None:
+            consolidate(raw_folder, training_weights=True, **trust)  # where they lie in shards
             raw = AutoModelForCausalLM.from_pretrained(raw_folder, **trust)
             models["training weights"] = raw, raw_folder
         holds_tokenizer = (args.path / "tokenizer_config.json").is_file()

@@ -34,6 +34,9 @@ def parser() -> argparse.ArgumentParser:
     )
     consolidate.add_argument("path", metavar="CHECKPOINT", help="a checkpoint, checkpoint-N")
     consolidate.add_argument(
+        "--training_weights", action="store_true", help="write those that train instead, at the checkpoint's root"
+    )
+    consolidate.add_argument(
         "--trust_remote_code", action="store_true", help="run the code of a model that brings its own"
     )
     consolidate.set_defaults(refuse=consolidate.error, run=_consolidate)
@@ -79,7 +82,8 @@ def _consolidate(path: str, arguments: argparse.Namespace) -> tuple[str | None, 
     if not is_checkpoint(path):
         return None, 2
     try:
-        return f"{consolidate(path, trust_remote_code=arguments.trust_remote_code or None)}\n", 0
+        trust = arguments.trust_remote_code or None
+        return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
     except (OSError, ValueError) as error:
         print(f"hf-radam consolidate: {error}", file=sys.stderr)
         return "", 1

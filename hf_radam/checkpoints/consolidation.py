@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_radam.checkpoints import manifest
-from hf_radam.checkpoints.integrity import WEIGHT_FILES, evaluation_folder
+from hf_radam.checkpoints.integrity import WEIGHT_FILES, check_whole, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.checkpoints.model_class import meta_model
@@ -41,11 +41,18 @@ def is_sharded_alone(folder: PathLike) -> bool:
     return not whole and any((path / name).is_dir() for name in (SHARDED_FOLDER, FSDP_WEIGHTS_FOLDER))
 
 
-def consolidate(checkpoint: PathLike, *, model_class: Any = None, trust_remote_code: bool | None = None) -> Path:
+def consolidate(
+    checkpoint: PathLike,
+    *,
+    training_weights: bool = False,
+    model_class: Any = None,
+    trust_remote_code: bool | None = None,
+) -> Path:
     """Write the weights that evaluation uses, which a checkpoint holds in shards, whole into the same folder.
 
     Args:
         checkpoint: its folder.
+        training_weights: write the weights that train instead, at the checkpoint's root.
         model_class: class of the model, where its configuration names none that `transformers` has.
         trust_remote_code: as for `from_pretrained`.
 
@@ -56,7 +63,9 @@ def consolidate(checkpoint: PathLike, *, model_class: Any = None, trust_remote_c
         CheckpointError: if the checkpoint is damaged.
         OSError: if it cannot be written to.
     """
-    folder = evaluation_folder(checkpoint)
+    if training_weights:
+        check_whole(checkpoint, only="")
+    folder = Path(checkpoint) if training_weights else evaluation_folder(checkpoint)
     if not is_sharded_alone(folder):
         return folder
     root = Path(checkpoint)

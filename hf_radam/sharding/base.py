@@ -143,9 +143,10 @@ class Sharding(ABC):
         return self._assemble(name, piece, live=True, everywhere=everywhere)
 
     def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
-        shape, stretches = self.shape(name), self._stretches[name, live]
-        if all(stretch == (0, shape.numel()) for stretch in stretches):
+        shape = self.shape(name)
+        if self._is_whole(name, live=live):
             return piece.view(shape) if everywhere or rank() == 0 else None
+        stretches = self._stretches[name, live]
         longest = max(length for _, length in stretches)
         sent = piece.new_zeros(longest, device=self.device or piece.device)
         sent[: piece.numel()] = piece.reshape(-1)
@@ -160,6 +161,10 @@ class Sharding(ABC):
         for part, (start, length) in zip(parts, stretches, strict=True):
             whole[start : start + length] = part[:length]
         return whole.view(shape)
+
+    @abstractmethod
+    def _is_whole(self, name: str, *, live: bool) -> bool:
+        """Whether every rank has all of `live`, or of `held`, so that there is nothing to send."""
 
     def cut(self, name: str, whole: Tensor) -> Tensor:
         """This rank's stretch of a value of the parameter's shape, in the form of `live`: a view where that can be."""

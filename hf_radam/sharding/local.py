@@ -82,6 +82,9 @@ class LocalSharding(Sharding):
         """First element of the local rows."""
         return first_element(self.parameters[name], name)
 
+    def _is_whole(self, name: str, *, live: bool) -> bool:
+        return not isinstance(self.parameters[name], DTensor)
+
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
         """The local part of the state."""
         state = super().state(name, optimizer, key)

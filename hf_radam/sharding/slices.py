@@ -44,5 +44,8 @@ class SlicedSharding(Sharding):
         """Zero: it is whole."""
         return 0
 
+    def _is_whole(self, name: str, *, live: bool) -> bool:
+        return not live or not self.parameters[name].is_contiguous()
+
     def _write(self, name: str, piece: Tensor) -> None:
         self.held(name).copy_(self.gather(name, piece))

@@ -82,6 +82,9 @@ class FragmentSharding(Sharding):
         index = {id(parameter): number for number, group in enumerate(flattened) for parameter in group}
         return {name: optimizer.param_groups[index[id(self.parameters[name])]] for name in self.trained}
 
+    def _is_whole(self, name: str, *, live: bool) -> bool:
+        return not live
+
     def _write(self, name: str, piece: Tensor) -> None:
         self.parameters[name].detach().copy_(self.gather(name, piece))
 
@@ -131,6 +134,9 @@ class PartitionSharding(Sharding):
         zero = self.optimizer
         position = {name: zero.grad_position[zero.get_param_id(self.parameters[name])] for name in self.trained}
         return {name: optimizer.param_groups[zero.sub_group_to_group_id[sub[0]]] for name, sub in position.items()}
+
+    def _is_whole(self, name: str, *, live: bool) -> bool:
+        return False
 
     def _write(self, name: str, piece: Tensor) -> None:
         self.held(name).copy_(piece)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers.utils import logging
 
 from hf_radam.batch_norm import batch_norm_modules
 from hf_radam.checkpoints.adapters import is_peft
 from hf_radam.names import OPTIMIZERS, OptimizerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.training.launched import check_launched
+
+logger = logging.get_logger(__name__)
 
 
 def is_sharded(trainer: Any) -> bool:
@@ -66,6 +69,7 @@ def _check_fsdp(trainer: Any) -> None:
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.output_dtype in (torch.bfloat16, torch.float16):
         # The losses would be rounded to three digits, and gradients summed in 16 bits.
+        logger.info("FSDP2 returns losses and sums gradients in float32; layers compute in %s.", policy.param_dtype)
         plugin.mixed_precision_policy = type(policy)(
             param_dtype=policy.param_dtype,
             reduce_dtype=torch.float32,

@@ -34,8 +34,7 @@ def push_evaluation_weights(trainer: Any, checkpoint: str, *, push_model: Callab
     with_checkpoint = strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS)
     busy = trainer.is_world_process_zero() and _busy(trainer)
     staging = Path(args.output_dir, STAGING, "push")
-    with trainer.evaluation_weights():
-        trainer._save(str(staging))
+    trainer.save_model(str(staging), _internal_call=True)
     if with_checkpoint:
         args.hub_strategy = HubStrategy.EVERY_SAVE
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import tiny
@@ -141,3 +142,16 @@ def check_shares(backend, ranks, one):
     assert one["bytes"] == 4 * trained == sum(bytes_of)
     # Of an odd number of rows the first rank has one more.
     assert max(bytes_of) - min(bytes_of) < 4 * 45 * 12
+
+
+def test_the_table_in_the_readme_claims_what_is_tested():
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("<!-- methods and back-ends")[2].partition("\n\n")[0].splitlines()[1:]
+    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    claimed = {row[0] for row in rows if set(row[1:]) == {"yes"}}
+    flags = {"schedule_free": "--optim radam_schedulefree", "ewa": "--ewa"}
+    flags |= {name: f"--optim radam --lr_scheduler_type {name}" for name in ("wsd", "wsd_s")}
+    assert claimed == {f"`{flags[method]}`" for method in METHODS}
+    tested = {"one process": ["one"], "DDP": ["ddp"], "FSDP2, full or sharded state dicts": ["fsdp2", "fsdp2_sharded"]}
+    tested |= {"ZeRO-1": ["zero1"], "ZeRO-2": ["zero2"], "ZeRO-3, gathered or not": ["zero3", "zero3_ungathered"]}
+    assert head[1:] == list(tested) and sum(tested.values(), []) == ["one", *BACKENDS]

@@ -71,6 +71,10 @@ def train_sharded(folder, method):
     args = harness.arguments("fsdp2_sharded") | {"max_steps": 4, "save_strategy": "steps", "save_steps": 4}
     trainer = tiny.trainer(folder, tiny.tied(), **args | tiny.METHODS[method])
     trainer.train()
+    sharding = trainer._evaluation.sharding
+    weights = {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+    if trainer.is_world_process_zero():
+        torch.save(weights, folder / "training.pt")
     return trainer.evaluate()["eval_loss"]
 
 
@@ -109,6 +113,13 @@ def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
     content[-1] ^= 1
     file.write_bytes(content)
     assert (Path(beside) / "model.safetensors").as_posix() in damage(checkpoint)
+
+
+def test_the_training_weights_are_put_together_too(sharded, checkpoint):
+    assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    saved = torch.load(sharded[0] / "training.pt")
+    assert tiny.same(tiny.parameters(model), saved) and not damage(checkpoint)
 
 
 def test_a_folder_that_cannot_be_written_to_is_loaded_all_the_same(sharded, checkpoint, monkeypatch, caplog):

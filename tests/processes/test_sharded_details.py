@@ -194,6 +194,38 @@ def test_the_optimizer_stays_under_offload(tmp_path):
     assert all("zero_force_ds_cpu_optimizer=true would put DeepSpeed's CPU Adam" in o.error for o in forced)
 
 
+# ---- An adapter under DDP ----
+
+
+def train_adapter(folder):
+    import peft
+
+    def made(name):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj"], init_lora_weights=False)
+        args = options("ddp", optim="radam", ewa=True, save_strategy="steps", save_steps=3)
+        return tiny.trainer(folder / name, peft.get_peft_model(tiny.llama(**ODD), config), **args)
+
+    trainer, resumed = made("run"), made("resumed")
+    trainer.train()
+    resumed.train(resume_from_checkpoint=str(folder / "run" / "checkpoint-3"))
+    bytes_of = sum(piece.nbytes for piece in trainer.average.state_dict()["averages"].values())
+    averages = [t.average.averaged_state_dict() for t in (trainer, resumed)]
+    return trainer.evaluate()["eval_loss"], bytes_of, averages
+
+
+def test_an_adapter_under_ddp(tmp_path):
+    import peft
+
+    (loss, first, (average, resumed)), (_, second, _) = harness.run(train_adapter, tmp_path, backend="ddp")
+    trained = {name: value for name, value in average.items() if "lora" in name}
+    assert first + second == 4 * sum(value.numel() for value in trained.values()) and abs(first - second) <= 4 * 16
+    assert tiny.same(average, resumed)
+    folder = tmp_path / "run" / "checkpoint-6" / "ewa" / "adapter"
+    shipped = peft.PeftModel.from_pretrained(tiny.llama(**ODD), folder)
+    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=1e-6)
+
+
 # ---- Refusals ----
 
 
