@@ -118,6 +118,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.moving": (within("checkpoints", "manifest layouts optimizer_states"), {"torch"}),
+    "training.shared_folder": (within("checkpoints", "storage"), {"torch"}),
     "training.agreement": (set(), ANY),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
@@ -134,7 +135,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
             "checkpoints",
             "weight_reading storage manifest layouts integrity adapters runs model_folders loading extension",
         )
-        | within("training", "agreement backends evaluation resume_checks moving parts"),
+        | within("training", "agreement shared_folder backends evaluation resume_checks moving parts"),
         ANY,
     ),
     "training.search": (within("training", "evaluation support parts"), ANY),

@@ -86,9 +86,7 @@ def consolidated(checkpoint: Path, folder: Path, **options: Any) -> Iterator[Pat
     try:
         written = consolidate(checkpoint, **options)
     except OSError as error:
-        logger.warning(
-            "%s cannot be written to (%s): its weights are put together in a temporary folder.", folder, error
-        )
+        logger.warning("%s cannot be written to (%s): its weights are put together elsewhere.", folder, error)
     else:
         yield written
         return

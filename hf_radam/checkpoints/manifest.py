@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints.storage import Sealing, flush, sha256
+from hf_radam.checkpoints.storage import NOTHING, Sealing, flush, sha256
 
 MANIFEST_NAME = "hf_radam.json"
 FORMAT_VERSION = 2
@@ -70,7 +70,13 @@ def is_ours(checkpoint: PathLike) -> bool:
     )
 
 
-def write_manifest(checkpoint: PathLike, content: Mapping[str, Any], *, sealing: Sealing | None = None) -> None:
+def write_manifest(
+    checkpoint: PathLike,
+    content: Mapping[str, Any],
+    *,
+    sealing: Sealing | None = None,
+    sealed: Mapping[str, tuple[int, str]] = NOTHING,
+) -> None:
     """Write `hf_radam.json`: `content`, the format's version, and size and sha256 of every file in the checkpoint.
 
     When it returns, everything in the checkpoint is on the disk.
@@ -79,12 +85,13 @@ def write_manifest(checkpoint: PathLike, content: Mapping[str, Any], *, sealing:
         checkpoint: its folder, complete but for this file.
         content: what else the manifest says.
         sealing: of that folder, if some of its files are under way already.
+        sealed: what other processes have sealed: size and sha256 by path.
     """
     path = Path(checkpoint)
     (path / MANIFEST_NAME).unlink(missing_ok=True)
     files = {
         name: {"size": size, "sha256": checksum}
-        for name, (size, checksum) in (sealing or Sealing(path)).finish().items()
+        for name, (size, checksum) in (sealing or Sealing(path)).finish(sealed=sealed).items()
     }
     _write(path / MANIFEST_NAME, {"format_version": FORMAT_VERSION, **content, "files": files})
     flush(path)

@@ -50,14 +50,13 @@ def state_keys(model: nn.Module, sharding: Sharding) -> tuple[dict[str, Tensor],
     return written, {key: names[id(value)] for key, value in written.items() if id(value) in names}
 
 
-def state_tensors(model: nn.Module, weights: Weights, *, in_float32: bool, everywhere: bool = False) -> Tensors:
+def state_tensors(model: nn.Module, weights: Weights, *, in_float32: bool) -> Tensors:
     """What the weight files of `model` hold: its parameters out of `weights`, its buffers as they are.
 
     Args:
         model: the bare model.
         weights: its parameters.
         in_float32: widen floating-point tensors below float32; else each has the dtype that it has in the model.
-        everywhere: bring them to every process, not to the first one alone.
     """
     written, name_of = state_keys(model, weights.sharding)
     like = {}
@@ -66,7 +65,7 @@ def state_tensors(model: nn.Module, weights: Weights, *, in_float32: bool, every
         like[key] = torch.empty(shape, dtype=widened(value.dtype) if in_float32 else value.dtype, device="meta")
 
     def read(key: str) -> Tensor | None:
-        return weights.collect(name_of[key], everywhere=everywhere) if key in name_of else written[key].detach()
+        return weights.collect(name_of[key]) if key in name_of else written[key].detach()
 
     return Tensors(like, read)
 
@@ -78,7 +77,6 @@ def save_model_folder(
     *,
     processing_class: Any,
     writes: bool = True,
-    everywhere: bool = False,
     in_float32: bool = True,
 ) -> None:
     """Write a complete model folder, of a PEFT model an adapter folder. Every process must call it.
@@ -89,20 +87,18 @@ def save_model_folder(
         weights: its parameters.
         processing_class: tokenizer or processor to save beside them, or None.
         writes: whether this process writes.
-        everywhere: whether other processes than the first one write, too.
         in_float32: widen floating-point tensors below float32, and say so in the configuration; else they are written
             in the dtypes that the model has.
     """
     path = Path(folder)
     if is_peft(model):
-        brought = {name: weights.collect(name, everywhere=everywhere) for name in weights.sharding.trained}
+        brought = {name: weights.collect(name) for name in weights.sharding.trained}
         if writes:
             adapter = {name: value for name, value in brought.items() if value is not None}
             save_adapter_folder(path, model, adapter, processing_class=processing_class)
         return
-    if writes:
-        save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
-    tensors = state_tensors(model, weights, in_float32=in_float32, everywhere=everywhere)
+    save_surroundings(path, model, processing_class=processing_class, writes=writes, in_float32=in_float32)
+    tensors = state_tensors(model, weights, in_float32=in_float32)
     write_weights(path, model, tensors, writes=writes)
 
 
@@ -114,8 +110,7 @@ def save_sharded_folder(
     Every process must call it; see `hf_radam.checkpoints.sharded_weights`. Arguments as for `save_model_folder`.
     """
     path, first = Path(folder), rank() == 0
-    if first:
-        save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
+    save_surroundings(path, model, processing_class=processing_class, writes=first, in_float32=in_float32)
     written, name_of = state_keys(model, weights.sharding)
     stretches = {}
     for key, value in written.items():
@@ -130,14 +125,19 @@ def save_sharded_folder(
     write_sharded(path / SHARDED_FOLDER, stretches, first=first)
 
 
-def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, in_float32: bool) -> None:
-    """Write what a model folder has beside the weights: configuration, code of the model's own, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, writes: bool, in_float32: bool) -> None:
+    """Write what a model folder has beside the weights: configuration, code of the model's own, tokenizer.
+
+    Every process must call it: for a model that was sharded at load time upstream has them wait for each other.
+    """
     if isinstance(model, PreTrainedModel):
         with _no_progress_bars():
-            model.save_pretrained(folder, state_dict={})
-        if in_float32:
-            _say_float32(folder / CONFIG_NAME)
+            model.save_pretrained(folder, state_dict={}, is_main_process=writes)
+    if not writes:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(model, PreTrainedModel) and in_float32:
+        _say_float32(folder / CONFIG_NAME)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
 

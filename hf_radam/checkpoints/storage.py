@@ -14,16 +14,19 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 STAGING = "_staging"
 """In the run's folder, so in its file system; upstream keeps names with a leading underscore off the hub."""
 REPLACED = "replaced"
 CHUNK = 2**18
 """Bytes read at once for a checksum: few enough to be still in the processor's cache when they are summed."""
+NOTHING: Mapping[str, tuple[int, str]] = MappingProxyType({})
 SEALING_THREADS = 4
 """So that the disk writes one file while another is read for its checksum."""
 
@@ -55,6 +58,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def rank_of(file: Path) -> int:
+    """The rank that wrote a file of a checkpoint, as its name tells; 0 if it does not."""
+    match = re.match(r"(?:__|rng_state_|(?:\w+_)?zero_pp_rank_)(\d+)[_.]", file.name)
+    return int(match[1]) if match else 0
+
+
 class Sealing:
     """Flushes the files of a folder and takes their checksums, those that are written early while others are written.
 
@@ -75,25 +84,32 @@ class Sealing:
                 # The disk writes a file while it is read for its checksum.
                 self._begun[file] = facts, self._pool.submit(sha256, file), self._pool.submit(flush, file)
 
-    def finish(self) -> dict[str, tuple[int, str]]:
+    def finish(
+        self, *, only: Callable[[Path], bool] = lambda file: True, sealed: Mapping[str, tuple[int, str]] = NOTHING
+    ) -> dict[str, tuple[int, str]]:
         """Seal what is left, and the folders.
+
+        Args:
+            only: which files this process seals.
+            sealed: what others have sealed already: size and sha256, by path in the folder.
 
         Returns:
             Size in bytes and sha256 of every file, by its path in the folder.
         """
         inside = sorted(self.folder.rglob("*"))
-        files = [path for path in inside if path.is_file()]
+        files = [path for path in inside if path.is_file() and only(path)]
+        files = [path for path in files if path.relative_to(self.folder).as_posix() not in sealed]
         with self._pool:
             self.begin(sorted(files, key=lambda file: -file.stat().st_size))
             for file in files:
                 self._begun[file][2].result()
-            sealed = {
+            found = {
                 file.relative_to(self.folder).as_posix(): (self._begun[file][0][0], self._begun[file][1].result())
                 for file in files
             }
         for path in [path for path in inside if path.is_dir()][::-1] + [self.folder]:
             flush(path)
-        return sealed
+        return {**sealed, **found}
 
     def abandon(self) -> None:
         """Stop, and wait until no file is open any more; what was begun may be of files that are gone."""

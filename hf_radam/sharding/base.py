@@ -129,18 +129,17 @@ class Sharding(ABC):
         assert whole is not None
         return whole
 
-    def collect(self, name: str, piece: Tensor | None, *, everywhere: bool = False) -> Tensor | None:
+    def collect(self, name: str, piece: Tensor | None) -> Tensor | None:
         """Put a value together on the first rank alone; the others get None. Every rank must call it.
 
         Args:
             name: the parameter that the value has the shape of.
             piece: this rank's stretch of it in the form of `live`; None on every rank: the parameter as the forward
                 pass has it.
-            everywhere: bring it to every rank after all.
         """
         if piece is None:
-            return self._assemble(name, self.held(name).detach(), live=False, everywhere=everywhere)
-        return self._assemble(name, piece, live=True, everywhere=everywhere)
+            return self._assemble(name, self.held(name).detach(), live=False, everywhere=False)
+        return self._assemble(name, piece, live=True, everywhere=False)
 
     def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
         shape = self.shape(name)

@@ -28,9 +28,9 @@ class Weights:
         """The weights that are in the model."""
         return cls(sharding, lambda name: None)
 
-    def collect(self, name: str, *, everywhere: bool = False) -> Tensor | None:
-        """Bring a whole parameter to the first rank, or to all; every rank must call it. See `Sharding.collect`."""
-        return self.sharding.collect(name, self.piece(name), everywhere=everywhere)
+    def collect(self, name: str) -> Tensor | None:
+        """Bring a whole parameter to the first rank; every rank must call it. See `Sharding.collect`."""
+        return self.sharding.collect(name, self.piece(name))
 
     def stretch(self, name: str) -> tuple[int, Tensor]:
         """This rank's part of a parameter: its first element, in the flattened parameter, and the part."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,14 +69,9 @@ def _check_fsdp(trainer: Any) -> None:
         raise ValueError("LOCAL_STATE_DICT cannot be resumed: set FULL_STATE_DICT or SHARDED_STATE_DICT.")
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.output_dtype in (torch.bfloat16, torch.float16):
-        # The losses would be rounded to three digits, and gradients summed in 16 bits.
-        logger.info("FSDP2 returns losses and sums gradients in float32; layers compute in %s.", policy.param_dtype)
-        plugin.mixed_precision_policy = type(policy)(
-            param_dtype=policy.param_dtype,
-            reduce_dtype=torch.float32,
-            output_dtype=torch.float32,
-            cast_forward_inputs=policy.cast_forward_inputs,
-        )
+        # The root would round the losses to three digits, and gradients would be summed in 16 bits.
+        logger.info("FSDP2 leaves losses and sums of gradients in float32; layers compute in %s.", policy.param_dtype)
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def _check_deepspeed(trainer: Any) -> None:

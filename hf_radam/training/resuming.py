@@ -30,6 +30,7 @@ from hf_radam.training.agreement import check_agreement
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
+from hf_radam.training.shared_folder import check_shared_folder
 
 logger = logging.get_logger(__name__)
 
@@ -64,6 +65,7 @@ class ResumingMixin(PartsMixin):
                 "This trainer has loaded parts of a checkpoint that was then refused: make a new trainer and model."
             )
         if self._active:
+            check_shared_folder(self.args)
             resume_from_checkpoint = self._chosen(resume_from_checkpoint)
             if resume_from_checkpoint is not None:
                 self._check_backend(resume_from_checkpoint)

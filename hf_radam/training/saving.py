@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
@@ -89,10 +90,14 @@ class SavingMixin(PartsMixin):
         if gathers_weights(self):
             self._save_gathered(folder)
             return
+        model_folders.save_surroundings(
+            folder,
+            self._bare_model,
+            processing_class=self._tokenizer,
+            writes=self.args.should_save,
+            in_float32=False,
+        )
         if self.args.should_save:
-            model_folders.save_surroundings(
-                folder, self._bare_model, processing_class=self._tokenizer, in_float32=False
-            )
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
         if not self.is_fsdp_enabled:  # which writes them sharded by itself
@@ -111,7 +116,6 @@ class SavingMixin(PartsMixin):
             weights,
             processing_class=self._tokenizer,
             writes=self.args.should_save,
-            everywhere=self.args.save_on_each_node,
             in_float32=in_float32,
         )
 
@@ -214,8 +218,9 @@ class SavingMixin(PartsMixin):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
             self._correct_best(run, best_before, written=step if at_root else None)
+            sealed = self._sealed_by_others(run / storage.STAGING / name)
             if self.args.should_save:
-                self._publish(run, name, places)
+                self._publish(run, name, places, sealed)
         except BaseException as error:
             self.state.best_model_checkpoint = best_before
             self._abandon(run, name, error)
@@ -239,11 +244,22 @@ class SavingMixin(PartsMixin):
         best = self.state.best_global_step
         self.state.best_model_checkpoint = str(run / f"{PREFIX}{best}") if best and best == written else before
 
-    def _publish(self, run: Path, name: str, places: list[Path]) -> None:
+    def _sealed_by_others(self, folder: Path) -> dict[str, tuple[int, str]]:
+        """Have every process but the first seal the files that bear its number: one would take long over all."""
+        if self.args.world_size == 1:
+            return {}
+        index, own = self.args.process_index, {}
+        if index > 0:
+            own = storage.Sealing(folder).finish(only=lambda file: storage.rank_of(file) == index)
+        gathered: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(gathered, own)
+        return {name: facts for each in gathered for name, facts in each.items()}
+
+    def _publish(self, run: Path, name: str, places: list[Path], sealed: Mapping[str, tuple[int, str]]) -> None:
         """Complete the staged checkpoint and give it its places; the files are stored once."""
         staging = run / storage.STAGING
         self.state.save_to_json(str(staging / name / manifest.TRAINER_STATE_NAME))
-        self._write_manifest(staging / name)
+        self._write_manifest(staging / name, sealed)
         for place in places:
             if staging / place != staging / name:
                 storage.link_tree(staging / name, staging / place)
@@ -298,7 +314,7 @@ class SavingMixin(PartsMixin):
         finally:
             self._saving_checkpoint = False
 
-    def _write_manifest(self, folder: Path) -> None:
+    def _write_manifest(self, folder: Path, sealed: Mapping[str, tuple[int, str]] = storage.NOTHING) -> None:
         schedule = self.args.schedule(self.state.max_steps)
         source = self._evaluation.source
         content = {
@@ -322,7 +338,7 @@ class SavingMixin(PartsMixin):
                 **manifest.parameter_dtypes(self._bare_model),
             },
         }
-        manifest.write_manifest(folder, content, sealing=self._sealing)
+        manifest.write_manifest(folder, content, sealing=self._sealing, sealed=sealed)
         self._sealing = None
 
     # ---- Hub ----

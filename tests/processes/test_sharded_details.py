@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from hf_radam import RAdamTrainer, WeightAverage, load_evaluation_model
+from hf_radam.training.support import check_supported
 
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
 ZERO = [name for name in harness.ZERO]
@@ -78,7 +79,9 @@ def largest_while_updating(folder, backend):
 @pytest.mark.parametrize("backend", ["ddp", *SHARDED])
 def test_averaging_makes_no_tensor_larger_than_a_part(tmp_path, backend):
     for made, part, whole in harness.run(largest_while_updating, tmp_path, backend, backend=backend):
-        assert made <= part <= (whole + 1) // 2 + 32  # a row more where the rows are odd
+        assert made <= part
+        if backend != "zero2":  # which cuts all parameters together, not each by itself
+            assert part <= (whole + 1) // 2 + 32  # a row more where the rows are odd
 
 
 # ---- Precision ----
@@ -132,9 +135,9 @@ def test_bf16_rounds_neither_losses_nor_averages(tmp_path, backend):
 
 
 def train_for_the_best(folder, backend):
-    """The largest learning rate by far in the middle: the best weights are not the last."""
+    """A learning rate at which the losses soon grow: the best weights are not the last."""
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
-    args = options(backend, **best, save_steps=2, optim="radam_schedulefree", learning_rate=0.3)
+    args = options(backend, **best, save_steps=2, optim="radam_schedulefree", learning_rate=5.0)
     trainer = tiny.trainer(folder, tiny.llama(**ODD), **args)
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
@@ -267,11 +270,19 @@ def test_deepspeed_configurations_that_are_refused(tmp_path):
             assert words is not None and re.search(pattern, words), (pattern, words)
 
 
+def refusals_of_fsdp(folder):
+    """What is said to FSDP1, and to state dicts that cannot be resumed; on CPUs accelerate makes neither."""
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options("fsdp2", optim="radam", ewa=True))
+    plugin, said = trainer.accelerator.state.fsdp_plugin, []
+    for name, value in (("state_dict_type", "LOCAL_STATE_DICT"), ("fsdp_version", 1)):
+        setattr(plugin, name, value)
+        try:
+            check_supported(trainer)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
 def test_fsdp_that_is_refused(tmp_path):
-    cases = {
-        "fsdp_version=1 is not supported": {"fsdp_config/version": 1},
-        "LOCAL_STATE_DICT cannot be resumed": {"fsdp_config/state_dict_type": "LOCAL_STATE_DICT"},
-    }
-    for said in harness.run(refusals, tmp_path, "fsdp2", list(cases.values()), backend="fsdp2"):
-        for pattern, words in zip(cases, said, strict=True):
-            assert words is not None and pattern in words, (pattern, words)
+    for said in harness.run(refusals_of_fsdp, tmp_path, backend="fsdp2"):
+        assert "LOCAL_STATE_DICT cannot be resumed" in said[0] and "fsdp_version=1 is not supported" in said[1]
