@@ -123,10 +123,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
+    "training.folders": (
+        {"sharding"} | within("checkpoints", "adapters model_folders") | within("training", "backends parts"),
+        ANY,
+    ),
     "training.saving": (
-        {"names", "sharding"}
-        | within("checkpoints", "storage manifest adapters runs model_folders")
-        | within("training", "backends hub just_in_time failures parts"),
+        {"names"}
+        | within("checkpoints", "storage manifest adapters runs")
+        | within("training", "backends folders failures hub just_in_time"),
         ANY,
     ),
     "training.resuming": (

@@ -13,25 +13,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hf_radam import __version__
-from hf_radam.checkpoints import adapters, manifest, model_folders, storage
+from hf_radam.checkpoints import adapters, manifest, storage
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
-from hf_radam.sharding import Weights
-from hf_radam.training.backends import gathers_weights, is_sharded
+from hf_radam.training.backends import is_sharded
 from hf_radam.training.failures import save_error
+from hf_radam.training.folders import FoldersMixin
 from hf_radam.training.hub import push_evaluation_weights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
-from hf_radam.training.parts import PartsMixin
 
 logger = logging.get_logger(__name__)
 
 
-class SavingMixin(PartsMixin):
+class SavingMixin(FoldersMixin):
     """Overrides of `Trainer`'s saving; `RAdamTrainerMixin` brings what they speak of."""
 
     _saving_checkpoint: bool = False
@@ -73,56 +71,8 @@ class SavingMixin(PartsMixin):
         else:
             super().save_model(output_dir, _internal_call)
         self._seal_weights(output_dir)
-        for source in self._evaluation.kept:
-            folder = Path(output_dir, adapters.evaluation_subfolder(source, self._bare_model))
-            with self._evaluation.weights(source) as weights:
-                self._save_folder(folder, weights, sharded=not gathers_weights(self))
+        for _ in self._save_beside(Path(output_dir)):
             self._seal_weights(output_dir)
-
-    def _save_gathered(self, folder: Path) -> None:
-        """Write the weights that are in the model, tensor by tensor: upstream gathers all, or writes none."""
-        self._save_folder(folder, Weights.of_forward_pass(self._evaluation.sharding), in_float32=False)
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _save_root(self, folder: Path) -> None:
-        """Write the training weights of a checkpoint, sharded if the back-end was told not to gather them."""
-        if gathers_weights(self):
-            self._save_gathered(folder)
-            return
-        model_folders.save_surroundings(
-            folder,
-            self._bare_model,
-            processing_class=self._tokenizer,
-            writes=self.args.should_save,
-            in_float32=False,
-        )
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-        self.accelerator.wait_for_everyone()
-        if not self.is_fsdp_enabled:  # which writes them sharded by itself
-            weights = Weights.of_forward_pass(self._evaluation.sharding)
-            self._save_folder(folder, weights, in_float32=False, sharded=True)
-
-    def _save_folder(self, folder: Path, weights: Weights, *, in_float32: bool = True, sharded: bool = False) -> None:
-        if sharded:
-            model_folders.save_sharded_folder(
-                folder, self._bare_model, weights, processing_class=self._tokenizer, in_float32=in_float32
-            )
-            return
-        model_folders.save_model_folder(
-            folder,
-            self._bare_model,
-            weights,
-            processing_class=self._tokenizer,
-            writes=self.args.should_save,
-            in_float32=in_float32,
-        )
-
-    @property
-    def _tokenizer(self) -> Any:
-        """What upstream saves beside a model."""
-        return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 
     def _seal_weights(self, folder: str) -> None:
         """Flush the weights written so far, and take their checksums, while what comes after them is written."""
