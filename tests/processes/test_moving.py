@@ -58,7 +58,9 @@ class Notes(TrainerCallback):
             for parameter, kept in optimizer.state.items()
         }
         weights = {name: whole(parameter) for parameter, name in names.items()}
-        return {"weights": weights, "state": state, "groups": values}
+        average = self.trainer.average
+        averaged = {"tensors": average.averaged_state_dict(), "counters": average.counters()} if average else {}
+        return {"weights": weights, "state": state, "groups": values, "average": averaged}
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.kept["begin"] = self.note()
@@ -125,6 +127,9 @@ def check_what_was_loaded(kept, saved, files):
     """Every process began with just what was saved."""
     state, groups = files
     assert tiny.same(kept["begin"]["weights"], saved["weights"])
+    averages = kept["begin"]["average"], saved["average"]
+    assert averages[0].get("counters") == averages[1].get("counters")
+    assert tiny.same(*(average.get("tensors", {}) for average in averages))
     assert_same_state(kept["begin"]["state"], saved["state"])
     assert_same_state(kept["begin"]["state"], state)
     assert plain(kept["begin"]["groups"]) == plain(groups)
