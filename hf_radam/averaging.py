@@ -80,6 +80,21 @@ def check_averaging(
         raise ValueError(f"{prefix}start_step={start_step} must be a whole number of updates, 0 or more.")
 
 
+def _plain(named_parameters: Iterable[tuple[str, Tensor]]) -> Sharding:
+    """The sharding of tensors that are whole.
+
+    Raises:
+        ValueError: for a DTensor: FSDP2 keeps some gathered after a forward pass, which is not seen from here.
+    """
+    sharding = LocalSharding(named_parameters)
+    if sharding.is_sharded:
+        raise ValueError(
+            "The parameters are sharded (DTensors): give WeightAverage(find_sharding(model)), with find_sharding from "
+            "hf_radam.sharding, which knows when FSDP2 must gather them anew."
+        )
+    return sharding
+
+
 class WeightAverage:
     """An fp32 average of a model's trainable parameters, on each rank of its own part of them.
 
@@ -133,7 +148,7 @@ class WeightAverage:
         self.weight_sum = 0.0
         """Sum of all weights in units of the newest one's: the inverse of the last step size."""
         given = named_parameters
-        self.sharding = given if isinstance(given, Sharding) else LocalSharding(given)
+        self.sharding = given if isinstance(given, Sharding) else _plain(given)
         self._trained = self.sharding.trained
         for name in self._trained:
             if self.sharding.dtype(name).is_complex:
@@ -174,9 +189,10 @@ class WeightAverage:
             raise RuntimeError("update() inside applied() would average the average: leave the context first.")
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
-        thawed = set(self.sharding.trained).difference(self._trained)
+        trained = set(self._trained)
+        thawed = [name for name in self.sharding.parameters if name not in trained and self.sharding.trains(name)]
         if thawed:
-            raise RuntimeError(f"{min(thawed)} was frozen when the average was made and trains now: make a new one.")
+            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:

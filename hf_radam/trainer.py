@@ -21,7 +21,7 @@ from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.attempts import BeforeTheFirstAttempt
-from hf_radam.training.backends import check_prepared
+from hf_radam.training.backends import check_prepared, forget_evaluation
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.resuming import ResumingMixin
@@ -148,6 +148,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         self.args.check_horizon(max_steps)
         self._last_saved = None
         self._extended_from = None
+        if self._active:
+            forget_evaluation(self)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if self._active:
             check_prepared(self)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -170,8 +170,15 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
+def read_state_dict(
+    model: nn.Module, folder: PathLike, *, shapes: Mapping[str, torch.Size] | None = None
+) -> dict[str, Tensor]:
     """Read a model folder as a state dict for `model`, on the CPU, in float32 (float64 if the model has any).
+
+    Args:
+        model: the model; its parameters may be sharded.
+        folder: the model folder.
+        shapes: shapes that tensors must have, by name; of the others it is that of the model's tensor.
 
     What the model's class does not save (`_keys_to_ignore_on_save`) is not in it.
 
@@ -183,8 +190,8 @@ def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
         state, missing, unexpected = _read_pretrained(model, path)
     else:
         state, missing, unexpected = _read_files(model, path)
-    own = model.state_dict()
-    other_shapes = [name for name, value in state.items() if name in own and value.shape != own[name].shape]
+    wanted = {name: value.shape for name, value in model.state_dict().items()} | dict(shapes or {})
+    other_shapes = [name for name, value in state.items() if name in wanted and value.shape != wanted[name]]
     if missing or unexpected or other_shapes:
         raise CheckpointError(
             f"{path} does not hold the weights of this {type(model).__name__}: missing {sorted(missing)[:5]}, "

@@ -55,20 +55,25 @@ def read_parts(folder: Path, model: nn.Module, sharding: Sharding, into: Places)
     files = weight_files(folder)
     written, name_of = state_keys(model, sharding)
     shapes = {key: sharding.shape(name_of[key]) if key in name_of else value.shape for key, value in written.items()}
-    if files and not files_have_its_keys(model):
-        _copy_parts(read_state_dict(model, folder), into)
-    elif files:
-        _check_keys(folder, shapes, dict.fromkeys(files))
-        _read_from_files(files, shapes, into)
-    elif (folder / SHARDED_FOLDER).is_dir():
+    if (folder / SHARDED_FOLDER).is_dir():  # also where they were put together: it is what was written first
         _check_keys(folder, shapes, shapes_in(folder / SHARDED_FOLDER))
         read_sharded(folder / SHARDED_FOLDER, into)
-    elif (folder / FSDP_WEIGHTS_FOLDER).is_dir():
+    elif files and files_have_its_keys(model):
+        _check_keys(folder, shapes, dict.fromkeys(files))
+        _read_from_files(files, shapes, into)
+    elif not files and (folder / FSDP_WEIGHTS_FOLDER).is_dir():
         state: dict[str, Tensor] = read_folder(folder / FSDP_WEIGHTS_FOLDER).get("model", {})
         _check_keys(folder, shapes, {key: value.shape for key, value in state.items() if key in shapes})
         _copy_parts(state, into)
     else:
-        _copy_parts(read_state_dict(model, folder), into)
+        _copy_parts(read_state_dict(model, folder, shapes=_shapes_by_every_name(model, sharding)), into)
+
+
+def _shapes_by_every_name(model: nn.Module, sharding: Sharding) -> dict[str, torch.Size]:
+    """The whole shapes of the parameters in the state dict, where ZeRO-3 shows empty ones."""
+    names = {id(parameter): name for name, parameter in sharding.parameters.items()}
+    state = model.state_dict(keep_vars=True).items()
+    return {key: sharding.shape(names[id(value)]) for key, value in state if id(value) in names}
 
 
 def _check_keys(folder: Path, wanted: Mapping[str, torch.Size], found: Mapping[str, torch.Size | None]) -> None:

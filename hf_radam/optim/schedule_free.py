@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from hf_radam.optim.checks import check_hyperparameters, low_precision
-from hf_radam.sharding import LocalSharding, Sharding
+from hf_radam.sharding import Sharding, find_sharding
 
 SMALLEST_BETA2 = 0.6
 """At and below it the length of the moving average never exceeds 4, so RAdam never leaves its silent phase."""
@@ -280,7 +280,7 @@ def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str],
 
     Returns:
         From a parameter's name to x in the form of `Sharding.live`, or to None where x is what the parameter holds:
-        it does not train, there was no update yet, or the optimizer is in evaluation mode.
+        the optimizer does not know it, there was no update yet, or the optimizer is in evaluation mode.
     """
     groups = sharding.groups(optimizer)
 
@@ -297,7 +297,7 @@ def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str],
 def x_pieces(sharding: Sharding, optimizer: RAdamScheduleFree) -> Iterator[tuple[str, Tensor]]:
     """Name and part of x of every parameter in which x is not what it holds, one after another: see `x_piece`."""
     piece = x_piece(sharding, optimizer)
-    for name in sharding.trained:
+    for name in sharding.parameters:
         x = piece(name)
         if x is not None:
             yield name, x
@@ -314,7 +314,7 @@ def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str,
         Copies by parameter name (tied parameters once): x where the optimizer has made an update, else the
         parameter as it is. In evaluation mode, where the parameters hold x already, those.
     """
-    sharding = LocalSharding(model.named_parameters())
+    sharding = find_sharding(model)
     x = {name: sharding.gather(name, piece) for name, piece in x_pieces(sharding, optimizer)}
     x |= {name: sharding.gather_held(name) for name in sharding.parameters if name not in x}
     return {name: x[name].clone() for name in sharding.parameters}

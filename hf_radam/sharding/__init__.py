@@ -3,7 +3,7 @@
 One idea serves every back-end: **of each parameter, flattened, a rank holds one stretch** `[start, start + length)`,
 which may be all of it or nothing. What is computed element by element (an average, x of a schedule-free optimizer) is
 computed on the stretches alone; what needs whole tensors (writing a file, evaluating with replicated weights) gathers
-them one tensor at a time. Nothing outside this package names a back-end.
+them one tensor at a time. What is averaged, written and swapped goes by this.
 
 | back-end | a rank holds, to train | the weights of the forward pass |
 |---|---|---|
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_radam.sharding.base import Sharding as Sharding
 from hf_radam.sharding.local import LocalSharding as LocalSharding
@@ -43,4 +44,12 @@ def find_sharding(model: nn.Module, *, wrapped: Any = None, device: torch.device
         from hf_radam.sharding.zero import zero_sharding
 
         return zero_sharding(model, wrapped, device=device)
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        raise RuntimeError(
+            "The model is partitioned by ZeRO-3, and there is no engine yet that could gather it: save and average it "
+            "only after training has begun."
+        )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # else some of the parameters that it shows are not those that train
     return LocalSharding(model.named_parameters(), modules=model.modules(), device=device)

@@ -15,6 +15,9 @@ from torch import Tensor
 Pieces = Iterable[tuple[str, Tensor]]
 """Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.live`."""
 
+Stretches = list[tuple[int, int]]
+"""First element and length of what each rank has."""
+
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -35,6 +38,42 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def _from_all(piece: Tensor, numel: int, stretches: Stretches, *, everywhere: bool) -> Tensor | None:
+    """Put a flattened tensor together, where the ranks have about as much of it each, in one collective operation."""
+    sent = piece.new_zeros(max(length for _, length in stretches))
+    sent[: piece.numel()] = piece
+    parts = [torch.empty_like(sent) for _ in stretches] if everywhere or rank() == 0 else None
+    if everywhere:
+        dist.all_gather(parts, sent)
+    else:
+        dist.gather(sent, parts, dst=0)
+    if parts is None:
+        return None
+    whole = piece.new_empty(numel)
+    for part, (start, length) in zip(parts, stretches, strict=True):
+        whole[start : start + length] = part[:length]
+    return whole
+
+
+def _from_owners(piece: Tensor, numel: int, stretches: Stretches, *, everywhere: bool) -> Tensor | None:
+    """The same where few ranks have all of it (ZeRO-1, 2): each sends what it has, and nobody makes room for more."""
+    me = rank()
+    whole = piece.new_empty(numel) if everywhere or me == 0 else None
+    for owner, (start, length) in enumerate(stretches):
+        if not length:
+            continue
+        stretch = piece if whole is None else whole[start : start + length]
+        if owner == me and whole is not None:
+            stretch.copy_(piece)
+        if everywhere:
+            dist.broadcast(stretch, src=owner)
+        elif owner == me and me != 0:
+            dist.send(stretch, dst=0)
+        elif owner != 0 and me == 0:
+            dist.recv(stretch, src=owner)
+    return whole
+
+
 class Sharding(ABC):
     """The parameters of a model by name, tied ones once, and this rank's stretch of each.
 
@@ -46,6 +85,8 @@ class Sharding(ABC):
     def __init__(self, parameters: dict[str, Any], *, device: torch.device | None = None):
         self.parameters = parameters
         self.device = device
+        self.trained = [name for name in parameters if self.trains(name)]
+        """Names of the parameters that trained when this was made: what is averaged, and what is sent, goes by them."""
 
     # ---- One parameter ----
 
@@ -54,18 +95,13 @@ class Sharding(ABC):
         return torch.Size(self.parameters[name].shape)
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter is trained."""
+        """Whether the parameter is trained now."""
         return bool(self.parameters[name].requires_grad)
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype of the weights that the forward pass uses."""
         dtype: torch.dtype = self.parameters[name].dtype
         return dtype
-
-    @property
-    def trained(self) -> list[str]:
-        """Names of the parameters that are trained."""
-        return [name for name in self.parameters if self.trains(name)]
 
     @abstractmethod
     def live(self, name: str) -> Tensor:
@@ -97,10 +133,10 @@ class Sharding(ABC):
     @cached_property
     def _stretches(self) -> dict[tuple[str, bool], list[tuple[int, int]]]:
         """Start and length of what every rank holds of every parameter, `live` and `held`; asked for once."""
-        mine = {}
+        mine, trained = {}, set(self.trained)
         for name in self.parameters:
             mine[name, False] = (self.held_start(name), self.held(name).numel())
-            if self.trains(name):
+            if name in trained:
                 mine[name, True] = (self.start(name), self.live(name).numel())
         every: list[Any] = [None] * world_size()
         if len(every) > 1:
@@ -146,20 +182,13 @@ class Sharding(ABC):
         if self._is_whole(name, live=live):
             return piece.view(shape) if everywhere or rank() == 0 else None
         stretches = self._stretches[name, live]
+        piece = piece.reshape(-1).to(self.device or piece.device)
         longest = max(length for _, length in stretches)
-        sent = piece.new_zeros(longest, device=self.device or piece.device)
-        sent[: piece.numel()] = piece.reshape(-1)
-        parts = [torch.empty_like(sent) for _ in stretches] if everywhere or rank() == 0 else None
-        if everywhere:
-            dist.all_gather(parts, sent)
+        if longest * len(stretches) > 2 * shape.numel():
+            whole = _from_owners(piece, shape.numel(), stretches, everywhere=everywhere)
         else:
-            dist.gather(sent, parts, dst=0)
-        if parts is None:
-            return None
-        whole = sent.new_empty(shape.numel())
-        for part, (start, length) in zip(parts, stretches, strict=True):
-            whole[start : start + length] = part[:length]
-        return whole.view(shape)
+            whole = _from_all(piece, shape.numel(), stretches, everywhere=everywhere)
+        return None if whole is None else whole.view(shape)
 
     @abstractmethod
     def _is_whole(self, name: str, *, live: bool) -> bool:
@@ -170,28 +199,11 @@ class Sharding(ABC):
         live = self.live(name)
         return whole.reshape(-1)[self.start(name) : self.start(name) + live.numel()].view(live.shape)
 
-    def cut_held(self, name: str, whole: Tensor) -> Tensor:
-        """The same in the form of `held`."""
-        held, start = self.held(name), self.held_start(name)
-        return whole.reshape(-1)[start : start + held.numel()].view(held.shape)
-
     # ---- Other weights in the model ----
 
-    @torch.no_grad()
-    def write(self, pieces: Pieces) -> None:
-        """Have the forward pass use these values, given in the form of `live`, cast to the dtype of its weights."""
-        with self.editing():
-            for name, piece in pieces:
-                self._write(name, piece)
-
-    @torch.no_grad()
-    def write_whole(self, name: str, whole: Tensor) -> None:
-        """Have the forward pass use this value of one parameter, given whole on every rank."""
-        with self.editing():
-            self.held(name).copy_(self.cut_held(name, whole))
-
     @abstractmethod
-    def _write(self, name: str, piece: Tensor) -> None: ...
+    def _write(self, name: str, piece: Tensor) -> None:
+        """Have the forward pass use a value, given in the form of `live`, cast to the dtype of its weights."""
 
     @contextmanager
     def editing(self) -> Iterator[None]:
@@ -205,10 +217,12 @@ class Sharding(ABC):
         Args:
             pieces: makes the values, in the form of `live`; asked one after another, each before it is written.
         """
-        with torch.no_grad():
-            kept = {name: self.held(name).detach().clone() for name in self.trained}
+        kept: dict[str, Tensor] = {}
         try:
-            self.write(pieces())
+            with torch.no_grad(), self.editing():
+                for name, piece in pieces():
+                    kept[name] = self.held(name).detach().clone()
+                    self._write(name, piece)
             yield
         finally:
             with torch.no_grad(), self.editing():

@@ -72,6 +72,11 @@ class LocalSharding(Sharding):
         super().__init__(parameters, device=device)
         self._gathering = [module for module in modules if isinstance(module, FSDPModule)]
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether any parameter is a DTensor."""
+        return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
+
     def live(self, name: str) -> Tensor:
         """The tensor itself, or its local rows."""
         return local_part(self.parameters[name])
@@ -106,5 +111,4 @@ class LocalSharding(Sharding):
         """Equal stretches of whatever is whole on every rank."""
         from hf_radam.sharding.slices import SlicedSharding
 
-        sharded = any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
-        return self if sharded or world_size() == 1 else SlicedSharding(self.parameters, device=self.device)
+        return self if self.is_sharded or world_size() == 1 else SlicedSharding(self.parameters, device=self.device)

@@ -93,9 +93,8 @@ class PartitionSharding(Sharding):
     """ZeRO-3."""
 
     def __init__(self, parameters: dict[str, Any], engine: Any, *, device: torch.device | None):
+        self.engine, self.optimizer = engine, engine.optimizer
         super().__init__(parameters, device=device)
-        self.engine = engine
-        self.optimizer = engine.optimizer
 
     def shape(self, name: str) -> torch.Size:
         """Shape of the whole parameter: a parameter that is not gathered says it has none."""

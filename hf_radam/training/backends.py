@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_radam.batch_norm import batch_norm_modules
@@ -76,8 +79,9 @@ def _check_fsdp(trainer: Any) -> None:
 
 def _check_deepspeed(trainer: Any) -> None:
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
-    ours = OptimizerName(trainer.args.optim).value in OPTIMIZERS
-    for section, asked in (("optimizer", f"optim={trainer.args.optim}"), ("scheduler", "the schedule")):
+    optim = OptimizerName(trainer.args.optim).value
+    ours = optim in OPTIMIZERS
+    for section, asked in (("optimizer", f"optim={optim}"), ("scheduler", "the schedule")):
         if section in config:
             raise ValueError(
                 f"The DeepSpeed configuration has a section {section!r}, which would take the place of {asked}: "
@@ -100,9 +104,20 @@ def _check_deepspeed(trainer: Any) -> None:
         if config.get("zero_force_ds_cpu_optimizer", False):
             raise ValueError(
                 "zero_force_ds_cpu_optimizer=true would put DeepSpeed's CPU Adam in the place of "
-                f"optim={trainer.args.optim}: remove it from the configuration, or set it to false."
+                f"optim={optim}: remove it from the configuration, or set it to false."
             )
         config["zero_force_ds_cpu_optimizer"] = False  # absent means true
+
+
+def forget_evaluation(trainer: Any) -> None:
+    """Let accelerate wrap a model for DDP that was evaluated before training.
+
+    Evaluating prepares it without a wrapper, and accelerate returns what it has prepared as it is: each process would
+    then train alone (seen with transformers 5.23 and accelerate 1.15).
+    """
+    if trainer.args.world_size > 1 and trainer.model_wrapped is trainer.model and not is_sharded(trainer):
+        trainer.accelerator._models = [model for model in trainer.accelerator._models if model is not trainer.model]
+        trainer.model._is_accelerate_prepared = False
 
 
 def check_prepared(trainer: Any) -> None:
@@ -118,6 +133,24 @@ def check_prepared(trainer: Any) -> None:
             f"optim={name}, but {type(optimizer).__module__}.{type(optimizer).__name__} took its place when the model "
             "was prepared. With DeepSpeed, set zero_force_ds_cpu_optimizer to false."
         )
+    if trainer.args.world_size > 1 and not is_sharded(trainer):
+        if not isinstance(trainer.model_wrapped, DistributedDataParallel):
+            raise ValueError(
+                "The model was not wrapped for DDP, so each process would train alone: make a new trainer with a model "
+                "that nothing has prepared."
+            )
+    limit_collectives(trainer.args.ddp_timeout)
     if isinstance(optimizer, RAdamScheduleFree):
         # ZeRO-3 calls the optimizer once for each sub-group of the parameters.
         optimizer.steps_by_parts = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+
+
+def limit_collectives(seconds: float) -> None:
+    """Have every collective operation end with an error if it waits longer: of all groups there are by now.
+
+    Upstream passes `ddp_timeout` on to GPUs only, and DeepSpeed makes groups of its own. Torch has no public function
+    for it (seen in torch 2.13).
+    """
+    if dist.is_available() and dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)

@@ -38,13 +38,20 @@ class EvaluationWeights:
         recalibrate: Callable[[], None] | None = None,
     ):
         self.model = model
-        self.sharding = find_sharding(model) if sharding is None else sharding
+        self._sharding = sharding
         self.average = average
         self.optimizer = optimizer
         self._recalibrate = recalibrate
         self._statistics: dict[str, list[Tensor]] = {}
         self.inside = False
         """Whether the model holds the evaluation weights now."""
+
+    @property
+    def sharding(self) -> Sharding:
+        """Where the model's parameters lie."""
+        if self._sharding is None:
+            self._sharding = find_sharding(self.model)
+        return self._sharding
 
     def forget_statistics(self) -> None:
         """Take BatchNorm statistics again at the next use: the weights have moved."""

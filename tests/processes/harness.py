@@ -85,6 +85,7 @@ def arguments(backend: str) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": int(backend[4])}
         if zero["stage"] == 3:
             zero["stage3_param_persistence_threshold"] = 0  # a tiny model's parameters would stay whole on every rank
+            zero["sub_group_size"] = 3000  # several sub-groups, which are stepped one after another
             zero["stage3_gather_16bit_weights_on_model_save"] = backend == "zero3"
         sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         config = dict.fromkeys([*sizes, "gradient_clipping"], "auto") | {"zero_optimization": zero}

@@ -38,9 +38,9 @@ def options(backend, **more):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation of torch makes."""
+    """Notes the size of the largest tensor that any operation of torch makes, and of all that are made."""
 
-    largest = 0
+    largest = total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -48,6 +48,7 @@ class LargestTensor(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
                 self.largest = max(self.largest, leaf.numel())
+                self.total += leaf.numel()
         return result
 
 

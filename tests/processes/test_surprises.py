@@ -1,0 +1,198 @@
+"""What users do that nobody planned for: evaluating first, freezing half-way, other classes, a process that is late.
+
+Oracles: the run without the surprise, bit for bit; clones taken before; counting every tensor that torch makes.
+"""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import tiny
+import torch
+from processes import harness
+from processes.test_sharded_details import ODD, LargestTensor, options
+from torch import nn
+
+from hf_radam import RAdamScheduleFree, WeightAverage
+from hf_radam.checkpoints.consolidation import consolidate
+from hf_radam.optim import schedule_free_x
+from hf_radam.sharding import find_sharding
+
+zero = pytest.mark.skipif(bool(harness.missing("zero3")), reason=str(harness.missing("zero3")))
+
+
+# ---- Evaluating before training ----
+
+
+def evaluate_then_train(folder, first):
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options("ddp", optim="radam", ewa=True))
+    if first:
+        trainer.evaluate()
+    trainer.train()
+    return harness.is_really(trainer, "ddp"), tiny.parameters(trainer.model), trainer.average.averaged_state_dict()
+
+
+def test_evaluating_first_does_not_undo_ddp(tmp_path):
+    ranks = harness.run(evaluate_then_train, tmp_path / "a", True)
+    ranks += harness.run(evaluate_then_train, tmp_path / "b", False)
+    for really, weights, average in ranks:
+        assert really and tiny.same(weights, ranks[-1][1]) and tiny.same(average, ranks[-1][2])
+
+
+# ---- Freezing half-way ----
+
+
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+def test_what_is_frozen_half_way_comes_back_from_an_evaluation(tmp_path, method):
+    trainer = tiny.trainer(tmp_path, max_steps=6, save_strategy="steps", save_steps=6, **tiny.METHODS[method])
+
+    class Freeze(tiny.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                trainer.model.model.layers[0].requires_grad_(False)
+
+    trainer.add_callback(Freeze())
+    trainer.train()
+    before = tiny.parameters(trainer.model)
+    with trainer.evaluation_weights():
+        evaluated = tiny.parameters(trainer.model)
+    assert tiny.same(tiny.parameters(trainer.model), before)
+    saved = type(trainer.model).from_pretrained(tmp_path / "checkpoint-6" / method)
+    assert tiny.same(evaluated, tiny.parameters(saved))
+
+
+# ---- A class whose files have other keys ----
+
+
+def train_mixtral(folder, backend, resume):
+    more = {"ewa": True, "optim": "radam", "save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2} if resume is None else {}
+    trainer = tiny.trainer(folder, tiny.mixtral(), **options(backend, **more | best))
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.average is None:
+        return None
+    return trainer.average.averaged_state_dict()
+
+
+@zero
+@pytest.mark.parametrize("backend", ["zero3", "zero3_ungathered", "fsdp2_sharded"])
+def test_mixtral_resumes_also_from_shards_put_together(tmp_path, backend):
+    harness.run(train_mixtral, tmp_path / "run", backend, None, backend=backend)
+    checkpoint = tmp_path / "run" / "checkpoint-2"
+    first = harness.run(train_mixtral, tmp_path / "resumed", backend, str(checkpoint), backend=backend)
+    consolidate(checkpoint)
+    again = harness.run(train_mixtral, tmp_path / "again", backend, str(checkpoint), backend=backend)
+    assert tiny.same(first[0], again[0]) and tiny.same(first[0], first[1])
+
+
+# ---- Too early ----
+
+
+def save_before_training(folder):
+    args = tiny.arguments(folder, **options("zero3", optim="radam", ewa=True))  # from here on models are partitioned
+    tiny.llama(**ODD).save_pretrained(folder / "source") if args.process_index == 0 else None
+    torch.distributed.barrier()
+    model = tiny.LlamaForCausalLM.from_pretrained(folder / "source")
+    trainer = tiny.RAdamTrainer(model, args, train_dataset=tiny.TRAIN)
+    trainer.save_model(str(folder / "model"))
+
+
+@zero
+def test_saving_a_partitioned_model_before_training_is_refused(tmp_path):
+    for outcome in harness.run(save_before_training, tmp_path, backend="zero3", check=False):
+        assert "only after training has begun" in outcome.error, outcome.told
+    assert not list((tmp_path / "model").glob("*.safetensors"))
+
+
+# ---- A plain loop with FSDP2 ----
+
+
+def plain_fsdp2():
+    from torch.distributed.fsdp import fully_shard
+
+    harness.join_group()
+    model = tiny.llama(**ODD)
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    with pytest.raises(ValueError, match="find_sharding"):
+        WeightAverage(model.named_parameters())
+    optimizer = RAdamScheduleFree(model.parameters(), lr=1e-2)
+    optimizer.train()
+    batch = {key: value[None] for key, value in tiny.TRAIN[torch.distributed.get_rank()].items()}
+    for _ in range(6):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        optimizer.step()
+    x = schedule_free_x(model, optimizer)
+    with torch.no_grad():
+        model(**batch)  # FSDP2 keeps the root's parameters gathered after it
+    return tiny.same(schedule_free_x(model, optimizer), x), x["lm_head.weight"].shape
+
+
+def test_a_plain_loop_with_fsdp2():
+    assert harness.run(plain_fsdp2, backend="fsdp2") == [(True, torch.Size([67, 32]))] * 2
+
+
+# ---- A process that is late ----
+
+
+def wait_for_a_late_one(folder, backend):
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options(backend, optim="radam", ewa=True, ddp_timeout=3))
+    began = time.monotonic()
+
+    class Late(tiny.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2 and args.process_index == 1:
+                time.sleep(60)
+
+    trainer.add_callback(Late())
+    try:
+        trainer.train()
+    except (RuntimeError, OSError):
+        return time.monotonic() - began
+    return None
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", pytest.param("zero2", marks=zero)])
+def test_nobody_waits_longer_than_the_time_limit(tmp_path, backend):
+    first, _ = harness.run(wait_for_a_late_one, tmp_path, backend, backend=backend, check=False, grace=2)
+    assert first.value is not None and 3 < first.value < 30, (first.error, first.told)
+
+
+# ---- Memory of gathering where one rank may have all of a parameter ----
+
+
+def largest_while_gathering(folder):
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options("zero2", optim="radam", ewa=True))
+    trainer.train()
+    average = trainer.average
+    pieces, sizes = average.state_dict()["averages"], []
+    for name, piece in pieces.items():
+        average.sharding.gather(name, piece)
+        with LargestTensor() as watch:
+            whole = average.sharding.gather(name, piece)
+        sizes.append((watch.total, whole.numel()))
+    return sizes
+
+
+@zero
+def test_gathering_makes_room_for_one_parameter(tmp_path):
+    for sizes in harness.run(largest_while_gathering, tmp_path, backend="zero2", world=4, timeout=180):
+        for made, whole in sizes:
+            assert made <= 3 * whole + 64, (made, whole)
+
+
+def test_a_frozen_parameter_of_a_plain_loop_comes_back():
+    model = nn.Linear(2, 2)
+    average = WeightAverage(model.named_parameters(), decay=0.5)
+    average.update(1)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    model.weight.requires_grad_(False)
+    before = tiny.parameters(model)
+    with average.applied():
+        assert not tiny.same(tiny.parameters(model), before)
+    assert tiny.same(tiny.parameters(model), before)
+    assert find_sharding(model).trained == ["bias"]
