@@ -30,6 +30,7 @@ from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import checkpoints, run_of
+from hf_radam.training.agreement import DisagreementError
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ def train(
     trainer.add_callback(accepted)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    except (CheckpointError, HorizonError) as error:  # refused before the first update
+    except (CheckpointError, HorizonError, DisagreementError) as error:  # refused before the first update
         fail(error)
     trainer.save_model()  # with the tokenizer
     if trainer.state.global_step == accepted.first_update:

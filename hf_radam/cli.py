@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         "state dicts, ZeRO-3 that does not gather), whole into the same folder, file by file. Prints that folder. "
         "Exit code 1 if the checkpoint is damaged or cannot be written to.",
     )
-    consolidate.add_argument("path", metavar="CHECKPOINT", help="a checkpoint, checkpoint-N")
+    consolidate.add_argument(
+        "path", metavar="PATH", help="a checkpoint, checkpoint-N, or the folder of a run, of which it takes the newest"
+    )
     consolidate.add_argument(
         "--training_weights", action="store_true", help="write those that train instead, at the checkpoint's root"
     )
@@ -77,11 +79,13 @@ def _shown(path: str) -> str:
 def _consolidate(path: str, arguments: argparse.Namespace) -> tuple[str | None, int]:
     """The output and the exit code, or None for a folder that is no checkpoint."""
     from hf_radam.checkpoints.consolidation import consolidate
-    from hf_radam.checkpoints.loading import is_checkpoint
+    from hf_radam.checkpoints.loading import is_checkpoint, newest_checkpoint
+    from hf_radam.checkpoints.runs import checkpoints
 
-    if not is_checkpoint(path):
+    if not is_checkpoint(path) and not checkpoints(path):
         return None, 2
     try:
+        path = path if is_checkpoint(path) else str(newest_checkpoint(path))
         trust = arguments.trust_remote_code or None
         return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
     except (OSError, ValueError) as error:

@@ -17,6 +17,7 @@ from torch import nn
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints.storage import NOTHING, Sealing, flush, sha256
+from hf_radam.sharding.base import canonical
 
 MANIFEST_NAME = "hf_radam.json"
 FORMAT_VERSION = 2
@@ -38,10 +39,12 @@ class CheckpointError(ValueError):
 
 def parameter_dtypes(model: nn.Module) -> dict[str, Any]:
     """The dtype that most parameters have, and those of the parameters that have another one, by name."""
-    dtypes = {name: str(p.dtype).removeprefix("torch.") for name, p in model.named_parameters()}
+    dtypes: dict[str, str] = {}
     numel: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        numel[dtypes[name]] = numel.get(dtypes[name], 0) + parameter.numel()
+        dtypes[canonical(name)] = dtype = str(parameter.dtype).removeprefix("torch.")
+        # Where it is partitioned by ZeRO-3 it shows no elements.
+        numel[dtype] = numel.get(dtype, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
     common = max(numel, key=lambda dtype: numel[dtype])
     return {"dtype": common, "other_dtypes": {name: d for name, d in dtypes.items() if d != common}}
 

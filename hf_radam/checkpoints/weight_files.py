@@ -15,7 +15,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -156,7 +155,7 @@ def write_weights(
         if writes and failure is None:
             try:
                 safetensors.torch.save_file(content, folder / name, metadata={"format": "pt"})
-            except (OSError, SafetensorError) as error:
+            except Exception as error:  # whatever it is, the other processes wait for this one
                 failure = error
     if failure is not None:
         raise failure

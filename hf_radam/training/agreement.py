@@ -36,6 +36,10 @@ MOST_NAMED = 10
 """Differences that the error names; a model of another shape has hundreds."""
 
 
+class DisagreementError(ValueError):
+    """Processes of one run that were started differently; every one of them raises it."""
+
+
 def check_agreement(trainer: Any, **further: Any) -> None:
     """Raise on every process if they are not about to do the same; all of them must call this.
 
@@ -58,7 +62,7 @@ def check_same(facts: Mapping[str, str]) -> None:
     """
     checksum = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
     if len(set(_gathered(checksum))) > 1:
-        raise ValueError(
+        raise DisagreementError(
             "The processes of this run do not agree on what to train, and would wait for each other or train different "
             f"things: {'; '.join(differences(_gathered(dict(facts))))}. Start every process with the same flags, model "
             "and data."

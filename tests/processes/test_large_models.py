@@ -109,7 +109,7 @@ def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
     file = checkpoint / beside / "model.safetensors"
     written = file.stat()
     assert checkpoint.stat().st_mtime_ns == before  # by which rotation tells the oldest
-    assert main(["consolidate", str(checkpoint)]) == 0 and file.stat() == written
+    assert main(["consolidate", str(checkpoint.parent)]) == 0 and file.stat() == written  # of a run, its newest
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)

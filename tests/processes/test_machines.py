@@ -7,11 +7,14 @@ import os
 import tiny
 from processes import harness
 
+from hf_radam.training import shared_folder
+
 
 def train(folder, apart, **options):
     """Train as one process on a machine of its own; `apart` gives each machine a folder of the same name."""
     rank = os.environ["RANK"]
     os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "1", "0"
+    shared_folder.PATIENCE = 2.0
     home = folder / rank if apart else folder
     home.mkdir(exist_ok=True)
     os.chdir(home)
