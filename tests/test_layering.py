@@ -81,7 +81,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.uses": (
         {"describe"}
-        | within("checkpoints", "integrity manifest layouts runs loading")
+        | within("checkpoints", "consolidation integrity manifest layouts runs loading")
         | within("inspection", "phases facts"),
         {"transformers"},
     ),
@@ -118,8 +118,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.moving": (within("checkpoints", "manifest layouts optimizer_states"), {"torch"}),
-    "training.shared_folder": (within("checkpoints", "storage") | within("training", "agreement"), {"torch"}),
     "training.agreement": (set(), ANY),
+    "training.shared_folder": (within("checkpoints", "storage") | within("training", "agreement"), {"torch"}),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),

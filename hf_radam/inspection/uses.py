@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
+from hf_radam.checkpoints.consolidation import is_sharded_alone
 from hf_radam.checkpoints.integrity import evaluation_folder
 from hf_radam.checkpoints.layouts import DEEPSPEED, has_optimizer, layout_of, missing_state
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
@@ -136,4 +137,7 @@ def _evaluate(facts: CheckpointFacts) -> Use:
         return Use(True, f"{words} loads y: no file holds x. RAdamTrainer, resumed from it, evaluates and saves x")
     if not facts.ours and facts.root == X:
         return Use(True, f"{words} loads x")
-    return Use(True, f"{words} loads {facts.evaluation_folder + '/' if facts.evaluation_folder else 'the root'}")
+    what = facts.evaluation_folder + "/" if facts.evaluation_folder else "the root"
+    if is_sharded_alone(folder):
+        what += f", in shards; for from_pretrained: hf-radam consolidate {shlex.quote(facts.path)}"
+    return Use(True, f"{words} loads {what}")

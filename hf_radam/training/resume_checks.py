@@ -67,7 +67,8 @@ def check_deepspeed(checkpoint: str, *, stage: int | None, processes: int) -> No
     raise CheckpointError(
         f"{checkpoint} was saved with {was}, and this run goes on {now} with {processes}: DeepSpeed keeps the "
         f"optimizer in pieces that fit one stage and one number of processes. {way_out}, or start a new "
-        "run from its weights, with load_evaluation_model as the model."
+        f"run from its weights: hf-radam consolidate {checkpoint}, then with the folder that it prints as the model "
+        "(run_clm.py: --model_name_or_path)."
     )
 
 

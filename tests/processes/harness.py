@@ -71,7 +71,10 @@ def context() -> Any:
     paths = [str(here.parents[2]), str(here.parents[1]), *filter(None, sys.path)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
     started = multiprocessing.get_context("forkserver")
-    started.set_forkserver_preload([*PRELOADED, "tiny", __name__])
+    os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed looks for another one when it is imported
+    # accelerate imports DeepSpeed where it is installed, also for a trainer that has nothing to do with it.
+    installed = ["deepspeed"] if importlib.util.find_spec("deepspeed") else []
+    started.set_forkserver_preload([*PRELOADED, *installed, "tiny", __name__])
     return started
 
 

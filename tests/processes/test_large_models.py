@@ -104,6 +104,7 @@ def test_loading_puts_the_shards_together(sharded, checkpoint):
 def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
     _, loss, beside = sharded
     before = checkpoint.stat().st_mtime_ns
+    assert main(["inspect", str(checkpoint)]) == 0 and "in shards; for" in capsys.readouterr().out
     assert main(["consolidate", str(checkpoint)]) == 0
     assert capsys.readouterr().out.strip() == str(checkpoint / beside)
     file = checkpoint / beside / "model.safetensors"
