@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from hf_radam.averaging import check_averaging
 from hf_radam.names import CONSTANT_SCHEDULES, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_decay, count_from_ratio
+from hf_radam.windows import check_averaging
 
 
 class HorizonError(ValueError):

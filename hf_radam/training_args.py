@@ -13,9 +13,9 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_radam import argument_checks
-from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_wsd, check_wsd_s, count_from_ratio, wsd, wsd_s
+from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
 UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler_type"].default
 
