@@ -29,7 +29,7 @@ from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.checkpoints.model_class import meta_model
 from hf_radam.checkpoints.sharded_weights import CachedReader, read_sharded, shapes_in
 from hf_radam.checkpoints.storage import flush
-from hf_radam.checkpoints.weight_files import MAX_FILE_BYTES, Tensors, write_weights, written_names
+from hf_radam.checkpoints.weight_files import Tensors, write_weights, written_names
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def _write_whole(
     """Write the weights of a sharded folder into another one, in at most `MAX_FILE_BYTES` each; returns the files."""
     model = meta_model(folder, model_class=model_class, trust_remote_code=trust_remote_code)
     tensors = _flattened(folder) if (folder / SHARDED_FOLDER).is_dir() else _of_fsdp(folder, model)
-    write_weights(into, model, tensors, writes=True, max_bytes=MAX_FILE_BYTES)
+    write_weights(into, model, tensors, writes=True)
     names = [file.name for file in into.iterdir() if file.name.startswith(SAFE_WEIGHTS_NAME.split(".")[0])]
     for name in names:
         flush(into / name)

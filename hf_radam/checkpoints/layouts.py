@@ -83,11 +83,12 @@ def process_count(checkpoint: PathLike) -> int | None:
     return max(*found, len(_deepspeed_ranks(path))) or None
 
 
-def zero_stage(checkpoint: PathLike) -> str:
-    """The ZeRO stage in which DeepSpeed wrote a checkpoint, as the names of its files tell: 1 and 2 are alike."""
+def zero_stages(checkpoint: PathLike) -> tuple[int, ...]:
+    """The ZeRO stages in which DeepSpeed may have written a checkpoint, by its file names: 1 and 2 are alike."""
     if not _deepspeed_ranks(Path(checkpoint)):
-        return "0"
-    return "3" if any(Path(checkpoint).glob(f"{DEEPSPEED_FOLDER}*/zero_pp_rank_*_model_states.pt")) else "1 or 2"
+        return (0,)
+    partitioned = any(Path(checkpoint).glob(f"{DEEPSPEED_FOLDER}*/zero_pp_rank_*_model_states.pt"))
+    return (3,) if partitioned else (1, 2)
 
 
 def deepspeed_folder(checkpoint: PathLike) -> Path | None:

@@ -76,30 +76,28 @@ def save_model_folder(
     weights: Weights,
     *,
     processing_class: Any,
-    writes: bool = True,
     in_float32: bool = True,
 ) -> None:
-    """Write a complete model folder, of a PEFT model an adapter folder. Every process must call it.
+    """Write a complete model folder, of a PEFT model an adapter folder: the first process does. All must call it.
 
     Args:
         folder: where to; made if needed.
         model: the unwrapped model: its configuration and buffers are written too.
         weights: its parameters.
         processing_class: tokenizer or processor to save beside them, or None.
-        writes: whether this process writes.
         in_float32: widen floating-point tensors below float32, and say so in the configuration; else they are written
             in the dtypes that the model has.
     """
     path = Path(folder)
     if is_peft(model):
         brought = {name: weights.collect(name) for name in weights.sharding.trained}
-        if writes:
+        if rank() == 0:
             adapter = {name: value for name, value in brought.items() if value is not None}
             save_adapter_folder(path, model, adapter, processing_class=processing_class)
         return
-    save_surroundings(path, model, processing_class=processing_class, writes=writes, in_float32=in_float32)
+    save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
     tensors = state_tensors(model, weights, in_float32=in_float32)
-    write_weights(path, model, tensors, writes=writes)
+    write_weights(path, model, tensors, writes=rank() == 0)
 
 
 def save_sharded_folder(
@@ -110,7 +108,7 @@ def save_sharded_folder(
     Every process must call it; see `hf_radam.checkpoints.sharded_weights`. Arguments as for `save_model_folder`.
     """
     path, first = Path(folder), rank() == 0
-    save_surroundings(path, model, processing_class=processing_class, writes=first, in_float32=in_float32)
+    save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)
     written, name_of = state_keys(model, weights.sharding)
     stretches = {}
     for key, value in written.items():
@@ -125,15 +123,15 @@ def save_sharded_folder(
     write_sharded(path / SHARDED_FOLDER, stretches, first=first)
 
 
-def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, writes: bool, in_float32: bool) -> None:
+def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, in_float32: bool) -> None:
     """Write what a model folder has beside the weights: configuration, code of the model's own, tokenizer.
 
     Every process must call it: for a model that was sharded at load time upstream has them wait for each other.
     """
     if isinstance(model, PreTrainedModel):
         with _no_progress_bars():
-            model.save_pretrained(folder, state_dict={}, is_main_process=writes)
-    if not writes:
+            model.save_pretrained(folder, state_dict={}, is_main_process=rank() == 0)
+    if rank() > 0:
         return
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel) and in_float32:

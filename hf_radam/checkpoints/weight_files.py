@@ -78,7 +78,7 @@ def written_names(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name in kept and name not in ignored}
 
 
-def plan(model: nn.Module | None, like: dict[str, Tensor], *, max_bytes: int = MAX_FILE_BYTES) -> list[WeightFile]:
+def plan(model: nn.Module | None, like: dict[str, Tensor], *, max_bytes: int) -> list[WeightFile]:
     """Which tensors go into which file, in the order in which they are brought."""
     files = [WeightFile()]
     for unit, written in _units(model, like):
@@ -126,7 +126,7 @@ def _as_in_files(model: nn.Module | None, state: dict[str, Tensor]) -> dict[str,
 
 
 def write_weights(
-    folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool, max_bytes: int = MAX_FILE_BYTES
+    folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool, max_bytes: int | None = None
 ) -> None:
     """Write the weights of `model` into a folder, as `from_pretrained` reads them. Every process must call it.
 
@@ -135,13 +135,13 @@ def write_weights(
         model: whose class says what the files look like; None for one that is not upstream's.
         tensors: what to write, and how to get at it.
         writes: whether this process does.
-        max_bytes: limit of a file's size.
+        max_bytes: limit of a file's size; `MAX_FILE_BYTES` if not given.
 
     Raises:
         OSError: (or `SafetensorError`) if a file could not be written; after the last tensor was brought, so that the
             other processes wait for nothing.
     """
-    files = plan(model, tensors.like, max_bytes=max_bytes)
+    files = plan(model, tensors.like, max_bytes=MAX_FILE_BYTES if max_bytes is None else max_bytes)
     names = [SAFE_WEIGHTS_NAME]
     if len(files) > 1:
         names = [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]

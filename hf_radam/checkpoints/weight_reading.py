@@ -19,6 +19,7 @@ from hf_radam.checkpoints.model_folders import read_state_dict, state_keys
 from hf_radam.checkpoints.sharded_weights import read_sharded, shapes_in
 from hf_radam.checkpoints.weight_files import files_have_its_keys
 from hf_radam.sharding import Sharding
+from hf_radam.sharding.base import canonical
 
 Places = Mapping[str, tuple[int, Tensor]]
 """By a tensor's name: the first element wanted, of the flattened tensor, and a one-dimensional tensor to fill."""
@@ -63,7 +64,8 @@ def read_parts(folder: Path, model: nn.Module, sharding: Sharding, into: Places)
         _read_from_files(files, shapes, into)
     elif not files and (folder / FSDP_WEIGHTS_FOLDER).is_dir():
         state: dict[str, Tensor] = read_folder(folder / FSDP_WEIGHTS_FOLDER).get("model", {})
-        _check_keys(folder, shapes, {key: value.shape for key, value in state.items() if key in shapes})
+        others = {canonical(name) for name in model.state_dict()} - set(shapes)  # further names of tied parameters
+        _check_keys(folder, shapes, {key: value.shape for key, value in state.items() if key not in others})
         _copy_parts(state, into)
     else:
         _copy_parts(read_state_dict(model, folder, shapes=_shapes_by_every_name(model, sharding)), into)
@@ -144,7 +146,8 @@ def read_pieces(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str,
         CheckpointError: if the folder does not hold exactly the weights of such a model.
     """
     _, name_of = state_keys(model, sharding)
-    keys = {name: key for key, name in name_of.items() if sharding.trains(name)}
+    key_of = {name: key for key, name in name_of.items()}
+    keys = {name: key_of[name] for name in sharding.trained}
     live = {name: sharding.live(name) for name in keys}
     into = {keys[n]: (sharding.start(n), torch.empty(piece.numel())) for n, piece in live.items()}
     read_parts(folder, model, sharding, into)

@@ -131,18 +131,17 @@ class Sharding(ABC):
     # ---- Whole tensors ----
 
     @cached_property
-    def _stretches(self) -> dict[tuple[str, bool], list[tuple[int, int]]]:
+    def _stretches(self) -> dict[tuple[str, bool], Stretches]:
         """Start and length of what every rank holds of every parameter, `live` and `held`; asked for once."""
         mine, trained = {}, set(self.trained)
         for name in self.parameters:
             mine[name, False] = (self.held_start(name), self.held(name).numel())
             if name in trained:
                 mine[name, True] = (self.start(name), self.live(name).numel())
-        every: list[Any] = [None] * world_size()
-        if len(every) > 1:
+        every: list[Any] = [mine]
+        if world_size() > 1:
+            every = [None] * world_size()
             dist.all_gather_object(every, mine)
-        else:
-            every = [mine]
         return {key: [ranks[key] for ranks in every] for key in mine}
 
     def gather(self, name: str, piece: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,20 +21,10 @@ from hf_radam.sharding.base import Sharding, canonical
 
 
 def zero_sharding(model: nn.Module, engine: Any, *, device: torch.device | None) -> Sharding:
-    """The sharding of DeepSpeed's `engine` around `model`.
-
-    Raises:
-        ValueError: for partitions that lie on a disk, or in several copies.
-    """
+    """The sharding of DeepSpeed's `engine`, of stage 1 to 3, around `model`."""
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
-    stage = engine.zero_optimization_stage()
-    if stage == 0 and not any(hasattr(parameter, "_hp_mapping") for parameter in parameters.values()):
-        raise ValueError(
-            "DeepSpeed without ZeRO (stage 0) is not supported: set zero_optimization.stage to 1, 2 or 3, or use DDP."
-        )
-    if stage < 3:
-        return FragmentSharding(parameters, engine, device=device)
-    return PartitionSharding(parameters, engine, device=device)
+    kind = FragmentSharding if engine.zero_optimization_stage() < 3 else PartitionSharding
+    return kind(parameters, engine, device=device)
 
 
 class FragmentSharding(Sharding):
@@ -67,20 +58,25 @@ class FragmentSharding(Sharding):
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
         """The same stretch of the optimizer's state of the whole partition."""
-        mapping, group = self.parameters[name]._hp_mapping, self.groups(optimizer)[name]
+        mapping, group = self.parameters[name]._hp_mapping, optimizer.param_groups[self._group_index[name]]
         state = optimizer.state.get(group["params"][0], {}).get(key)
         if state is None or mapping is None:
             return None if state is None else state[:0]
         address = mapping.hp_fragment_address
         return state.narrow(0, address.start, address.numel)
 
-    def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """The group in whose partition each parameter lies."""
+    @cached_property
+    def _group_index(self) -> dict[str, int]:
+        """The number of the group in whose partition each trained parameter lies."""
         zero = self.engine.optimizer
         # ZeRO-1 in bf16 has an optimizer of its own, which calls them by another name.
         flattened = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
         index = {id(parameter): number for number, group in enumerate(flattened) for parameter in group}
-        return {name: optimizer.param_groups[index[id(self.parameters[name])]] for name in self.trained}
+        return {name: index[id(self.parameters[name])] for name in self.trained}
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+        """The group in whose partition each parameter lies."""
+        return {name: optimizer.param_groups[number] for name, number in self._group_index.items()}
 
     def _is_whole(self, name: str, *, live: bool) -> bool:
         return not live

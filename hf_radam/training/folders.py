@@ -33,7 +33,6 @@ class FoldersMixin(PartsMixin):
             folder,
             self._bare_model,
             processing_class=self._tokenizer,
-            writes=self.args.should_save,
             in_float32=False,
         )
         if self.args.should_save:
@@ -54,7 +53,6 @@ class FoldersMixin(PartsMixin):
             self._bare_model,
             weights,
             processing_class=self._tokenizer,
-            writes=self.args.should_save,
             in_float32=in_float32,
         )
 

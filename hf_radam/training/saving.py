@@ -57,11 +57,10 @@ class SavingMixin(FoldersMixin):
                     "weights: save to another folder. (The checkpoint holds both.)"
                 )
             with self.evaluation_weights():
-                if self._active and is_sharded(self):
-                    self._save_gathered(Path(str(target)))
-                else:
+                if not (self._active and is_sharded(self)):
                     super().save_model(output_dir, _internal_call)
                     return
+                self._save_gathered(Path(str(target)))
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return
@@ -218,7 +217,10 @@ class SavingMixin(FoldersMixin):
         storage.remove_staging(run)
 
     def _abandon(self, run: Path, name: str, error: BaseException) -> None:
-        """Remove what a failed save left, and say what to do if it was the disk that failed it."""
+        """Remove what a failed save left, and say what to do if it was the disk that failed it.
+
+        What another process is still writing just then stays aside until the run goes on, when all of it is removed.
+        """
         if self._sealing is not None:
             self._sealing.abandon()
             self._sealing = None

@@ -265,6 +265,8 @@ def test_deepspeed_configurations_that_are_refused(tmp_path):
             "deepspeed/zero_optimization/offload_optimizer": {"device": "nvme", "nvme_path": "/x"}
         },
         "zero_hpz_partition_size=2": {"deepspeed/zero_optimization/zero_hpz_partition_size": 2},
+        "mics_shard_size=2": {"deepspeed/zero_optimization/mics_shard_size": 2},
+        "autotp_size above 1": {"deepspeed/tensor_parallel": {"autotp_size": 2}},
     }
     for said in harness.run(refusals, tmp_path, "zero2", list(cases.values()), backend="zero2"):
         for pattern, words in zip(cases, said, strict=True):
