@@ -28,13 +28,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "schedules": (set(), set()),
     "describe": (set(), set()),
     "sharding": (set(), {"torch", "deepspeed"}),
-    "averaging": ({"sharding"}, {"torch"}),
+    "windows": (set(), set()),
+    "averaging": ({"sharding", "windows"}, {"torch"}),
     "optim": ({"sharding"}, {"torch", "schedulefree"}),
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
     "names": ({"optim"}, ANY),
-    "argument_checks": ({"schedules", "averaging", "names"}, ANY),
-    "training_args": ({"schedules", "averaging", "names", "argument_checks"}, ANY),
+    "argument_checks": ({"schedules", "windows", "names"}, ANY),
+    "training_args": ({"schedules", "windows", "names", "argument_checks"}, ANY),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": ({"averaging", "sharding"} | within("checkpoints", "storage"), {"torch"}),
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
@@ -113,11 +114,19 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.resume_checks": (
         {"averaging"}
         | within(
-            "checkpoints", "weight_reading manifest layouts optimizer_states adapters model_folders runs extension"
+            "checkpoints",
+            "weight_reading manifest layouts integrity optimizer_states adapters model_folders runs extension",
         ),
         ANY,
     ),
-    "training.moving": (within("checkpoints", "manifest layouts optimizer_states"), {"torch"}),
+    "training.verification": (
+        {"sharding"} | within("checkpoints", "manifest integrity"),
+        {"torch", "accelerate"},
+    ),
+    "training.moving": (
+        {"sharding"} | within("checkpoints", "manifest layouts optimizer_states") | within("training", "verification"),
+        {"torch"},
+    ),
     "training.agreement": (set(), ANY),
     "training.shared_folder": (within("checkpoints", "storage") | within("training", "agreement"), {"torch"}),
     "training.hub": (within("checkpoints", "storage"), ANY),
@@ -139,7 +148,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
             "checkpoints",
             "weight_reading storage manifest layouts integrity adapters runs model_folders loading extension",
         )
-        | within("training", "agreement shared_folder backends evaluation resume_checks moving parts"),
+        | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
         ANY,
     ),
     "training.search": (within("training", "evaluation support parts"), ANY),
@@ -252,7 +261,11 @@ def test_public_names_are_listed_and_lazy():
         ("schedules.py", "from . import averaging", "imports hf_radam.averaging, but"),
         ("schedules.py", "from hf_radam import RAdam", "imports hf_radam.RAdam, but schedules may import no module"),
         ("averaging.py", "import transformers.trainer", "imports transformers.trainer, but averaging may"),
-        ("averaging.py", "import hf_radam.optim as o", "imports hf_radam.optim, but averaging may import ['sharding']"),
+        (
+            "averaging.py",
+            "import hf_radam.optim as o",
+            "imports hf_radam.optim, but averaging may import [",
+        ),
         ("optim/radam.py", "from ..averaging import WeightAverage", "imports hf_radam.averaging.WeightAverage, but"),
         ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import ['sharding']"),
         ("training_args.py", "from hf_radam.trainer import RAdamTrainer", "but training_args may import ["),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.argument_checks import HorizonError
+from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints, newest, recorded_step, run_of, step_of
@@ -50,18 +51,19 @@ def right_command(checkpoint: str, total_steps: int) -> str:
     return f"--extend_from {shlex.quote(str(run_of(Path(checkpoint))))} --max_steps {total_steps}"
 
 
-def extend(args: RAdamTrainingArguments) -> Extension:
+def extend(args: RAdamTrainingArguments, *, find: FindDamage = damage) -> Extension:
     """Choose where the extended run begins, and let its arguments go on with the old schedule.
 
     Args:
         args: `extend_from` is the run (or one checkpoint of it), `max_steps` the new total.
+        find: what finds the damage of a checkpoint.
 
     Raises:
         CheckpointError: if no checkpoint of the run can be gone on from to that total; the message says why.
         HorizonError: if that total is no extension.
     """
     assert args.extend_from is not None
-    source = _source(Path(args.extend_from), args)
+    source = _source(Path(args.extend_from), args, find)
     manifest = read_manifest(source.path)
     old = "unknown (stock Trainer)"
     if manifest is not None:
@@ -84,7 +86,7 @@ def extend(args: RAdamTrainingArguments) -> Extension:
             )
         if own is None or own["schedule"] != keywords:
             raise CheckpointError("it is not on the schedule of the extended run.")
-        check_resumable(checkpoint)
+        check_resumable(checkpoint, find=find)
 
     own = newest(str(args.output_dir), check_own, among=lambda place: place.step > source.step)
     begin = source if own is None else own
@@ -105,7 +107,7 @@ def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _source(root: Path, args: RAdamTrainingArguments) -> Place:
+def _source(root: Path, args: RAdamTrainingArguments, find: FindDamage) -> Place:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
     alone = (root / TRAINER_STATE_NAME).is_file() and has_optimizer(root)  # a run has no optimizer
     places = [Place(recorded_step(root) or 0, "", root)] if alone or step_of(root) is not None else checkpoints(root)
@@ -122,7 +124,7 @@ def _source(root: Path, args: RAdamTrainingArguments) -> Place:
             if decay is not None:
                 in_decay.append(f"{place.path} stands in the decay from update {decay[0]} to {decay[1]}.")
                 continue
-            check_resumable(place.path)
+            check_resumable(place.path, find=find)
         except CheckpointError as error:
             damaged.append(str(error))
             continue

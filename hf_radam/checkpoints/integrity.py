@@ -6,12 +6,15 @@ wrote only the form is known: that the files it cannot do without are there, and
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any, Protocol
 
 from safetensors import SafetensorError, safe_open
 from transformers.utils import (
@@ -34,7 +37,7 @@ from hf_radam.checkpoints.layouts import (
     state_files,
 )
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
-from hf_radam.checkpoints.storage import sha256
+from hf_radam.checkpoints.storage import SHA256_THREADS, sha256
 
 WEIGHT_FILES = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
 ADAPTER_FILES = (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)
@@ -55,13 +58,22 @@ UNFINISHED = "checkpoint-is-incomplete.txt"
 """Upstream's just-in-time save leaves this file in a checkpoint that it did not finish."""
 
 
-def damage(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
+class FindDamage(Protocol):
+    """`damage`, or what does the same with the help of other processes."""
+
+    def __call__(self, checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
+        """See `damage`."""
+
+
+def damage(checkpoint: PathLike, *, only: str | None = None, share: tuple[int, int] = (0, 1)) -> dict[str, str]:
     """What is wrong with a checkpoint.
 
     Args:
         checkpoint: its folder.
         only: look only at the model in this folder of the checkpoint (``""`` is its root), which is all that evaluating
             it needs.
+        share: which part of the files to look at, and of how many: the parts are about equally large. All that has no
+            manifest is in the first.
 
     Returns:
         What is wrong with each bad file, by its path in the checkpoint; empty for a whole checkpoint.
@@ -71,20 +83,31 @@ def damage(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
         manifest = read_manifest(path)
     except CheckpointError as error:
         return {MANIFEST_NAME: str(error)}
+    part, parts = share
     if manifest is None:
-        return damaged_form(path, only)
-    wrong = {}
-    for name, facts in manifest["files"].items():
-        if only is None or _belongs_to_model(name, only):
-            problem = _difference(path / name, facts)
-            if problem:
-                wrong[name] = problem
-    return wrong
+        return damaged_form(path, only) if part == 0 else {}
+    files = {name: facts for name, facts in manifest["files"].items() if only is None or _belongs_to_model(name, only)}
+    mine = _shared_out(files, parts)[part]
+    with ThreadPoolExecutor(SHA256_THREADS) as pool:
+        problems = pool.map(lambda name: _difference(path / name, files[name]), mine)
+        found = dict(zip(mine, problems, strict=True))
+    return {name: problem for name in files if (problem := found.get(name)) is not None}
 
 
-def check_whole(checkpoint: PathLike, *, only: str | None = None) -> None:
-    """Raise `CheckpointError`, naming the bad files, if `damage` finds any."""
-    wrong = damage(checkpoint, only=only)
+def _shared_out(files: dict[str, Any], parts: int) -> list[list[str]]:
+    """The names in parts, of about the same size in all: each in turn, the largest first, goes to the smallest part."""
+    names: list[list[str]] = [[] for _ in range(parts)]
+    smallest = [(0, part) for part in range(parts)]
+    for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
+        size, part = smallest[0]
+        names[part].append(name)
+        heapq.heapreplace(smallest, (size + files[name]["size"], part))
+    return names
+
+
+def check_whole(checkpoint: PathLike, *, only: str | None = None, find: FindDamage = damage) -> None:
+    """Raise `CheckpointError`, naming the bad files, if `find` finds any."""
+    wrong = find(checkpoint, only=only)
     if MANIFEST_NAME in wrong:
         raise CheckpointError(wrong[MANIFEST_NAME])
     if wrong:
@@ -92,15 +115,15 @@ def check_whole(checkpoint: PathLike, *, only: str | None = None) -> None:
         raise CheckpointError(f"The checkpoint is damaged: {listed}.")
 
 
-def evaluation_folder(checkpoint: PathLike) -> Path:
-    """The model folder in a checkpoint that holds the weights that evaluation used.
+def evaluation_folder(checkpoint: PathLike, *, find: FindDamage = damage) -> Path:
+    """The model folder in a checkpoint that holds the weights that evaluation used; `find` tells whether it is whole.
 
     Raises:
         CheckpointError: if the files of that model, or the manifest that says which it is, are damaged.
     """
     manifest = read_manifest(checkpoint)
     folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
-    check_whole(checkpoint, only=folder)
+    check_whole(checkpoint, only=folder, find=find)
     return Path(checkpoint) / folder
 
 

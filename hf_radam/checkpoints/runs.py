@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.trainer_utils import sort_checkpoints
 
-from hf_radam.checkpoints.integrity import check_whole
+from hf_radam.checkpoints.integrity import FindDamage, check_whole, damage
 from hf_radam.checkpoints.layouts import missing_state
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.storage import interrupted, remove
@@ -82,9 +82,9 @@ def newest(
     return None
 
 
-def check_resumable(checkpoint: PathLike) -> None:
-    """Raise `CheckpointError` if a checkpoint is damaged, or was saved without what training goes on from."""
-    check_whole(checkpoint)
+def check_resumable(checkpoint: PathLike, *, find: FindDamage = damage) -> None:
+    """Raise `CheckpointError` if `find` finds damage, or a checkpoint was saved without what training goes on from."""
+    check_whole(checkpoint, find=find)
     for name in missing_state(checkpoint):
         raise CheckpointError(
             f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "

@@ -27,8 +27,8 @@ REPLACED = "replaced"
 CHUNK = 2**18
 """Bytes read at once for a checksum: few enough to be still in the processor's cache when they are summed."""
 NOTHING: Mapping[str, tuple[int, str]] = MappingProxyType({})
-SEALING_THREADS = 4
-"""So that the disk writes one file while another is read for its checksum."""
+SHA256_THREADS = 4
+"""Files of which a process takes the checksums at the same time, and which it flushes meanwhile."""
 
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
 """What a file system says that cannot flush a folder on its own; its files are flushed all the same."""
@@ -73,7 +73,7 @@ class Sealing:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._pool = ThreadPoolExecutor(SEALING_THREADS)
+        self._pool = ThreadPoolExecutor(SHA256_THREADS)
         self._begun: dict[Path, tuple[tuple[int, int, int], Future[str], Future[None]]] = {}
 
     def begin(self, files: Iterable[Path]) -> None:

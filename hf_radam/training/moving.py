@@ -1,4 +1,4 @@
-"""Load a checkpoint's weights and optimizer into a model in another layout than they were saved in.
+"""Load a checkpoint's optimizer for a model in another layout than it was saved in.
 
 Where the model is sharded (FSDP2) the first process reads, and of each tensor in turn every process gets its shard: no
 other one ever holds a whole model. Nothing is computed, so every bit is kept.
@@ -18,9 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from hf_radam.checkpoints import optimizer_states
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, Layout
 from hf_radam.checkpoints.manifest import CheckpointError
-
-Agreed = Callable[[Callable[[], Any]], Any]
-"""Calls a function on the first process, and returns or raises what it did on every process."""
+from hf_radam.sharding import LocalSharding
+from hf_radam.training.verification import agreed
 
 
 class Facts(NamedTuple):
@@ -28,11 +27,6 @@ class Facts(NamedTuple):
 
     shape: torch.Size
     dtype: torch.dtype
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether the parameters are shards."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 @contextmanager
@@ -73,14 +67,14 @@ def allow_a_first_step(optimizer: torch.optim.Optimizer) -> None:
             group["train_mode"] = True
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: str, *, agreed: Agreed) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoint: str) -> None:
     """Load the state in a checkpoint of another layout into the optimizer of `model`.
 
     Raises:
         CheckpointError: if it is the state of an optimizer with other parameters.
     """
     names = optimizer_states.names_by_group(optimizer.param_groups, model)
-    sharded = is_sharded(model)
+    sharded = LocalSharding(model.named_parameters()).is_sharded
 
     def read() -> optimizer_states.State:
         try:
@@ -89,12 +83,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoin
         except CheckpointError as error:
             raise CheckpointError(f"{checkpoint} cannot be gone on from: {error}.") from error
 
-    optimizer.load_state_dict(_scattered(read, optimizer, agreed) if sharded else read())
+    optimizer.load_state_dict(_scattered(read, optimizer) if sharded else read())
 
 
-def _scattered(
-    read: Callable[[], optimizer_states.State], optimizer: torch.optim.Optimizer, agreed: Agreed
-) -> optimizer_states.State:
+def _scattered(read: Callable[[], optimizer_states.State], optimizer: torch.optim.Optimizer) -> optimizer_states.State:
     """The state that the first process reads, with each process's own shards of the tensors in it."""
     whole: dict[int, dict[str, Any]] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -106,7 +98,7 @@ def _scattered(
             "param_groups": state["param_groups"]
         }
 
-    state = agreed(outline)
+    state = agreed(lambda find: outline())
     for number, kept in state["state"].items():
         for key, value in kept.items():
             if isinstance(value, Facts):

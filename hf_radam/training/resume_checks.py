@@ -20,7 +20,8 @@ from transformers.utils import logging
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints.adapters import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.extension import right_command
-from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stage
+from hf_radam.checkpoints.integrity import FindDamage, damage
+from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stages
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.model_folders import read_parameters
 from hf_radam.checkpoints.optimizer_states import read_groups
@@ -35,13 +36,13 @@ NOT_COMPARED = frozenset(
 )
 
 
-def check_checkpoint(checkpoint: str) -> None:
+def check_checkpoint(checkpoint: str, *, find: FindDamage = damage) -> None:
     """Raise `CheckpointError` if there is no checkpoint to resume from, or it is damaged, naming the bad files."""
     if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file() and read_manifest(checkpoint) is None:
         raise CheckpointError(
             f"{checkpoint} has no {TRAINER_STATE_NAME}: to resume, give the folder of a whole checkpoint, checkpoint-N."
         )
-    check_resumable(checkpoint)
+    check_resumable(checkpoint, find=find)
 
 
 def check_deepspeed(checkpoint: str, *, stage: int | None, processes: int) -> None:
@@ -55,9 +56,10 @@ def check_deepspeed(checkpoint: str, *, stage: int | None, processes: int) -> No
     written = process_count(checkpoint)
     saved = layout_of(checkpoint)
     if saved is DEEPSPEED:
-        of = zero_stage(checkpoint)
-        if stage is not None and str(stage) in of and processes == written:
+        stages = zero_stages(checkpoint)
+        if stage in stages and processes == written:
             return
+        of = " or ".join(map(str, stages))
         was, way_out = f"DeepSpeed (ZeRO-{of}, {written} processes)", "Resume with just that"
     elif stage is not None:
         was, way_out = f"{saved.words} ({written} processes)", "Resume without DeepSpeed"

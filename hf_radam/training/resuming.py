@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import PreTrainedModel
@@ -19,7 +19,7 @@ from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import adapters, model_folders, storage
 from hf_radam.checkpoints.extension import Extension, extend
-from hf_radam.checkpoints.integrity import damage, evaluation_folder
+from hf_radam.checkpoints.integrity import FindDamage, damage, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
@@ -31,6 +31,7 @@ from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
 from hf_radam.training.shared_folder import check_shared_folder
+from hf_radam.training.verification import agreed
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +90,7 @@ class ResumingMixin(PartsMixin):
                     f"extend_from={self.args.extend_from} and resume_from_checkpoint={wanted} both say where to go on "
                     "from: drop one."
                 )
-            self._extension = self._agreed(self._extended)
+            self._extension = agreed(self._extended)
             if self._extension.kept:
                 self.args.go_on_with_schedule(**self._extension.kept)
             if self.is_world_process_zero():
@@ -98,7 +99,7 @@ class ResumingMixin(PartsMixin):
         if wanted is None or wanted is False:
             self._warn_of_earlier_run()
             return None
-        chosen: str = self._agreed(lambda: self._newest() if wanted is True else self._named(str(wanted)))
+        chosen: str = agreed(self._newest if wanted is True else functools.partial(self._named, str(wanted)))
         resumed = read_manifest(chosen)
         if resumed is not None:
             self.args.keep_passed_budgets(resumed["schedule"], step=resumed["schedule_step"])
@@ -113,22 +114,22 @@ class ResumingMixin(PartsMixin):
                 "from the highest number, whichever run wrote it: give each run a folder of its own."
             )
 
-    def _extended(self) -> Extension:
+    def _extended(self, find: FindDamage) -> Extension:
         storage.recover(Path(str(self.args.output_dir)))
-        return extend(self.args)
+        return extend(self.args, find=find)
 
-    def _newest(self) -> str:
+    def _newest(self, find: FindDamage) -> str:
         run = Path(str(self.args.output_dir))
         storage.recover(run)
-        place = newest(run, check_resumable)
+        place = newest(run, functools.partial(check_resumable, find=find))
         if place is None:
             raise CheckpointError(
                 f"There is no whole checkpoint in {run} to resume from: leave resume_from_checkpoint out to begin."
             )
         return str(place.path)
 
-    def _named(self, path: str) -> str:
-        resume_checks.check_checkpoint(path)
+    def _named(self, path: str, find: FindDamage) -> str:
+        resume_checks.check_checkpoint(path, find=find)
         later = checkpoints(str(self.args.output_dir))[:1]
         if later and later[0].step > (step_of(path) or later[0].step):
             logger.warning(
@@ -136,20 +137,6 @@ class ResumingMixin(PartsMixin):
                 "again, and resume_from_checkpoint=True would take it: remove it, or write to another output_dir."
             )
         return path
-
-    def _agreed(self, decide: Callable[[], Any]) -> Any:
-        """What `decide` returns or raises on the first process, on every process."""
-        outcome: list[Any] = [None, None]
-        if self.is_world_process_zero():
-            try:
-                outcome[0] = decide()
-            except (ValueError, OSError) as error:
-                outcome[1] = error
-        if self.args.world_size > 1:
-            broadcast_object_list(outcome)
-        if outcome[1] is not None:
-            raise outcome[1]
-        return outcome[0]
 
     def _check_backend(self, checkpoint: str) -> None:
         processes = self.args.world_size
@@ -213,7 +200,7 @@ class ResumingMixin(PartsMixin):
             with self._fsdp_as_in(layout):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif layout in (FSDP_FULL, FSDP_SHARDED) or self.is_fsdp_enabled:
-            moving.load_optimizer(bare, self._bare_model, checkpoint, agreed=self._agreed)
+            moving.load_optimizer(bare, self._bare_model, checkpoint)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -275,10 +262,11 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
+        folder: Path = agreed(lambda find: evaluation_folder(best, find=find))
         if is_sharded(self):
-            load_parts(evaluation_folder(best), self._bare_model, self._evaluation.sharding)
+            load_parts(folder, self._bare_model, self._evaluation.sharding)
         else:
-            model_folders.load_weights(self._bare_model, evaluation_folder(best))
+            model_folders.load_weights(self._bare_model, folder)
         if self._schedule_free is not None:
             self._schedule_free.forget_training_weights()
         self.average = None
