@@ -38,7 +38,7 @@ SHARDED = {
 }
 CHOOSE = {
     "one_process": "model, state and a batch fit one GPU",
-    "ddp": "the same, and you have more GPUs: it is the fastest",
+    "ddp": "the same, and you have more GPUs",
     "zero1": "it nearly fits, and DeepSpeed is what you know",
     "zero2": "likewise",
     "zero3": "it does not fit, and DeepSpeed is what you know",

@@ -43,6 +43,7 @@ def check_backend(trainer: Any) -> None:
         ValueError: with the way out.
     """
     check_launched(trainer.args)
+    limit_collectives(trainer.args.ddp_timeout)
     if not is_sharded(trainer):
         return
     if trainer.is_fsdp_enabled:
@@ -121,7 +122,7 @@ def forget_evaluation(trainer: Any) -> None:
 
 
 def check_prepared(trainer: Any) -> None:
-    """Refuse to train with another optimizer than the one asked for, which a back-end may have put in its place.
+    """Refuse to train with another optimizer than the one asked for, or without DDP; tell the optimizer of ZeRO-3.
 
     Raises:
         ValueError: with the way out.
@@ -133,13 +134,13 @@ def check_prepared(trainer: Any) -> None:
             f"optim={name}, but {type(optimizer).__module__}.{type(optimizer).__name__} took its place when the model "
             "was prepared. With DeepSpeed, set zero_force_ds_cpu_optimizer to false."
         )
-    if trainer.args.world_size > 1 and not is_sharded(trainer):
-        if not isinstance(trainer.model_wrapped, DistributedDataParallel):
-            raise ValueError(
-                "The model was not wrapped for DDP, so each process would train alone: make a new trainer with a model "
-                "that nothing has prepared."
-            )
-    limit_collectives(trainer.args.ddp_timeout)
+    alone = trainer.args.world_size > 1 and not is_sharded(trainer)
+    if alone and not isinstance(trainer.model_wrapped, DistributedDataParallel):
+        raise ValueError(
+            "The model was not wrapped for DDP, so each process would train alone: make a new trainer with a model "
+            "that nothing has prepared."
+        )
+    limit_collectives(trainer.args.ddp_timeout)  # DeepSpeed has made groups of its own by now
     if isinstance(optimizer, RAdamScheduleFree):
         # ZeRO-3 calls the optimizer once for each sub-group of the parameters.
         optimizer.steps_by_parts = any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())

@@ -11,6 +11,7 @@ they end with it, whatever happens: nothing waits for ever, nothing is left behi
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -238,6 +239,7 @@ def _child(call: bytes, backend: str, folder: Path, environment: dict[str, str],
         _leave(folder / f"{rank}.outcome", pickle.dumps(("error", (*said, time.monotonic()))))
         os._exit(1)
     _leave(folder / f"{rank}.outcome", result)
+    gc.collect()  # DDP's wrapper must be gone before its group, or the process may abort at its end
     if dist.is_initialized():
         dist.barrier()  # who leaves first must not cut the others off
         dist.destroy_process_group()

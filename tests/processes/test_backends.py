@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from processes import harness
+from processes.test_moving import MOVES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -151,10 +152,19 @@ def test_the_table_in_the_readme_claims_what_is_tested():
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.partition("<!-- methods and back-ends")[2].partition("\n\n")[0].splitlines()[1:]
     head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    claimed = {row[0] for row in rows if set(row[1:]) == {"yes"}}
+    claimed = {row[0] for row in rows[: len(METHODS)] if set(row[1:]) == {"yes"}}
     flags = {"schedule_free": "--optim radam_schedulefree", "ewa": "--ewa"}
     flags |= {name: f"--optim radam --lr_scheduler_type {name}" for name in ("wsd", "wsd_s")}
     assert claimed == {f"`{flags[method]}`" for method in METHODS}
     tested = {"one process": ["one"], "DDP": ["ddp"], "FSDP2, full or sharded state dicts": ["fsdp2", "fsdp2_sharded"]}
     tested |= {"ZeRO-1": ["zero1"], "ZeRO-2": ["zero2"], "ZeRO-3, gathered or not": ["zero3", "zero3_ungathered"]}
     assert head[1:] == list(tested) and sum(tested.values(), []) == list(BACKENDS)
+    # What moves, in the columns' order; the refusals are tested in test_going_on.py and test_refusals.py.
+    columns, words = ("one", "ddp", "fsdp2"), {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
+    moved = {(source.removesuffix("_sharded"), target.removesuffix("_sharded")) for source, target in MOVES}
+    sources = [", ".join(words[source] for source in columns if (source, c) in moved and source != c) for c in columns]
+    assert [row[1:] for row in rows[len(METHODS) :]] == [
+        [*["yes"] * 3, *["refused"] * 3],
+        [*sources, *["refused"] * 3],
+        [*["yes"] * 2, *["refused"] * 4],
+    ]

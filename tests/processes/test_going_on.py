@@ -106,20 +106,29 @@ def attempt(folder, layout, checkpoints):
 
 def test_the_state_of_deepspeed_does_not_move(tmp_path):
     require("zero2")
-    for layout in ("ddp", "zero2"):
+    stages = {"zero1": "1 or 2", "zero2": "1 or 2", "zero3": "3"}
+    for layout in ("ddp", *stages):
         harness.run(train, tmp_path / layout, layout, backend=layout)
-    plain, zero = (tmp_path / layout / f"checkpoint-{SAVED}" for layout in ("ddp", "zero2"))
-    was = f"CheckpointError: {zero} was saved with DeepSpeed (ZeRO-1 or 2, 2 processes), and this run goes on"
+    plain, *partitioned = (tmp_path / layout / f"checkpoint-{SAVED}" for layout in ("ddp", *stages))
     for layout, world, now in (
         ("one", 1, "without DeepSpeed with 1"),
         ("fsdp2", 2, "without DeepSpeed with 2"),
-        ("zero3", 2, "with DeepSpeed (ZeRO-3) with 2"),
+        ("zero3", 1, "with DeepSpeed (ZeRO-3) with 1"),
         ("zero2", 1, "with DeepSpeed (ZeRO-2) with 1"),
     ):
-        each = harness.run(attempt, tmp_path / "new", layout, [zero, plain], backend=layout, world=world)
-        for of_zero, of_plain in each:
-            assert of_zero.startswith(f"{was} {now}: ") and "Resume with just that" in of_zero
+        each = harness.run(attempt, tmp_path / "new", layout, [plain, *partitioned], backend=layout, world=world)
+        for of_plain, *of_zero in each:
+            for said, checkpoint, stage in zip(of_zero, partitioned, stages.values(), strict=True):
+                was = f"{checkpoint} was saved with DeepSpeed (ZeRO-{stage}, 2 processes), and this run goes on {now}: "
+                assert said.startswith(f"CheckpointError: {was}") and "Resume with just that" in said
             if layout.startswith("zero"):
                 assert f"{plain} was saved with one process or DDP (2 processes), and this run goes on" in of_plain
             else:
                 assert isinstance(of_plain, dict)
+    # In two processes again the stages 1 and 2, whose files are alike, go on from each other, and stage 3 does not.
+    for layout, wrong in (("zero2", 2), ("zero1", 2), ("zero3", 0)):
+        each = harness.run(attempt, tmp_path / "new", layout, partitioned, backend=layout)
+        for outcome in each:
+            assert "DeepSpeed (ZeRO-" in outcome[wrong] and "Resume with just that" in outcome[wrong]
+            if layout != "zero3":
+                assert tiny.same(outcome[0], outcome[1])

@@ -25,7 +25,7 @@ METHODS = {
 }
 LAYOUTS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 MOVES = [("one", "ddp"), ("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2_sharded")]
-MOVES += [("fsdp2_sharded", "one")]
+MOVES += [("fsdp2_sharded", "one"), ("one", "fsdp2_sharded")]
 # A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 updates long.
 TOLERANCE = 1e-6
 
@@ -59,7 +59,9 @@ class Notes(TrainerCallback):
         }
         weights = {name: whole(parameter) for parameter, name in names.items()}
         average = self.trainer.average
-        averaged = {"tensors": average.averaged_state_dict(), "counters": average.counters()} if average else {}
+        averaged = {}
+        if average is not None and average.started:
+            averaged = {"tensors": average.averaged_state_dict(), "counters": average.counters()}
         return {"weights": weights, "state": state, "groups": values, "average": averaged}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -86,8 +88,8 @@ def uninterrupted(root, layout):
     return {method: train(root / layout / method, layout, method) for method in METHODS}
 
 
-def resumed(root, layout, sources):
-    folder = root / f"{layout}_resumed"
+def resumed(root, layout, sources, suffix=""):
+    folder = root / f"{layout}_resumed{suffix}"
     return {
         (source, method): train(folder / source, layout, method, root / source / method / f"checkpoint-{SAVED}")
         for source in sources
@@ -123,11 +125,12 @@ def plain(groups):
     return [{k: list(v) if isinstance(v, tuple) else v for k, v in group.items()} for group in groups]
 
 
-def check_what_was_loaded(kept, saved, files):
+def check_what_was_loaded(kept, saved, files, method):
     """Every process began with just what was saved."""
     state, groups = files
     assert tiny.same(kept["begin"]["weights"], saved["weights"])
     averages = kept["begin"]["average"], saved["average"]
+    assert bool(averages[0]) == (method == "ewa")
     assert averages[0].get("counters") == averages[1].get("counters")
     assert tiny.same(*(average.get("tensors", {}) for average in averages))
     assert_same_state(kept["begin"]["state"], saved["state"])
@@ -154,5 +157,11 @@ def test_a_run_goes_on_in_every_layout_as_if_it_had_always_been_there(tmp_path):
         for rank, found in enumerate(each):
             for (source, method), kept in found.items():
                 files = in_files(tmp_path / source / method / f"checkpoint-{SAVED}", method)
-                check_what_was_loaded(kept, whole[source][0][method]["saved"], files)
+                check_what_was_loaded(kept, whole[source][0][method]["saved"], files, method)
                 check_the_end(kept, whole[layout][rank][method], moved=source != layout)
+    for layout in ("ddp", "fsdp2", "fsdp2_sharded"):  # on three processes an update has other samples
+        each = harness.run(resumed, tmp_path, layout, [layout], "_by_three", backend=layout, world=3)
+        for found in each:
+            for (source, method), kept in found.items():
+                files = in_files(tmp_path / source / method / f"checkpoint-{SAVED}", method)
+                check_what_was_loaded(kept, whole[source][0][method]["saved"], files, method)
