@@ -78,8 +78,8 @@ def _shown(path: str) -> str:
 
 def _consolidate(path: str, arguments: argparse.Namespace) -> tuple[str | None, int]:
     """The output and the exit code, or None for a folder that is no checkpoint."""
-    from hf_radam.checkpoints.consolidation import consolidate
     from hf_radam.checkpoints.loading import is_checkpoint, newest_checkpoint
+    from hf_radam.checkpoints.models.consolidation import consolidate
     from hf_radam.checkpoints.runs import checkpoints
 
     if not is_checkpoint(path) and not checkpoints(path):

@@ -43,26 +43,31 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.optimizer_states": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
     "checkpoints.integrity": (within("checkpoints", "storage manifest layouts"), {"safetensors", "transformers"}),
     "checkpoints.runs": (within("checkpoints", "storage manifest layouts integrity"), {"transformers"}),
-    "checkpoints.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
-    "checkpoints.weight_files": ({"sharding"}, ANY),
-    "checkpoints.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
-    "checkpoints.whole_models": (set(), {"torch", "transformers"}),
-    "checkpoints.model_class": (set(), {"torch", "transformers"}),
-    "checkpoints.model_folders": (
+    "checkpoints.models.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
+    "checkpoints.models.weight_files": ({"sharding"}, ANY),
+    "checkpoints.models.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
+    "checkpoints.models.whole_models": (set(), {"torch", "transformers"}),
+    "checkpoints.models.model_class": (set(), {"torch", "transformers"}),
+    "checkpoints.models.model_folders": (
         {"random_state", "sharding"}
-        | within("checkpoints", "manifest adapters layouts weight_files sharded_weights whole_models"),
+        | within("checkpoints", "manifest layouts")
+        | within("checkpoints.models", "adapters weight_files sharded_weights whole_models"),
         ANY,
     ),
-    "checkpoints.weight_reading": (
-        {"sharding"} | within("checkpoints", "manifest dcp_folders layouts weight_files sharded_weights model_folders"),
+    "checkpoints.models.weight_reading": (
+        {"sharding"}
+        | within("checkpoints", "manifest dcp_folders layouts")
+        | within("checkpoints.models", "weight_files sharded_weights model_folders"),
         ANY,
     ),
-    "checkpoints.consolidation": (
-        within("checkpoints", "manifest storage integrity layouts model_class sharded_weights weight_files"),
+    "checkpoints.models.consolidation": (
+        within("checkpoints", "manifest storage integrity layouts")
+        | within("checkpoints.models", "model_class sharded_weights weight_files"),
         ANY,
     ),
     "checkpoints.loading": (
-        within("checkpoints", "manifest adapters layouts integrity runs consolidation model_class"),
+        within("checkpoints", "manifest layouts integrity runs")
+        | within("checkpoints.models", "adapters consolidation model_class"),
         ANY,
     ),
     "checkpoints.extension": (
@@ -82,7 +87,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.uses": (
         {"describe"}
-        | within("checkpoints", "consolidation integrity manifest layouts runs loading")
+        | within("checkpoints", "integrity manifest layouts runs loading")
+        | within("checkpoints.models", "consolidation")
         | within("inspection", "phases facts"),
         {"transformers"},
     ),
@@ -93,16 +99,20 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
     "cli": (
-        within("inspection", "checkpoint uses run report") | within("checkpoints", "consolidation loading runs"),
+        within("inspection", "checkpoint uses run report")
+        | within("checkpoints", "loading runs")
+        | within("checkpoints.models", "consolidation"),
         set(),
     ),
     "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": (
-        {"optim", "names", "batch_norm"} | within("checkpoints", "adapters") | within("training", "launched"),
+        {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),
         ANY,
     ),
     "training.support": (
-        {"optim", "names", "argument_checks"} | within("checkpoints", "adapters") | within("training", "backends"),
+        {"optim", "names", "argument_checks"}
+        | within("checkpoints.models", "adapters")
+        | within("training", "backends"),
         ANY,
     ),
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
@@ -113,10 +123,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resume_checks": (
         {"averaging"}
-        | within(
-            "checkpoints",
-            "weight_reading manifest layouts integrity optimizer_states adapters model_folders runs extension",
-        ),
+        | within("checkpoints", "manifest layouts integrity optimizer_states runs extension")
+        | within("checkpoints.models", "weight_reading adapters model_folders"),
         ANY,
     ),
     "training.verification": (
@@ -133,21 +141,20 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.just_in_time": (set(), ANY),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
     "training.folders": (
-        {"sharding"} | within("checkpoints", "adapters model_folders") | within("training", "backends parts"),
+        {"sharding"} | within("checkpoints.models", "adapters model_folders") | within("training", "backends parts"),
         ANY,
     ),
     "training.saving": (
         {"names"}
-        | within("checkpoints", "storage manifest adapters runs")
+        | within("checkpoints", "storage manifest runs")
+        | within("checkpoints.models", "adapters")
         | within("training", "backends folders failures hub just_in_time"),
         ANY,
     ),
     "training.resuming": (
         {"sharding", "argument_checks", "averaging"}
-        | within(
-            "checkpoints",
-            "weight_reading storage manifest layouts integrity adapters runs model_folders loading extension",
-        )
+        | within("checkpoints", "storage manifest layouts integrity runs loading extension")
+        | within("checkpoints.models", "weight_reading adapters model_folders")
         | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
         ANY,
     ),

@@ -11,8 +11,8 @@ import tiny
 import torch
 from torch import nn
 
-from hf_radam.checkpoints import weight_files
-from hf_radam.checkpoints.model_folders import save_model_folder, state_tensors
+from hf_radam.checkpoints.models import weight_files
+from hf_radam.checkpoints.models.model_folders import save_model_folder, state_tensors
 from hf_radam.sharding import LocalSharding, Weights
 from hf_radam.sharding.slices import stretch
 

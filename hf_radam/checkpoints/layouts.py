@@ -22,7 +22,7 @@ OPTIMIZER_NAME = "optimizer.pt"
 FSDP_OPTIMIZER_NAME, FSDP_OPTIMIZER_FOLDER = "optimizer.bin", "optimizer_0"
 FSDP_WEIGHTS_NAME, FSDP_WEIGHTS_FOLDER = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 SHARDED_FOLDER = "sharded"
-"""In a model folder: weights that we wrote in shards, `hf_radam.checkpoints.sharded_weights`."""
+"""In a model folder: weights that we wrote in shards, `hf_radam.checkpoints.models.sharded_weights`."""
 DEEPSPEED_LATEST, DEEPSPEED_FOLDER = "latest", "global_step"
 
 

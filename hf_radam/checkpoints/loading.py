@@ -14,8 +14,6 @@ from transformers.utils import (
     CONFIG_NAME,
 )
 
-from hf_radam.checkpoints.adapters import base_and_adapter
-from hf_radam.checkpoints.consolidation import consolidated, is_sharded_alone
 from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, damaged_form, evaluation_folder
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import (
@@ -26,7 +24,9 @@ from hf_radam.checkpoints.manifest import (
     PathLike,
     read_manifest,
 )
-from hf_radam.checkpoints.model_class import class_of
+from hf_radam.checkpoints.models.adapters import base_and_adapter
+from hf_radam.checkpoints.models.consolidation import consolidated, is_sharded_alone
+from hf_radam.checkpoints.models.model_class import class_of
 from hf_radam.checkpoints.runs import checkpoints, newest, recorded_step, step_of
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from hf_radam.checkpoints import adapters, model_folders
+from hf_radam.checkpoints.models import adapters, model_folders
 from hf_radam.sharding import Weights
 from hf_radam.training.backends import gathers_weights
 from hf_radam.training.parts import PartsMixin

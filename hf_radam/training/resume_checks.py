@@ -18,15 +18,15 @@ from transformers.trainer_utils import has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints.adapters import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.extension import right_command
 from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stages
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
-from hf_radam.checkpoints.model_folders import read_parameters
+from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
+from hf_radam.checkpoints.models.model_folders import read_parameters
+from hf_radam.checkpoints.models.weight_reading import read_pieces
 from hf_radam.checkpoints.optimizer_states import read_groups
 from hf_radam.checkpoints.runs import check_resumable
-from hf_radam.checkpoints.weight_reading import read_pieces
 
 logger = logging.get_logger(__name__)
 

@@ -17,13 +17,14 @@ from transformers.utils import logging
 
 from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints import adapters, model_folders, storage
+from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import Extension, extend
 from hf_radam.checkpoints.integrity import FindDamage, damage, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.models import adapters, model_folders
+from hf_radam.checkpoints.models.weight_reading import load_parts
 from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
-from hf_radam.checkpoints.weight_reading import load_parts
 from hf_radam.sharding import find_sharding
 from hf_radam.training import moving, resume_checks
 from hf_radam.training.agreement import check_agreement

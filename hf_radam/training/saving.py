@@ -17,7 +17,8 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hf_radam import __version__
-from hf_radam.checkpoints import adapters, manifest, storage
+from hf_radam.checkpoints import manifest, storage
+from hf_radam.checkpoints.models import adapters
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
 from hf_radam.training.backends import is_sharded

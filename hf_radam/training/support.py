@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.optimizer import AcceleratedOptimizer
 
 from hf_radam.argument_checks import check_combinations
-from hf_radam.checkpoints.adapters import check_adapter, is_peft
+from hf_radam.checkpoints.models.adapters import check_adapter, is_peft
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.checks import low_precision

@@ -26,7 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from transformers.utils import logging
 
 from hf_radam import RAdam, RAdamTrainer, RAdamTrainingArguments
-from hf_radam.checkpoints import model_folders, storage
+from hf_radam.checkpoints import storage
+from hf_radam.checkpoints.models import model_folders
 
 FLUSHED = "stock, flushed"
 BLOCKS = [{"input_ids": row, "labels": row} for row in torch.randint(0, 1000, (16, 16)).tolist()]

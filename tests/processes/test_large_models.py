@@ -18,11 +18,11 @@ from processes import harness
 from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints import model_folders, weight_files
-from hf_radam.checkpoints.consolidation import consolidate, is_sharded_alone
 from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
-from hf_radam.checkpoints.weight_reading import load_parts
+from hf_radam.checkpoints.models import model_folders, weight_files
+from hf_radam.checkpoints.models.consolidation import consolidate, is_sharded_alone
+from hf_radam.checkpoints.models.weight_reading import load_parts
 from hf_radam.cli import main
 from hf_radam.sharding import Weights, find_sharding
 
@@ -141,7 +141,7 @@ def test_a_folder_that_cannot_be_written_to_is_loaded_all_the_same(sharded, chec
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("hf_radam.checkpoints.consolidation.consolidate", refuse)
+    monkeypatch.setattr("hf_radam.checkpoints.models.consolidation.consolidate", refuse)
     assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
     assert is_sharded_alone(checkpoint / beside) and "put together elsewhere" in caplog.text
 

@@ -15,7 +15,7 @@ from processes.test_sharded_details import ODD, LargestTensor, options
 from torch import nn
 
 from hf_radam import RAdamScheduleFree, WeightAverage
-from hf_radam.checkpoints.consolidation import consolidate
+from hf_radam.checkpoints.models.consolidation import consolidate
 from hf_radam.optim import schedule_free_x
 from hf_radam.sharding import find_sharding
 

@@ -27,12 +27,12 @@ from transformers import PreTrainedModel
 from transformers.utils import CONFIG_NAME
 from transformers.utils import logging as hf_logging
 
-from hf_radam.checkpoints.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
 from hf_radam.checkpoints.layouts import SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
-from hf_radam.checkpoints.sharded_weights import Stretch, write_sharded
-from hf_radam.checkpoints.weight_files import Tensors, widened, write_weights, written_names
-from hf_radam.checkpoints.whole_models import unsharded_class, whole_models
+from hf_radam.checkpoints.models.adapters import is_peft, load_adapter, read_adapter, save_adapter_folder
+from hf_radam.checkpoints.models.sharded_weights import Stretch, write_sharded
+from hf_radam.checkpoints.models.weight_files import Tensors, widened, write_weights, written_names
+from hf_radam.checkpoints.models.whole_models import unsharded_class, whole_models
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, Weights
 from hf_radam.sharding.base import rank
@@ -105,7 +105,7 @@ def save_sharded_folder(
 ) -> None:
     """Write a model folder in which the weights are sharded: no process holds more than its part of them.
 
-    Every process must call it; see `hf_radam.checkpoints.sharded_weights`. Arguments as for `save_model_folder`.
+    Every process must call it; see `hf_radam.checkpoints.models.sharded_weights`. Arguments as for `save_model_folder`.
     """
     path, first = Path(folder), rank() == 0
     save_surroundings(path, model, processing_class=processing_class, in_float32=in_float32)

@@ -26,10 +26,10 @@ from hf_radam.checkpoints import manifest
 from hf_radam.checkpoints.integrity import WEIGHT_FILES, check_whole, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
-from hf_radam.checkpoints.model_class import meta_model
-from hf_radam.checkpoints.sharded_weights import CachedReader, read_sharded, shapes_in
+from hf_radam.checkpoints.models.model_class import meta_model
+from hf_radam.checkpoints.models.sharded_weights import CachedReader, read_sharded, shapes_in
+from hf_radam.checkpoints.models.weight_files import Tensors, write_weights, written_names
 from hf_radam.checkpoints.storage import flush
-from hf_radam.checkpoints.weight_files import Tensors, write_weights, written_names
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from hf_radam.checkpoints.dcp_folders import read_folder
 from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.model_folders import read_state_dict, state_keys
-from hf_radam.checkpoints.sharded_weights import read_sharded, shapes_in
-from hf_radam.checkpoints.weight_files import files_have_its_keys
+from hf_radam.checkpoints.models.model_folders import read_state_dict, state_keys
+from hf_radam.checkpoints.models.sharded_weights import read_sharded, shapes_in
+from hf_radam.checkpoints.models.weight_files import files_have_its_keys
 from hf_radam.sharding import Sharding
 from hf_radam.sharding.base import canonical
 

@@ -1,0 +1,1 @@
+"""The models in a checkpoint: whole folders, adapters and shards, written, read and put together."""
