@@ -28,8 +28,8 @@ from clm_arguments import DataArguments, ModelArguments
 from clm_data import TextSize, load_texts, validation_blocks
 from clm_parser import InputError, fail
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.consolidation import consolidate
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_checkpoint
+from hf_radam.checkpoints.models.consolidation import consolidate
 from run_clm import RECIPE, bits_per_byte, perplexity
 
 DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")

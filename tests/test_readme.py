@@ -1,4 +1,4 @@
-"""Every block of the README runs or parses, its flag table is the code's, its files exist.
+"""Every block of the README and of `docs/` runs or parses, the flag table is the code's, the files exist.
 
 Run as a script, this file writes the flag table into the README.
 """
@@ -15,11 +15,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCS = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 TABLE = re.compile(r"(<!-- flags:.*?-->\n)(.*?)(<!-- end of flags -->)", re.DOTALL)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return [
+        block for text in (README, *DOCS.values()) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    ]
 
 
 def flag_table() -> str:
@@ -84,7 +87,7 @@ def test_commands_parse(command, monkeypatch, tmp_path):
 
 
 def test_the_cost_of_a_save_has_been_measured():
-    section = README.split("### What a durable save costs")[1].split("\n## ")[0]
+    section = DOCS["checkpoints.md"].split("## What a durable save costs")[1].split("\n## ")[0]
     assert len(re.findall(r"^\| .*\d\.\d\d", section, re.MULTILINE)) == 4
 
 
@@ -94,11 +97,29 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-def test_the_file_tree_is_complete():
-    tree = README.split("## Files")[1].split("## Sources")[0]
-    for path in [path for path in (ROOT / "hf_radam").rglob("[!_]*.py") if path.parent.name != "optim"]:
-        depth = " " * (4 + 2 * len(path.relative_to(ROOT).parts[1:]))
-        assert re.search(rf"^{depth}{re.escape(path.name)}  ", tree, re.MULTILINE), path
+def entries(text: str) -> set[str]:
+    """Names in a file tree, with as many spaces before them as they have there."""
+    return set(re.findall(r"^( {4,}[\w/]+(?:\.py)?)  ", text, re.MULTILINE))
+
+
+def test_the_file_trees_are_complete():
+    package = ROOT / "hf_radam"
+    files = [path for path in package.rglob("[!_]*.py") if path.parent.name != "optim"]
+    folders = [path for path in package.rglob("*/") if path.is_dir() and path.name != "__pycache__"]
+    named = {}
+    for path in [*files, *folders]:
+        inside = path.relative_to(package).parts
+        named[path] = " " * (4 + 2 * len(inside)) + path.name + "/" * path.is_dir()
+    assert entries(DOCS["structure.md"]) == set(named.values())
+    short = {line for path, line in named.items() if path.parent == package or path.is_dir()}
+    tree = README.split("## Files")[1].split("    examples/")[0]
+    assert entries(tree) == short
+
+
+def test_links_lead_to_files():
+    for text, folder in [(README, ROOT), *((text, ROOT / "docs") for text in DOCS.values())]:
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert (folder / target).is_file() or target.startswith("https://"), target
 
 
 def test_every_config_has_been_measured_and_stands_in_the_table():

@@ -113,6 +113,8 @@ def save_seconds(size: float, processes: int, full: bool) -> dict[str, float]:
         "gather": gathered / (NVLINK if machines == 1 else NETWORK),
         "write": total / writing,
         "checksum": total / SHA256 / (1 if full else processes),  # each sums what it wrote
+        # Each file by one process: the largest, the whole state of the optimizer, is read and summed alone.
+        "verify": size * 1e9 * OPTIMIZER / SHA256 if full else max(total / writing, total / SHA256 / processes),
     }
 
 
@@ -127,12 +129,11 @@ def sums_of_saving() -> str:
                     f"{size} B on {processes}",
                     "FULL" if full else "SHARDED",
                     f"{size} x {checkpoint(full)} = {number(cost['bytes'] / GB)} GB",
-                    *(number(cost[name]) if cost[name] else "0" for name in ("gather", "write", "checksum")),
+                    *(number(cost[name]) if cost[name] else "0" for name in ("gather", "write", "checksum", "verify")),
                 ]
             )
-    return table(
-        "| model, GPUs | state dict | a checkpoint | s to gather | s to write | s of sha256, one thread |", rows
-    )
+    header = "| model, GPUs | state dict | a checkpoint | s to gather | s to write | s of sha256 | s to verify |"
+    return table(header, rows)
 
 
 TABLES = {"launch_files": launch_files, "memory": sums_of_memory, "saving": sums_of_saving}
@@ -159,6 +160,9 @@ def test_some_sums_by_hand():
     assert save_seconds(7, 8, full=True)["write"] == 70  # 140 GB at 2 GB/s by one process
     assert save_seconds(70, 512, full=False)["bytes"] == 1120e9
     assert save_seconds(70, 512, full=False)["write"] == 22.4  # at the file system's 50 GB/s
+    assert save_seconds(70, 512, full=False)["verify"] == 22.4
+    assert save_seconds(7, 8, full=False)["verify"] == pytest.approx(112 / (8 * 1.8))  # longer than to read it
+    assert save_seconds(70, 512, full=True)["verify"] == pytest.approx(560 / 1.8)
 
 
 @pytest.mark.parametrize("kind", [RAdam, RAdamScheduleFree])
