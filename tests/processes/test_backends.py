@@ -23,6 +23,7 @@ from hf_radam.checkpoints.manifest import read_manifest
 
 UPDATES, LONGER = 12, 16
 METHODS = {name: tiny.METHODS[name] for name in ("wsd", "ewa", "schedule_free")}
+METHODS["ewa"] = METHODS["ewa"] | {"ewa_device": "cpu"}
 METHODS["wsd_s"] = {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [6], "decay_steps": 2}
 BACKENDS = harness.BACKENDS
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
-from hf_radam.checkpoints.models import model_folders, weight_files
+from hf_radam.checkpoints.models import consolidation, model_folders, weight_files
 from hf_radam.checkpoints.models.consolidation import consolidate, is_sharded_alone
 from hf_radam.checkpoints.models.weight_reading import load_parts
 from hf_radam.cli import main
@@ -67,6 +67,27 @@ def test_a_process_holds_one_file_of_the_model_at_most(tmp_path, sharded):
         # A file; and, whatever its size, 40 to 80 MB for the first process, which gathers, and 20 for others.
         allowed = FILE + 110 * MEGABYTE if rank == 0 and not sharded else 30 * MEGABYTE
         assert more < allowed, (rank, more / MEGABYTE)
+
+
+def peak_of_consolidating(folder, file_size):
+    """How much more a process holds at most while it puts a folder of shards together."""
+    weight_files.MAX_FILE_BYTES = file_size
+    for name in ("first", "second"):  # the first loads modules
+        (folder / name).mkdir()
+        before = forget_the_peak()
+        consolidation._write_whole(folder / "model", folder / name)
+    return in_status("VmHWM") - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
+def test_consolidating_holds_one_file_of_the_model_at_most(tmp_path):
+    _, whole = harness.run(peaks_of_a_save, tmp_path, True, FILE, backend="fsdp2")[0]
+    peaks = []
+    for name, size in (("files", FILE), ("whole", 2**40)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model").symlink_to(tmp_path / "model")
+        peaks += harness.run(peak_of_consolidating, tmp_path / name, size, backend="one")
+    assert peaks[0] < FILE + 110 * MEGABYTE < whole < peaks[1], peaks
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
