@@ -88,7 +88,8 @@ def arguments(backend: str) -> dict[str, Any]:
     if backend in ZERO:
         zero: dict[str, Any] = {"stage": int(backend[4])}
         if zero["stage"] == 3:
-            zero["stage3_param_persistence_threshold"] = 0  # a tiny model's parameters would stay whole on every rank
+            # Else a tiny model's parameters would stay whole on every rank; so, only its norms, and only in one layout.
+            zero["stage3_param_persistence_threshold"] = 40 if backend == "zero3" else 0
             zero["sub_group_size"] = 3000  # several sub-groups, which are stepped one after another
             zero["stage3_gather_16bit_weights_on_model_save"] = backend == "zero3"
         sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -217,6 +218,7 @@ def _environment(rank: int, world: int, port: int) -> dict[str, str]:
 
 def _child(call: bytes, backend: str, folder: Path, environment: dict[str, str], timeout: float) -> None:
     """What every process does; the fork server's environment is that of its start, so this one is put in its place."""
+    gc.freeze()  # what the fork server has imported; see `tests/conftest.py`
     os.environ.clear()
     os.environ.update(environment)
     rank = int(environment.get("RANK", "0"))

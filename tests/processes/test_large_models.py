@@ -58,10 +58,29 @@ def peaks_of_a_save(folder, sharded, file_size):
     return in_status("VmHWM") - before, whole
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
+counts_peaks = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew"
+)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The folder of a large model in shards, or whole, and what each process of its save says of memory."""
+    made = {}
+
+    def of(sharded):
+        if sharded not in made:
+            folder = tmp_path_factory.mktemp("large")
+            made[sharded] = folder, harness.run(peaks_of_a_save, folder, sharded, FILE, backend="fsdp2")
+        return made[sharded]
+
+    return of
+
+
+@counts_peaks
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_process_holds_one_file_of_the_model_at_most(tmp_path, sharded):
-    ranks = harness.run(peaks_of_a_save, tmp_path, sharded, FILE, backend="fsdp2")
+def test_a_process_holds_one_file_of_the_model_at_most(saved, sharded):
+    _, ranks = saved(sharded)
     for rank, (more, whole) in enumerate(ranks):
         assert whole > 12 * FILE
         # A file; and, whatever its size, 40 to 80 MB for the first process, which gathers, and 20 for others.
@@ -79,18 +98,18 @@ def peak_of_consolidating(folder, file_size):
     return in_status("VmHWM") - before
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
-def test_consolidating_holds_one_file_of_the_model_at_most(tmp_path):
-    _, whole = harness.run(peaks_of_a_save, tmp_path, True, FILE, backend="fsdp2")[0]
+@counts_peaks
+def test_consolidating_holds_one_file_of_the_model_at_most(saved, tmp_path):
+    folder, ((_, whole), _) = saved(True)
     peaks = []
     for name, size in (("files", FILE), ("whole", 2**40)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "model").symlink_to(tmp_path / "model")
+        (tmp_path / name / "model").symlink_to(folder / "model")
         peaks += harness.run(peak_of_consolidating, tmp_path / name, size, backend="one")
     assert peaks[0] < FILE + 110 * MEGABYTE < whole < peaks[1], peaks
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
+@counts_peaks
 def test_the_measurement_of_memory_can_fail(tmp_path):
     (more, whole), _ = harness.run(peaks_of_a_save, tmp_path, False, 2**40, backend="fsdp2")
     assert more > whole
