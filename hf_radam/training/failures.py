@@ -44,11 +44,15 @@ def _cause(error: BaseException, checkpoint: Path) -> str | None:
         if not all(map(_of_disk, failed.values())):
             return None
         return "; ".join(f"rank {rank}: {failure}" for rank, failure in failed.items())
-    if _of_disk(error):
-        cause = f"{error} ({storage.free_space(checkpoint.parent)})"
-        _leave(cause, checkpoint)
-        return cause
-    return _left_by_another(checkpoint) if isinstance(error, RuntimeError) else None
+    if not _of_disk(error):
+        return _left_by_another(checkpoint) if isinstance(error, RuntimeError) else None
+    # Another's cause may be that of this error, too: a save that failed is removed while others still write to it.
+    another = _left_by_another(checkpoint)
+    if another is not None:
+        return another
+    cause = f"{error} ({storage.free_space(checkpoint.parent)})"
+    _leave(cause, checkpoint)
+    return cause
 
 
 def _of_disk(error: BaseException) -> bool:

@@ -225,10 +225,10 @@ class SavingMixin(FoldersMixin):
         if self._sealing is not None:
             self._sealing.abandon()
             self._sealing = None
+        of_disk = save_error(error, run / name)  # first, so that others hear of it before they miss what is removed
         if self.args.should_save:
             with suppress(OSError):
                 storage.recover(run)
-        of_disk = save_error(error, run / name)
         if of_disk is not None:
             raise of_disk from error
 
