@@ -127,10 +127,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("checkpoints.models", "weight_reading adapters model_folders"),
         ANY,
     ),
-    "training.verification": (
-        {"sharding"} | within("checkpoints", "manifest integrity"),
-        {"torch", "accelerate"},
-    ),
+    "training.verification": ({"sharding"} | within("checkpoints", "manifest integrity"), {"torch"}),
     "training.moving": (
         {"sharding"} | within("checkpoints", "manifest layouts optimizer_states") | within("training", "verification"),
         {"torch"},

@@ -19,7 +19,7 @@ from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import Extension, extend
-from hf_radam.checkpoints.integrity import FindDamage, damage, evaluation_folder
+from hf_radam.checkpoints.integrity import FindDamage, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.models import adapters, model_folders
@@ -238,22 +238,28 @@ class ResumingMixin(PartsMixin):
     def _find_best(self, checkpoint: Path) -> None:
         """Look for the best checkpoint beside the one resumed: upstream forgets it where the run has moved."""
         best = run_of(checkpoint) / f"{PREFIX}{self.state.best_global_step}"
-        if self.state.best_model_checkpoint is None and self.state.best_global_step and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
+        if self.state.best_model_checkpoint is None and self.state.best_global_step:
+            if agreed(lambda find: best.is_dir()):
+                self.state.best_model_checkpoint = str(best)
 
     def _keep_pinned(self, checkpoint: Path) -> None:
         """Pin the checkpoint that is gone on from where this run would have pinned it and has not."""
         schedule = self.args.schedule(self.state.max_steps)
         folder = None if schedule is None else pinned_folder(schedule.keywords, self._updates_scheduled())
-        run = Path(str(self.args.output_dir))
-        if folder is not None and self.args.should_save:
-            place = Path(folder, f"{PREFIX}{self.state.global_step}")
-            if not (run / place).exists() or damage(run / place):
-                storage.recover(run)
-                storage.link_tree(checkpoint, run / storage.STAGING / place)
-                storage.publish(run, place)
-                storage.remove_staging(run)
-        self.accelerator.wait_for_everyone()
+        if folder is None:
+            return
+        run, place = Path(str(self.args.output_dir)), Path(folder, f"{PREFIX}{self.state.global_step}")
+
+        def keep(find: FindDamage) -> None:
+            there = (run / place).exists()
+            if there and ((run / place).samefile(checkpoint) or not find(run / place)):
+                return
+            storage.recover(run)
+            storage.link_tree(checkpoint, run / storage.STAGING / place)
+            storage.publish(run, place)
+            storage.remove_staging(run)
+
+        agreed(keep)
 
     def _load_best_model(self) -> None:
         """Leave the best evaluation weights in the model: upstream would load the checkpoint's training weights."""

@@ -1,20 +1,31 @@
 """Decide on the first process which checkpoint is gone on from, while every process takes the sha256 of its share.
 
-One process would take minutes over a large model's checkpoint, for which all the others wait.
+One process would take minutes over a large model's checkpoint, for which all the others wait. Processes that see the
+same folder share its files; where machines have copies of their own, each copy is verified whole.
 """
 
 from __future__ import annotations
 
+import hashlib
+import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from accelerate.utils import broadcast_object_list
 
 from hf_radam.checkpoints.integrity import FindDamage, damage
-from hf_radam.checkpoints.manifest import PathLike
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
 from hf_radam.sharding.base import rank, world_size
+
+
+class Seen(NamedTuple):
+    """What tells the folder that a process finds under a name from another one of that name."""
+
+    manifest: str | None
+    """Its sha256."""
+    folder: int | None
+    """Number of the folder in its file system, which all machines know it by if they share that."""
 
 
 def agreed(decide: Callable[[FindDamage], Any]) -> Any:
@@ -25,7 +36,7 @@ def agreed(decide: Callable[[FindDamage], Any]) -> Any:
             by which the others help.
 
     Raises:
-        ValueError, OSError: what `decide` raised.
+        Exception: what `decide` raised.
     """
     if world_size() == 1:
         return decide(damage)
@@ -33,15 +44,15 @@ def agreed(decide: Callable[[FindDamage], Any]) -> Any:
         while (request := _from_first(None))[0] == "find":
             _look(*request[1:])
         _, result, error = request
-    else:
-        result = error = None
-        try:
-            result = decide(_ask)
-        except (ValueError, OSError) as raised:
-            error = raised
-        _from_first(("done", result, error))
-    if error is not None:
-        raise error
+        if error is not None:
+            raise error
+        return result
+    try:
+        result = decide(_ask)
+    except Exception as error:
+        _from_first(("done", None, _sendable(error)))
+        raise
+    _from_first(("done", result, None))
     return result
 
 
@@ -56,18 +67,49 @@ def _ask(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
 
 def _look(checkpoint: Path, only: str | None) -> list[Any]:
     """What each process has found in its share, or the error with which it could not look."""
+    seen = _gathered(_seen(checkpoint))
     mine: dict[str, str] | Exception
     try:
-        mine = damage(checkpoint, only=only, share=(rank(), world_size()))
-    except (ValueError, OSError) as error:
-        mine = error
-    shares: list[Any] = [None] * world_size()
-    dist.all_gather_object(shares, mine)
-    return shares
+        if len({each.manifest for each in seen}) > 1:
+            raise CheckpointError(
+                f"{checkpoint} is not the same on every process (its {MANIFEST_NAME} differs, or is not there): give "
+                "the path of a folder that all machines see."
+            )
+        together = [number for number, each in enumerate(seen) if each == seen[rank()]]
+        mine = damage(checkpoint, only=only, share=(together.index(rank()), len(together)))
+    except Exception as error:
+        mine = _sendable(error)
+    return _gathered(mine)
+
+
+def _seen(checkpoint: Path) -> Seen:
+    try:
+        folder = checkpoint.stat().st_ino
+    except OSError:
+        return Seen(None, None)
+    try:
+        return Seen(hashlib.sha256((checkpoint / MANIFEST_NAME).read_bytes()).hexdigest(), folder)
+    except OSError:
+        return Seen(None, folder)
+
+
+def _sendable(error: Exception) -> Exception:
+    """An error that another process can be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} on rank {rank()}: {error}")
+    return error
+
+
+def _gathered(value: Any) -> list[Any]:
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def _from_first(message: tuple[Any, ...] | None) -> Any:
     """The message of the first process; the others give None."""
     box = [message]
-    broadcast_object_list(box)
+    dist.broadcast_object_list(box, src=0)
     return box[0]

@@ -1,12 +1,15 @@
 """A checkpoint is verified by all processes together: each file by one of them, and every one hears of any damage.
 
-Oracles: the interpreter's own audit events, which tell what each process opened; `damage` by one process alone.
+Oracles: the interpreter's own audit events, which tell what each process opened; counting every sha256 that is taken;
+`damage` by one process alone.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,9 +19,11 @@ from processes import harness
 from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainer
+from hf_radam.checkpoints import integrity
 from hf_radam.checkpoints.integrity import damage, evaluation_folder
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import check_resumable
+from hf_radam.training import verification
 from hf_radam.training.verification import agreed
 
 OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
@@ -38,7 +43,7 @@ def trainer_of(run: Path, *callbacks: TrainerCallback) -> RAdamTrainer:
     return RAdamTrainer(tiny.llama(), arguments, train_dataset=tiny.TRAIN, callbacks=[*callbacks])
 
 
-def said(do) -> str:
+def said_by(do) -> str:
     """The error that is raised, or nothing."""
     try:
         do()
@@ -47,12 +52,17 @@ def said(do) -> str:
     return ""
 
 
+def flip(file: Path) -> None:
+    """Flip one bit in the middle of a file, or flip it back."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def change(file: Path) -> None:
-    """Flip one bit in the middle of a file, or flip it back: the first process does, and the others wait."""
+    """The same by the first process, for which the others wait."""
     if dist.get_rank() == 0:
-        content = bytearray(file.read_bytes())
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
+        flip(file)
     dist.barrier()
 
 
@@ -71,10 +81,10 @@ def job(run: Path) -> dict:
     looked_at, heard, for_evaluation = list(opened), {}, {}
     for file in files:
         change(file)
-        heard[file.relative_to(newest).as_posix()] = said(
+        heard[file.relative_to(newest).as_posix()] = said_by(
             lambda: agreed(lambda find: check_resumable(newest, find=find))
         )
-        for_evaluation[file.relative_to(newest).as_posix()] = said(
+        for_evaluation[file.relative_to(newest).as_posix()] = said_by(
             lambda: agreed(lambda find: evaluation_folder(newest, find=find))
         )
         change(file)
@@ -85,9 +95,9 @@ def damaged_job(run: Path) -> tuple[str, str, int]:
     """Refuse a damaged checkpoint that is named; then train from the newest that is whole."""
     newest = run / "checkpoint-6"
     begins = Begins()
-    named = said(lambda: trainer_of(run, begins).train(resume_from_checkpoint=str(newest)))
+    named = said_by(lambda: trainer_of(run, begins).train(resume_from_checkpoint=str(newest)))
     trainer_of(run, begins).train(resume_from_checkpoint=True)
-    gone = said(lambda: agreed(lambda find: check_resumable(run / "checkpoint-9", find=find)))
+    gone = said_by(lambda: agreed(lambda find: check_resumable(run / "checkpoint-9", find=find)))
     return named, gone, begins.at
 
 
@@ -137,3 +147,132 @@ def test_the_shares_are_the_whole(seen, tmp_path, parts):
     shares = [damage(copy, share=(part, parts)) for part in range(parts)]
     assert sum(map(len, shares)) == 2
     assert {name: problem for share in shares for name, problem in share.items()} == damage(copy)
+
+
+# ---- What the trainer does ----
+
+
+@contextmanager
+def counted():
+    """The files of which `hf_radam.checkpoints.integrity` takes the sha256 meanwhile."""
+    files, take = [], integrity.sha256
+
+    def counting(file):
+        files.append(str(file))
+        return take(file)
+
+    integrity.sha256 = counting
+    yield files
+    integrity.sha256 = take
+
+
+def trained(run, *, resume=None, **options):
+    """Train; returns the files of which this process took the sha256."""
+    method = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 3, "ewa": True}
+    arguments = tiny.arguments(run, **OPTIONS | method | harness.arguments("ddp") | options)
+    with counted() as files:
+        data = {"train_dataset": tiny.TRAIN, "eval_dataset": tiny.EVAL}
+        RAdamTrainer(tiny.llama(), arguments, **data).train(resume_from_checkpoint=resume)
+    return files
+
+
+def ways_to_go_on(root):
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3}
+    return {
+        "begun": trained(root / "run"),
+        "named": trained(root / "named", resume=str(root / "run/checkpoint-3")),
+        "pinned": trained(root / "run", resume=str(root / "run/_pre_decay/checkpoint-3")),
+        "newest": trained(root / "run", resume=True),
+        "extended": trained(root / "longer", extend_from=str(root / "run"), max_steps=9),
+        "best": trained(root / "best", **best),
+    }
+
+
+def test_the_trainer_has_every_file_verified_once(tmp_path):
+    first, second = harness.run(ways_to_go_on, tmp_path, backend="ddp")
+    gone_on_from = {
+        "named": "run/checkpoint-3",
+        "pinned": "run/_pre_decay/checkpoint-3",
+        "newest": "run/checkpoint-6",
+        "extended": "run/checkpoint-3",
+    }
+    assert first["begun"] == second["begun"] == []
+    for way, folder in gone_on_from.items():
+        files = read_manifest(tmp_path / folder)["files"]
+        assert sorted(first[way] + second[way]) == sorted(str(tmp_path / folder / name) for name in files), way
+        assert first[way] and second[way]
+    both = first["best"] + second["best"]
+    assert len(set(both)) == len(both) and any(name.endswith("ewa/model.safetensors") for name in both)
+
+
+# ---- Folders that are not the same ----
+
+
+def copies(root):
+    """Each process in a folder with a copy of the checkpoint of its own; what is said of each harm to one of them."""
+    harness.join_group()
+    os.chdir(root / str(dist.get_rank()))
+    checkpoint, said = Path("checkpoint-3"), {}
+
+    def look():
+        return said_by(lambda: agreed(lambda find: check_resumable(checkpoint, find=find)))
+
+    said["whole"] = look()
+    for owner in (0, 1):
+        for name in ("model.safetensors", "optimizer.pt", "ewa/model.safetensors", "scheduler.pt"):
+            if dist.get_rank() == owner:
+                flip(checkpoint / name)
+            dist.barrier()
+            said[f"{name} on {owner}"] = look()
+            if dist.get_rank() == owner:
+                flip(checkpoint / name)
+            dist.barrier()
+    for what in ("manifest", "folder"):
+        if dist.get_rank() == 1:
+            (checkpoint / MANIFEST_NAME).unlink() if what == "manifest" else shutil.rmtree(checkpoint)
+        dist.barrier()
+        said[f"no {what}"] = look()
+    return said
+
+
+def test_each_machines_copy_is_verified_whole(seen, tmp_path):
+    for rank in ("0", "1"):
+        shutil.copytree(seen[0] / "checkpoint-3", tmp_path / rank / "checkpoint-3")
+    first, second = harness.run(copies, tmp_path, backend="ddp")
+    assert first == second
+    assert first.pop("whole") == ""
+    for missing in ("no manifest", "no folder"):
+        assert "is not the same on every process" in first.pop(missing)
+    for case, words in first.items():
+        assert f"checkpoint-3/{case.split(' on ')[0]} has another sha256" in words, case
+
+
+class NotToBeSent(Exception):
+    """An error that cannot be pickled."""
+
+    def __reduce__(self):
+        raise TypeError("no")
+
+
+def failing(folder, where):
+    """An error that is no `ValueError`, on one of the processes, while all are looking, or while one decides."""
+    harness.join_group()
+
+    def fails(*args, **options):
+        raise NotToBeSent("the reason")
+
+    def decide(find):
+        return fails() if where == "decide" else find(folder)
+
+    if where == dist.get_rank():
+        verification.damage = fails
+    try:
+        agreed(decide)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize("where", [0, 1, "decide"])
+def test_an_error_of_any_kind_reaches_every_process(tmp_path, where):
+    for words in harness.run(failing, tmp_path, where, backend="ddp", timeout=60):
+        assert "NotToBeSent" in words and "the reason" in words

@@ -147,6 +147,9 @@ def read_pieces(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str,
     """
     _, name_of = state_keys(model, sharding)
     key_of = {name: key for key, name in name_of.items()}
+    unwritten = [name for name in sharding.trained if name not in key_of]
+    if unwritten:
+        raise CheckpointError(f"{folder} has no {unwritten[0]}: the class of the model leaves it out of what it saves.")
     keys = {name: key_of[name] for name in sharding.trained}
     live = {name: sharding.live(name) for name in keys}
     into = {keys[n]: (sharding.start(n), torch.empty(piece.numel())) for n, piece in live.items()}
