@@ -21,7 +21,7 @@ from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.attempts import BeforeTheFirstAttempt
-from hf_radam.training.backends import check_prepared, forget_evaluation
+from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.resuming import ResumingMixin
@@ -156,6 +156,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         if self._active and self.args.auto_find_batch_size:
             self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
+        sharding.check()
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None and self._active:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
@@ -263,6 +264,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         rest = (prediction_loss_only, ignore_keys)
         if not self._active:
             return super().evaluation_loop(dataloader, description, *rest, metric_key_prefix)
+        check_evaluable(self)
         if self.average is not None and not self.average.started:
             logger.warning(f"There is no average yet ({self.average}): evaluating without it.")
         with preserved_random_state():

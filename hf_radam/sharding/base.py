@@ -128,6 +128,23 @@ class Sharding(ABC):
         of = {p: group for group in optimizer.param_groups for p in group["params"]}
         return {name: of[parameter] for name, parameter in self.parameters.items() if parameter in of}
 
+    def check(self) -> None:
+        """Compare, of every trained parameter, what the optimizer has with what the forward pass has.
+
+        Raises:
+            RuntimeError: if they are not the same weights: a back-end keeps them in another order than is known here.
+        """
+        for name in self.trained:
+            live, held = self.live(name).flatten(), self.held(name).flatten()
+            offset = self.start(name) - self.held_start(name)
+            same = held[offset : offset + live.numel()]
+            if not torch.allclose(live.to(same.device, same.dtype), same, rtol=0, atol=0, equal_nan=True):
+                raise RuntimeError(
+                    f"The weights of {name} that the optimizer has on rank {rank()} are not those of the forward pass, "
+                    "so averages and x would be of other weights: please report this, with the versions and the "
+                    "configuration of the back-end."
+                )
+
     # ---- Whole tensors ----
 
     @cached_property

@@ -21,7 +21,13 @@ from hf_radam.sharding.base import Sharding, canonical
 
 
 def zero_sharding(model: nn.Module, engine: Any, *, device: torch.device | None) -> Sharding:
-    """The sharding of DeepSpeed's `engine`, of stage 1 to 3, around `model`."""
+    """The sharding of DeepSpeed's `engine` around `model`.
+
+    Raises:
+        ValueError: for stage 0.
+    """
+    if engine.zero_optimization_stage() == 0:
+        raise ValueError("DeepSpeed without ZeRO (stage 0) is not supported: set zero_optimization.stage to 1, 2 or 3.")
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
     kind = FragmentSharding if engine.zero_optimization_stage() < 3 else PartitionSharding
     return kind(parameters, engine, device=device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
@@ -99,6 +100,11 @@ def _check_deepspeed(trainer: Any) -> None:
     for name in ("zero_hpz_partition_size", "mics_shard_size"):
         if zero.get(name, 1) > 1:
             raise ValueError(f"{name}={zero[name]} is not supported: remove it from the DeepSpeed configuration.")
+    for name in ("round_robin_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"):
+        if zero.get(name, False):
+            # The first has DeepSpeed keep float32 weights in an order that its own `safe_get_full_fp32_param` misses
+            # (0.19.8); the others have it gather other weights than it keeps.
+            raise ValueError(f"{name}=true is not supported: remove it from the DeepSpeed configuration.")
     if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise ValueError("tensor_parallel.autotp_size above 1 is not supported: remove it from the configuration.")
     if ours and zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -110,12 +116,37 @@ def _check_deepspeed(trainer: Any) -> None:
         config["zero_force_ds_cpu_optimizer"] = False  # absent means true
 
 
+def check_evaluable(trainer: Any) -> None:
+    """Refuse to evaluate before training where a model can only be prepared together with its optimizer.
+
+    Raises:
+        ValueError: under FSDP2, ZeRO-1 and ZeRO-2; with the way out.
+    """
+    sharded = any(isinstance(parameter, DTensor) for parameter in trainer.model.parameters())
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    of_zero = trainer.is_deepspeed_enabled and trainer.deepspeed is None and plugin.zero_stage < 3
+    if of_zero or (trainer.is_fsdp_enabled and not sharded):
+        raise ValueError(
+            f"evaluate() before train() is not possible under {'ZeRO-1 and 2' if of_zero else 'FSDP2'}, where a model "
+            "is prepared together with its optimizer: train first (--eval_on_start true evaluates before the first "
+            "update), or evaluate in one process or under DDP."
+        )
+
+
 def forget_evaluation(trainer: Any) -> None:
-    """Let accelerate wrap a model for DDP that was evaluated before training.
+    """Let accelerate wrap a model for DDP that was evaluated before training; refuse one that DeepSpeed has prepared.
 
     Evaluating prepares it without a wrapper, and accelerate returns what it has prepared as it is: each process would
     then train alone (seen with transformers 5.23 and accelerate 1.15).
+
+    Raises:
+        ValueError: if DeepSpeed's engine around the model is of an earlier `train()` or `evaluate()`.
     """
+    if trainer.is_deepspeed_enabled and trainer.model_wrapped is not trainer.model:
+        raise ValueError(
+            "DeepSpeed has prepared this model for an earlier train() or evaluate(), and cannot train it anew: make a "
+            "new trainer and model, and go on with resume_from_checkpoint."
+        )
     if trainer.args.world_size > 1 and trainer.model_wrapped is trainer.model and not is_sharded(trainer):
         trainer.accelerator._models = [model for model in trainer.accelerator._models if model is not trainer.model]
         trainer.model._is_accelerate_prepared = False

@@ -135,20 +135,24 @@ def test_bf16_rounds_neither_losses_nor_averages(tmp_path, backend):
 # ---- The best model ----
 
 
-def train_for_the_best(folder, backend):
+def train_for_the_best(folder, backend, method):
     """A learning rate at which the losses soon grow: the best weights are not the last."""
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
-    args = options(backend, **best, save_steps=2, optim="radam_schedulefree", learning_rate=5.0)
-    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args)
+    args = options(backend, **best, save_steps=2)
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args | tiny.METHODS[method] | {"learning_rate": 5.0})
     trainer.train()
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     return {"loss": loss, "best": trainer.state.best_metric, "step": trainer.state.best_global_step}
 
 
-@pytest.mark.parametrize("backend", SHARDED)
-def test_the_best_weights_are_loaded_evaluated_and_shipped(tmp_path, backend):
-    for facts in harness.run(train_for_the_best, tmp_path, backend, backend=backend):
+@pytest.mark.parametrize(
+    ("backend", "method"),
+    [pytest.param(*each.values, "schedule_free", marks=each.marks) for each in SHARDED]
+    + [("ddp", "ewa"), ("fsdp2", "ewa"), pytest.param("zero1", "ewa", marks=needs["zero1"])],
+)
+def test_the_best_weights_are_loaded_evaluated_and_shipped(tmp_path, backend, method):
+    for facts in harness.run(train_for_the_best, tmp_path, backend, method, backend=backend):
         assert facts["loss"] == facts["best"] and facts["step"] < 6
         assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(facts["loss"], abs=1e-6)
 
@@ -267,10 +271,30 @@ def test_deepspeed_configurations_that_are_refused(tmp_path):
         "zero_hpz_partition_size=2": {"deepspeed/zero_optimization/zero_hpz_partition_size": 2},
         "mics_shard_size=2": {"deepspeed/zero_optimization/mics_shard_size": 2},
         "autotp_size above 1": {"deepspeed/tensor_parallel": {"autotp_size": 2}},
+        "round_robin_gradients=true": {"deepspeed/zero_optimization/round_robin_gradients": True},
+        "zero_quantized_weights=true": {"deepspeed/zero_optimization/zero_quantized_weights": True},
+        "zero_quantized_nontrainable_weights=true": {
+            "deepspeed/zero_optimization/zero_quantized_nontrainable_weights": True
+        },
     }
     for said in harness.run(refusals, tmp_path, "zero2", list(cases.values()), backend="zero2"):
         for pattern, words in zip(cases, said, strict=True):
             assert words is not None and re.search(pattern, words), (pattern, words)
+
+
+def train_in_another_order(folder):
+    """With the option that is refused, set behind the trainer's back."""
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options("zero2", optim="radam", ewa=True))
+    plugin = trainer.accelerator.state.deepspeed_plugin
+    for config in (plugin.deepspeed_config, plugin.hf_ds_config.config):
+        config["zero_optimization"]["round_robin_gradients"] = True
+    trainer.train()
+
+
+@needs["zero2"]
+def test_weights_in_an_order_that_is_not_known_are_an_error(tmp_path):
+    for outcome in harness.run(train_in_another_order, tmp_path, backend="zero2", check=False):
+        assert "are not those of the forward pass" in outcome.error, outcome.told
 
 
 def refusals_of_fsdp(folder):

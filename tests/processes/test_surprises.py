@@ -40,6 +40,34 @@ def test_evaluating_first_does_not_undo_ddp(tmp_path):
         assert really and tiny.same(weights, ranks[-1][1]) and tiny.same(average, ranks[-1][2])
 
 
+def evaluate_first_where_sharded(folder, backend):
+    """What is said of evaluating first, of training then, and of training once more; and how far each training came."""
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options(backend, optim="radam", ewa=True))
+    said = []
+    for do in (trainer.evaluate, trainer.train, trainer.train):
+        try:
+            do()
+            said.append(trainer.state.global_step)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+@zero
+@pytest.mark.parametrize(
+    ("backend", "expected"),
+    [
+        ("fsdp2", ["not possible under FSDP2", 6, 6]),
+        ("zero1", ["not possible under ZeRO-1 and 2", 6, "has prepared this model for an earlier"]),
+        ("zero3", [0, "has prepared this model for an earlier", "has prepared this model for an earlier"]),
+    ],
+)
+def test_evaluating_first_or_training_twice_works_or_is_refused(tmp_path, backend, expected):
+    for said in harness.run(evaluate_first_where_sharded, tmp_path, backend, backend=backend):
+        for words, wanted in zip(said, expected, strict=True):
+            assert words == wanted or isinstance(wanted, str) and wanted in str(words), (words, wanted)
+
+
 # ---- Freezing half-way ----
 
 
