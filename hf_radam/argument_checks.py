@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hf_radam.names import CONSTANT_SCHEDULES, OUR_SCHEDULES, OptimizerName, SchedulerName
+from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_decay, count_from_ratio
 from hf_radam.windows import check_averaging
 
@@ -57,6 +57,20 @@ def check_names(args: Any) -> None:
             f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} has no effect with {schedule}: "
             "use decay_steps, decay_type, min_lr_ratio, warmup_steps."
         )
+
+
+def check_fused(args: Any) -> None:
+    """Check `fused_optimizer`, which a YAML file may give as a boolean, and write it as a word."""
+    wanted = str(args.fused_optimizer).lower()
+    if wanted not in ("auto", "true", "false"):
+        raise ValueError(f"fused_optimizer={args.fused_optimizer!r} must be auto, true or false.")
+    name = OptimizerName(args.optim).value
+    if wanted == "true" and name not in OPTIMIZERS:
+        raise ValueError(
+            f"fused_optimizer=true is for {' and '.join(OPTIMIZERS)}, not for optim={name}: leave it out (upstream has "
+            "adamw_torch_fused)."
+        )
+    args.fused_optimizer = wanted
 
 
 def check_schedule(args: Any) -> None:

@@ -23,6 +23,7 @@ from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.evaluation import EvaluationWeights
+from hf_radam.training.fusing import choose_fused
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
@@ -157,6 +158,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
         sharding.check()
+        if self._active:
+            choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None and self._active:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)

@@ -90,6 +90,13 @@ class RAdamTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Evaluate the training weights too and report them as `eval_raw_loss`."},
     )
+    fused_optimizer: str = field(
+        default="auto",
+        metadata={
+            "help": "Make the updates of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
+            "`auto`, which does on CPUs where it is possible and ten million parameters train."
+        },
+    )
     extend_from: str | None = field(
         default=None,
         metadata={
@@ -138,6 +145,7 @@ class RAdamTrainingArguments(TrainingArguments):
         """
         self.optim, self.lr_scheduler_type = self._resolved_names()
         argument_checks.check_names(self)
+        argument_checks.check_fused(self)
         argument_checks.check_schedule(self)
         argument_checks.check_ewa(self)
         argument_checks.check_extension(self)

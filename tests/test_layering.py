@@ -136,6 +136,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.shared_folder": (within("checkpoints", "storage") | within("training", "agreement"), {"torch"}),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
+    "training.fusing": ({"optim", "sharding"}, {"torch", "transformers"}),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
     "training.folders": (
         {"sharding"} | within("checkpoints.models", "adapters model_folders") | within("training", "backends parts"),
@@ -158,7 +159,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
-        | within("training", "support backends evaluation attempts just_in_time saving resuming search"),
+        | within("training", "support backends fusing evaluation attempts just_in_time saving resuming search"),
         ANY,
     ),
 }

@@ -221,3 +221,20 @@ def test_options_of_the_optimizers_reach_them(tmp_path):
     cls, kwargs = make(tmp_path, optim="radam_schedulefree", optim_args=options).optimizer_class_and_kwargs()
     assert cls.__name__ == "RAdamScheduleFree"
     assert (kwargs["r"], kwargs["weight_lr_power"], kwargs["silent_sgd_phase"]) == (1.0, 3.0, False)
+
+
+@pytest.mark.parametrize(
+    ("optim", "wanted", "words"),
+    [
+        ("radam", "yes", "fused_optimizer='yes' must be auto, true or false"),
+        ("adamw_torch", "true", "fused_optimizer=true is for radam and radam_schedulefree, not for optim=adamw_torch"),
+    ],
+)
+def test_fused_updates_that_cannot_be(optim, wanted, words, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        RAdamTrainingArguments(tmp_path, optim=optim, fused_optimizer=wanted)
+
+
+@pytest.mark.parametrize("given", [True, "true", "True"])
+def test_a_yaml_file_may_give_a_boolean(given, tmp_path):
+    assert RAdamTrainingArguments(tmp_path, optim="radam", fused_optimizer=given).fused_optimizer == "true"

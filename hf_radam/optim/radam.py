@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
+from torch.optim.radam import radam
 
+from hf_radam.optim import fused as kernels
 from hf_radam.optim.checks import check_hyperparameters, low_precision
+
+Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Parameter, gradient, first and second moment, and the number of updates done."""
 
 
 class RAdam(torch.optim.RAdam):
@@ -25,6 +31,8 @@ class RAdam(torch.optim.RAdam):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay: each update multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels; torch decides when not given.
+        fused: make rectified updates in one pass over memory, with the kernel of torch's fused AdamW. It rounds
+            otherwise than the multi-tensor kernels, in the last bit of each operation.
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
             first update, as DeepSpeed has it: then their own dtype does not matter.
 
@@ -48,8 +56,10 @@ class RAdam(torch.optim.RAdam):
         weight_decay: float = 0.0,
         *,
         foreach: bool | None = None,
+        fused: bool = False,
         master_weights: bool = False,
     ):
+        self.fused = fused
         self._master_weights = master_weights
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(
@@ -66,3 +76,95 @@ class RAdam(torch.optim.RAdam):
                 stacklevel=3,
             )
             break
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
+        """One update, as `torch.optim.RAdam` makes it; `p.grad` is only read."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters: list[Tensor] = []
+            gradients: list[Tensor] = []
+            first: list[Tensor] = []
+            second: list[Tensor] = []
+            steps: list[Tensor] = []
+            has_complex = self._init_group(group, parameters, gradients, first, second, steps)
+            entries = [*zip(parameters, gradients, first, second, steps, strict=True)]
+            plain = not (has_complex or group["maximize"] or group["capturable"] or group["differentiable"])
+            if self.fused and plain and group["decoupled_weight_decay"]:
+                entries = self._step_fused(entries, group)
+            if entries:
+                self._step_unfused(entries, group, has_complex=has_complex)
+        return loss
+
+    def _step_unfused(self, entries: list[Entry], group: dict[str, Any], *, has_complex: bool) -> None:
+        parameters, gradients, first, second, steps = (list(column) for column in zip(*entries, strict=True))
+        radam(
+            parameters,
+            gradients,
+            first,
+            second,
+            steps,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=group["maximize"],
+            foreach=group["foreach"],
+            capturable=group["capturable"],
+            differentiable=group["differentiable"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            has_complex=has_complex,
+        )
+
+    def _step_fused(self, entries: list[Entry], group: dict[str, Any]) -> list[Entry]:
+        """Make the rectified updates that a kernel can make; returns the entries of the rest."""
+        rest: list[Entry] = []
+        alike: dict[tuple[int, float, torch.dtype, torch.device], list[Entry]] = {}
+        for entry in entries:
+            step = int(entry[-1]) + 1
+            factor = rectification(step, beta2=group["betas"][1])
+            if factor is None or not kernels.fits(*entry[:-1]):
+                rest.append(entry)
+            else:
+                alike.setdefault((step, factor, entry[0].dtype, entry[0].device), []).append(entry)
+        for (step, factor, _, _), chosen in alike.items():
+            parameters, gradients, first, second = (
+                [kernels.local(tensor) for tensor in column] for column in [*zip(*chosen, strict=True)][:-1]
+            )
+            kernels.radam_update(
+                parameters,
+                gradients,
+                first,
+                second,
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+                factor=factor,
+                step=step,
+            )
+            torch._foreach_add_([entry[-1] for entry in chosen], 1)
+            # Torch's kernel does not, so autograd would not notice that a graph is older than the weights.
+            torch.autograd.graph.increment_version([e[n] for e in chosen for n in (0, 2, 3)])
+        return rest
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and pickle take over."""
+        return super().__getstate__() | {"fused": self.fused, "_master_weights": self._master_weights}
+
+
+def rectification(step: int, *, beta2: float) -> float | None:
+    """RAdam's factor on the learning rate at update `step` (1 for the first); None while it is undefined.
+
+    Source:
+        Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam`: rho_t > 5.
+    """
+    rho_inf = 2 / (1 - beta2) - 1
+    rho_t = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
+    if rho_t <= 5.0:
+        return None
+    return ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from hf_radam.optim import fused as kernels
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 
 SMALLEST_BETA2 = 0.6
@@ -62,6 +63,8 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         foreach: use torch's multi-tensor kernels.
         silent_sgd_phase: while RAdam's rectification is undefined (the first few updates) only gather the second
             moment; False takes plain SGD updates there.
+        fused: make rectified updates in one pass over memory (`hf_radam.optim.fused`), with a compiled kernel; takes
+            seconds once. It rounds otherwise than the multi-tensor kernels, in the last bit of each operation.
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
             first update, as DeepSpeed has it: then their own dtype does not matter.
 
@@ -85,8 +88,11 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         foreach: bool = True,
         silent_sgd_phase: bool = True,
         *,
+        fused: bool = False,
         master_weights: bool = False,
     ):
+        self.fused = fused
+        """Whether rectified updates are fused."""
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if betas[0] == 0.0:
             raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1): take 0.9 to 0.98.")
@@ -156,6 +162,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         """Count the update, unless it goes on with further parameters, and move the parameters that are there."""
         step = group["k"] + (not goes_on)
         factor, adaptive = rectification(step, beta2=group["betas"][1], silent_sgd_phase=group["silent_sgd_phase"])
+        if self.fused and adaptive:  # before anything is changed, as compiling may fail
+            for kind in {(p.dtype, p.device) for p in group["params"] if p.dtype in kernels.DTYPES}:
+                kernels.schedule_free_kernel(*kind)
         # As a Python number: a tensor's 0/0 below would be NaN where a float raises, and counters would become tensors.
         lr = float(group["lr"]) * factor
         group["scheduled_lr"] = lr
@@ -170,9 +179,40 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             if "z" not in self.state[p]:
                 self.state[p]["z"] = torch.clone(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        if self.fused and adaptive:
+            params = self._move_fused(params, group, lr=lr, c=c)
         # One parameter at a time is the same arithmetic with less memory for temporaries.
         for chunk in [params] if group["foreach"] and params else [[p] for p in params]:
             self._move(chunk, group, lr=lr, c=c, adaptive=adaptive)
+
+    def _move_fused(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float) -> list[Tensor]:
+        """Update what a kernel can take; returns the rest of `ys`."""
+        beta1, beta2 = group["betas"]
+        numbers = {
+            "beta2": beta2,
+            "rest2": 1 - beta2,
+            "correction": 1 / (1 - beta2 ** group["k"]),
+            "eps": group["eps"],
+            "weight_decay": group["weight_decay"],
+            "c": c,
+            "y_rate": lr * (beta1 * (1 - c) - 1),
+            "z_rate": lr,
+        }
+        rest: list[Tensor] = []
+        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, list[Tensor]]]] = {}
+        for y in ys:
+            state, gradient = self.state[y], y.grad
+            assert gradient is not None, "only these are updated"
+            flat = kernels.flattened(y, gradient, state["z"], state["exp_avg_sq"])
+            if flat is None:
+                rest.append(y)
+            else:
+                alike.setdefault((y.dtype, y.device), []).append((y, flat))
+        for kind, chosen in alike.items():
+            done = kernels.schedule_free_kernel(*kind)([flat for _, flat in chosen], numbers)
+            rest += [y for y, _ in chosen[done:]]
+            self.fused = self.fused and done == len(chosen)
+        return rest
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
         """Update the second moments, then y and z, of `ys` (tensors of any shapes)."""
@@ -263,6 +303,14 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self._y = {}
         for group in self.param_groups:
             group["train_mode"] = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and pickle take over."""
+        return super().__getstate__() | {
+            "fused": self.fused,
+            "steps_by_parts": self.steps_by_parts,
+            "_master_weights": self._master_weights,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a state (`load_state_dict`, `copy.deepcopy`); a y kept by `eval()` is not part of it."""
