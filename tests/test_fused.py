@@ -7,6 +7,7 @@ place.
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ from hf_radam.optim.radam import rectification
 from hf_radam.sharding import LocalSharding
 from hf_radam.training.fusing import choose_fused
 
+pytestmark = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
+)
 UPDATES = 200
 SHAPES = ((64, 64), (4096,), (33,), (130, 77), (2, 50, 40))
 OPTIONS = {

@@ -1,6 +1,7 @@
 """The benchmark measures what it says: every row in turns, ratios to the limit, and numbers that can be read again."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import benchmark
 
 
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler")
 def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
     file = tmp_path / "numbers.json"
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--parameters", "0.6", "--rounds", "3", "--json", str(file)])
