@@ -152,19 +152,20 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         if self._active:
             forget_evaluation(self)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
-        if self._active:
-            check_prepared(self)
-        if self._active and self.args.auto_find_batch_size:
+        if not self._active:
+            self._evaluation = EvaluationWeights(self._bare_model)
+            return prepared
+        check_prepared(self)
+        if self.args.auto_find_batch_size:
             self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
         sharding.check()
-        if self._active:
-            choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
+        choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
-        if resume_from_checkpoint is not None and self._active:
+        if resume_from_checkpoint is not None:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
-        if self._active and not any(callback.trainer is self for callback in ours):
+        if not any(callback.trainer is self for callback in ours):
             self.add_callback(AfterUpdate(self))
         self._evaluation = EvaluationWeights(
             self._bare_model,

@@ -11,15 +11,12 @@ from __future__ import annotations
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-
-from hf_radam.sharding.base import world_size
 
 DTYPES = (torch.float32, torch.float64)
 DEVICES = ("cpu", "cuda")
@@ -31,8 +28,8 @@ TOGETHER = 4
 """Tensors that one call of the schedule-free kernel updates."""
 NUMBERS = ("beta2", "rest2", "correction", "eps", "weight_decay", "c", "y_rate", "z_rate")
 """What `schedule_free_update` wants besides tensors, in its order."""
-Kernel = Callable[[list[list[Tensor]], dict[str, float]], int]
-"""Takes flattened parameter, gradient, z and second moment of each, and the numbers; returns how many were updated."""
+Kernel = Callable[[list[list[Tensor]], dict[str, float]], None]
+"""Takes flattened parameter, gradient, z and second moment of each, and the numbers."""
 WORTH_IT = 10_000_000
 """Elements of all parameters from which a fused update is worth the seconds of compiling it."""
 
@@ -175,17 +172,12 @@ def schedule_free_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
 
     fill, kernel = zeros(SMALLEST), _compiled()
 
-    def update(quadruples: list[list[Tensor]], numbers: dict[str, float]) -> int:
+    def update(quadruples: list[list[Tensor]], numbers: dict[str, float]) -> None:
         given = [torch.tensor(numbers[name], dtype=dtype, device="cpu") for name in NUMBERS]
         with torch.autocast(device.type, enabled=False):  # one kernel, whatever surrounds the update
             for first in range(0, len(quadruples), TOGETHER):
                 columns = [list(column) for column in zip(*quadruples[first : first + TOGETHER], strict=True)]
-                try:
-                    kernel(*(column + rest[len(column) :] for column, rest in zip(columns, fill, strict=True)), given)
-                except torch._dynamo.exc.TorchDynamoException as error:  # of compiling anew, so nothing is written yet
-                    _give_up(error)
-                    return first
-        return len(quadruples)
+                kernel(*(column + rest[len(column) :] for column, rest in zip(columns, fill, strict=True)), given)
 
     with torch.no_grad():
         # Sizes that all differ, or those that are equal now would have to be equal ever after; and large enough to be
@@ -238,22 +230,6 @@ def flattened(*tensors: Tensor) -> list[Tensor] | None:
         return None
     parts = [local(tensor).detach() for tensor in tensors]
     return [part.view(-1) for part in parts] if parts[0].numel() >= SMALLEST else None
-
-
-def _give_up(error: Exception) -> None:
-    """Say that updates are not fused any more; with several processes, whose weights would drift apart, stop.
-
-    Raises:
-        RuntimeError: if this is one of several processes.
-    """
-    said = f"A fused update cannot be made here ({type(error).__name__}: {_first_line(error)})"
-    if world_size() > 1:
-        raise RuntimeError(f"{said}: resume with fused_optimizer=false.") from error
-    warnings.warn(f"{said}: from now on updates are not fused.", stacklevel=2)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), "")
 
 
 def obstacle(parameters: Iterable[Tensor], *, measured: bool) -> str | None:

@@ -13,7 +13,10 @@ from torch.optim.radam import radam
 
 from hf_radam.optim import fused as kernels
 from hf_radam.optim.checks import check_hyperparameters, low_precision
+from hf_radam.optim.rectification import rectification
 
+THRESHOLD = 5.0
+"""Length of the second moment's average above which `torch.optim.RAdam` rectifies; the paper has 4."""
 Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Parameter, gradient, first and second moment, and the number of updates done."""
 
@@ -126,7 +129,7 @@ class RAdam(torch.optim.RAdam):
         alike: dict[tuple[int, float, torch.dtype, torch.device], list[Entry]] = {}
         for entry in entries:
             step = int(entry[-1]) + 1
-            factor = rectification(step, beta2=group["betas"][1])
+            factor = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
             if factor is None or not kernels.fits(*entry[:-1]):
                 rest.append(entry)
             else:
@@ -155,16 +158,3 @@ class RAdam(torch.optim.RAdam):
     def __getstate__(self) -> dict[str, Any]:
         """What `copy.deepcopy` and pickle take over."""
         return super().__getstate__() | {"fused": self.fused, "_master_weights": self._master_weights}
-
-
-def rectification(step: int, *, beta2: float) -> float | None:
-    """RAdam's factor on the learning rate at update `step` (1 for the first); None while it is undefined.
-
-    Source:
-        Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam`: rho_t > 5.
-    """
-    rho_inf = 2 / (1 - beta2) - 1
-    rho_t = rho_inf - 2 * step * beta2**step / (1 - beta2**step)
-    if rho_t <= 5.0:
-        return None
-    return ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5

@@ -19,29 +19,17 @@ from torch.optim.optimizer import ParamsT
 
 from hf_radam.optim import fused as kernels
 from hf_radam.optim.checks import check_hyperparameters, low_precision
+from hf_radam.optim.rectification import rectification
 
+THRESHOLD = 4.0
+"""Length of the second moment's average above which `schedulefree` rectifies, as the paper does."""
 SMALLEST_BETA2 = 0.6
-"""At and below it the length of the moving average never exceeds 4, so RAdam never leaves its silent phase."""
+"""At and below it that length never exceeds 4, so RAdam never leaves its silent phase."""
 
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
     """Compute x = (y - (1 - beta1) z) / beta1 as the interpolation that `schedulefree` uses (same rounding)."""
     return torch.lerp(y, z, 1 - 1 / beta1)
-
-
-def rectification(step: int, *, beta2: float, silent_sgd_phase: bool) -> tuple[float, bool]:
-    """RAdam's factor on the learning rate at update `step` (1 for the first), and whether the update is adaptive.
-
-    Source:
-        Liu et al. 2020, arXiv:1908.03265, algorithm 2; threshold rho_t > 4. Until then the factor is 0 with
-        `silent_sgd_phase`, else 1.
-    """
-    rho_inf = 2 / (1 - beta2) - 1
-    beta2_t = beta2**step
-    rho_t = rho_inf - 2 * step * beta2_t / (1 - beta2_t)
-    if rho_t <= 4.0:
-        return float(not silent_sgd_phase), False
-    return ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5, True
 
 
 class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
@@ -161,7 +149,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
     def _step_group(self, group: dict[str, Any], *, goes_on: bool = False) -> None:
         """Count the update, unless it goes on with further parameters, and move the parameters that are there."""
         step = group["k"] + (not goes_on)
-        factor, adaptive = rectification(step, beta2=group["betas"][1], silent_sgd_phase=group["silent_sgd_phase"])
+        rectified = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
+        adaptive = rectified is not None
+        factor = float(not group["silent_sgd_phase"]) if rectified is None else rectified
         if self.fused and adaptive:  # before anything is changed, as compiling may fail
             for kind in {(p.dtype, p.device) for p in group["params"] if p.dtype in kernels.DTYPES}:
                 kernels.schedule_free_kernel(*kind)
@@ -199,7 +189,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             "z_rate": lr,
         }
         rest: list[Tensor] = []
-        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, list[Tensor]]]] = {}
+        alike: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
         for y in ys:
             state, gradient = self.state[y], y.grad
             assert gradient is not None, "only these are updated"
@@ -207,11 +197,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             if flat is None:
                 rest.append(y)
             else:
-                alike.setdefault((y.dtype, y.device), []).append((y, flat))
-        for kind, chosen in alike.items():
-            done = kernels.schedule_free_kernel(*kind)([flat for _, flat in chosen], numbers)
-            rest += [y for y, _ in chosen[done:]]
-            self.fused = self.fused and done == len(chosen)
+                alike.setdefault((y.dtype, y.device), []).append(flat)
+        for kind, quadruples in alike.items():
+            kernels.schedule_free_kernel(*kind)(quadruples, numbers)
         return rest
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:

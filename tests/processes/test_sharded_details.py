@@ -14,7 +14,7 @@ import torch
 from processes import harness
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer, WeightAverage, load_evaluation_model
 from hf_radam.training.support import check_supported
@@ -295,6 +295,25 @@ def train_in_another_order(folder):
 def test_weights_in_an_order_that_is_not_known_are_an_error(tmp_path):
     for outcome in harness.run(train_in_another_order, tmp_path, backend="zero2", check=False):
         assert "are not those of the forward pass" in outcome.error, outcome.told
+
+
+def train_without_our_methods(folder, options_of_zero):
+    """The training weights, by our trainer with none of its methods, or by upstream's."""
+    args = options("zero2", optim="adamw_torch")
+    args["deepspeed"]["zero_optimization"] |= options_of_zero
+    found = []
+    for trainer_class, arguments in ((Trainer, tiny.stock_arguments), (RAdamTrainer, tiny.arguments)):
+        trainer = trainer_class(tiny.llama(**ODD), arguments(folder, **args), train_dataset=tiny.TRAIN)
+        trainer.train()
+        found.append({name: value.detach().clone() for name, value in trainer.model.named_parameters()})
+    return found
+
+
+@needs["zero2"]
+@pytest.mark.parametrize("options_of_zero", [{"round_robin_gradients": True}, {"stage": 0}], ids=str)
+def test_without_our_methods_a_configuration_is_upstreams_business(tmp_path, options_of_zero):
+    for stock, ours in harness.run(train_without_our_methods, tmp_path, options_of_zero, backend="zero2"):
+        assert tiny.same(stock, ours)
 
 
 def refusals_of_fsdp(folder):
