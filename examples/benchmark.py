@@ -4,8 +4,8 @@
 
 All of one table run in turns in one process, round after round; a number is the median of its rounds. The limit is what
 the same bytes take in one pass, at the bandwidth of a plain `lerp_` (three streams) measured in the same rounds.
-Packages that are not installed are left out (`pip install torch-optimi heavyball pytorch_optimizer timm diffusers
-ema-pytorch`).
+Packages that are not installed are left out (`pip install torch-optimi pytorch_optimizer diffusers
+ema-pytorch`); heavyball takes the gradients away, so that there is no second update to time.
 """
 
 from __future__ import annotations
@@ -118,10 +118,6 @@ def optimizer_rows(sizes: list[tuple[int, ...]], device: torch.device) -> list[R
         import pytorch_optimizer
 
         makers["pytorch_optimizer.RAdam"] = lambda p: pytorch_optimizer.RAdam(p, weight_decouple=True, **options)
-    if installed("heavyball"):
-        import heavyball
-
-        makers["heavyball.ForeachSFAdamW"] = lambda p: heavyball.ForeachSFAdamW(p, **options)
     rows = []
     for name, make in makers.items():
         model = model_of(sizes, device)
@@ -142,11 +138,6 @@ def average_rows(sizes: list[tuple[int, ...]], device: torch.device) -> list[Row
     rows.append(Row("torch AveragedModel, multi_avg_fn", 3, lambda: theirs.update_parameters(model)))
     plain = torch.optim.swa_utils.AveragedModel(model, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.999))
     rows.append(Row("torch AveragedModel, avg_fn", 3, lambda: plain.update_parameters(model)))
-    if installed("timm"):
-        from timm.utils import ModelEmaV3
-
-        of_timm = ModelEmaV3(model, decay=0.999)
-        rows.append(Row("timm ModelEmaV3", 3, lambda: of_timm.update(model)))
     if installed("diffusers"):
         from diffusers.training_utils import EMAModel
 

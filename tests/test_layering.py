@@ -132,8 +132,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"sharding"} | within("checkpoints", "manifest layouts optimizer_states") | within("training", "verification"),
         {"torch"},
     ),
-    "training.agreement": (set(), ANY),
-    "training.shared_folder": (within("checkpoints", "storage") | within("training", "agreement"), {"torch"}),
+    "training.agreement": ({"sharding"}, ANY),
+    "training.shared_folder": (
+        {"sharding"} | within("checkpoints", "storage") | within("training", "agreement"),
+        {"torch"},
+    ),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
     "training.fusing": ({"optim", "sharding"}, {"torch", "transformers"}),
@@ -143,7 +146,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.saving": (
-        {"names"}
+        {"names", "sharding"}
         | within("checkpoints", "storage manifest runs")
         | within("checkpoints.models", "adapters")
         | within("training", "backends folders failures hub just_in_time"),

@@ -38,6 +38,15 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
+def of_every_rank(value: Any) -> list[Any]:
+    """What each process gives, by its number; all of them must call this."""
+    if world_size() == 1:
+        return [value]
+    every: list[Any] = [None] * world_size()
+    dist.all_gather_object(every, value)
+    return every
+
+
 def _from_all(piece: Tensor, numel: int, stretches: Stretches, *, everywhere: bool) -> Tensor | None:
     """Put a flattened tensor together, where the ranks have about as much of it each, in one collective operation."""
     sent = piece.new_zeros(max(length for _, length in stretches))
@@ -155,10 +164,7 @@ class Sharding(ABC):
             mine[name, False] = (self.held_start(name), self.held(name).numel())
             if name in trained:
                 mine[name, True] = (self.start(name), self.live(name).numel())
-        every: list[Any] = [mine]
-        if world_size() > 1:
-            every = [None] * world_size()
-            dist.all_gather_object(every, mine)
+        every = of_every_rank(mine)
         return {key: [ranks[key] for ranks in every] for key in mine}
 
     def gather(self, name: str, piece: Tensor) -> Tensor:

@@ -16,13 +16,13 @@ from typing import Any
 
 import accelerate
 import torch
-import torch.distributed as dist
 import transformers
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from transformers.trainer_utils import has_length
 
 from hf_radam import __version__
+from hf_radam.sharding.base import of_every_rank, world_size
 
 MAY_DIFFER = frozenset(
     # which process it is; what it shows, and to whom
@@ -51,7 +51,7 @@ def check_agreement(trainer: Any, **further: Any) -> None:
         ValueError: naming what differs (arguments, functions, the model's parameters, lengths of the data, versions),
             with its values and the ranks that have them. It is the same error on every rank.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if world_size() > 1:
         check_same(described(trainer) | dict(_flat("", further)))
 
 
@@ -61,11 +61,11 @@ def check_same(facts: Mapping[str, str]) -> None:
     It waits for the others as long as the group does for anything (`ddp_timeout`).
     """
     checksum = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    if len(set(_gathered(checksum))) > 1:
+    if len(set(of_every_rank(checksum))) > 1:
         raise DisagreementError(
             "The processes of this run do not agree on what to train, and would wait for each other or train different "
-            f"things: {'; '.join(differences(_gathered(dict(facts))))}. Start every process with the same flags, model "
-            "and data."
+            f"things: {'; '.join(differences(of_every_rank(dict(facts))))}. Start every process with the same flags, "
+            "model and data."
         )
 
 
@@ -114,12 +114,6 @@ def parameters(model: nn.Module) -> dict[str, str]:
         f"{'' if parameter.requires_grad else ', frozen'}"
         for name, parameter in model.named_parameters()
     }
-
-
-def _gathered(value: Any) -> list[Any]:
-    everyones: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyones, value)
-    return everyones
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from transformers.utils import logging
 
 from hf_radam.optim import RAdam, RAdamScheduleFree, fused
 from hf_radam.sharding import Sharding
-from hf_radam.sharding.base import world_size
+from hf_radam.sharding.base import of_every_rank
 
 logger = logging.get_logger(__name__)
 
@@ -37,12 +36,12 @@ def choose_fused(optimizer: Any, wanted: str, sharding: Sharding, *, speaks: boo
     if wanted == "false" or (wanted == "auto" and count < fused.WORTH_IT):
         return
     parameters = [sharding.live(name) for name in sharding.trained]
-    obstacle = _first(_gathered(fused.obstacle(parameters, measured=wanted == "auto")))
+    obstacle = _first(of_every_rank(fused.obstacle(parameters, measured=wanted == "auto")))
     seconds = 0.0
     if obstacle is None and isinstance(optimizer, RAdamScheduleFree):
         if speaks:
             logger.info("Compiling the fused update of RAdamScheduleFree; it is kept for later runs.")
-        outcomes = _gathered(_compile(parameters))
+        outcomes = of_every_rank(_compile(parameters))
         obstacle = _first(outcome for outcome in outcomes if isinstance(outcome, str))
         seconds = max((outcome for outcome in outcomes if isinstance(outcome, float)), default=0.0)
     if obstacle is None:
@@ -61,14 +60,6 @@ def _compile(parameters: list[Tensor]) -> float | str:
         return fused.compile_for({(parameter.dtype, parameter.device) for parameter in parameters})
     except Exception as error:  # of any of the many parts of a compiler
         return f"compiling failed ({type(error).__name__}: {str(error)[:200].strip()})"
-
-
-def _gathered(value: Any) -> list[Any]:
-    every: list[Any] = [value]
-    if world_size() > 1:
-        every = [None] * world_size()
-        dist.all_gather_object(every, value)
-    return every
 
 
 def _first(values: Iterable[Any]) -> Any:

@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
@@ -21,6 +20,7 @@ from hf_radam.checkpoints import manifest, storage
 from hf_radam.checkpoints.models import adapters
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
+from hf_radam.sharding.base import of_every_rank
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.failures import save_error
 from hf_radam.training.folders import FoldersMixin
@@ -201,9 +201,7 @@ class SavingMixin(FoldersMixin):
         index, own = self.args.process_index, {}
         if index > 0:
             own = storage.Sealing(folder).finish(only=lambda file: storage.rank_of(file) == index)
-        gathered: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(gathered, own)
-        return {name: facts for each in gathered for name, facts in each.items()}
+        return {name: facts for each in of_every_rank(own) for name, facts in each.items()}
 
     def _publish(self, run: Path, name: str, places: list[Path], sealed: Mapping[str, tuple[int, str]]) -> None:
         """Complete the staged checkpoint and give it its places; the files are stored once."""

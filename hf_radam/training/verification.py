@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
-from hf_radam.sharding.base import rank, world_size
+from hf_radam.sharding.base import of_every_rank, rank, world_size
 
 
 class Seen(NamedTuple):
@@ -67,7 +67,7 @@ def _ask(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
 
 def _look(checkpoint: Path, only: str | None) -> list[Any]:
     """What each process has found in its share, or the error with which it could not look."""
-    seen = _gathered(_seen(checkpoint))
+    seen = of_every_rank(_seen(checkpoint))
     mine: dict[str, str] | Exception
     try:
         if len({each.manifest for each in seen}) > 1:
@@ -79,7 +79,7 @@ def _look(checkpoint: Path, only: str | None) -> list[Any]:
         mine = damage(checkpoint, only=only, share=(together.index(rank()), len(together)))
     except Exception as error:
         mine = _sendable(error)
-    return _gathered(mine)
+    return of_every_rank(mine)
 
 
 def _seen(checkpoint: Path) -> Seen:
@@ -100,12 +100,6 @@ def _sendable(error: Exception) -> Exception:
     except Exception:
         return RuntimeError(f"{type(error).__name__} on rank {rank()}: {error}")
     return error
-
-
-def _gathered(value: Any) -> list[Any]:
-    every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, value)
-    return every
 
 
 def _from_first(message: tuple[Any, ...] | None) -> Any:
