@@ -21,7 +21,7 @@ class HorizonError(ValueError):
 
 ANY_LENGTH = 10**6  # updates; only to ask whether a value is a count or a ratio at all
 SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
-EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
+EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw", "folded")
 
 
 def _changed(args: Any, names: tuple[str, ...]) -> str | None:
@@ -69,6 +69,11 @@ def check_fused(args: Any) -> None:
         raise ValueError(
             f"fused_optimizer=true is for {' and '.join(OPTIMIZERS)}, not for optim={name}: leave it out (upstream has "
             "adamw_torch_fused)."
+        )
+    if args.ewa_folded and (wanted == "false" or name not in OPTIMIZERS):
+        raise ValueError(
+            f"ewa_folded=True with optim={name}, fused_optimizer={wanted}: an average moves with the fused update of "
+            f"{' or '.join(OPTIMIZERS)} alone. Leave it out."
         )
     args.fused_optimizer = wanted
 

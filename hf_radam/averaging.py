@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_radam.kernels import are_plain, average_update
+from hf_radam.kernels.folding import Folding
 from hf_radam.sharding import LocalSharding, Sharding
 from hf_radam.windows import (
     DEFAULT_HALF_LIFE_RATIO,
@@ -106,6 +108,7 @@ class WeightAverage:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
         self._averages: dict[str, Tensor] = {}
         self._applied = False
+        self._folding: Folding | None = None
 
     @property
     def started(self) -> bool:
@@ -160,18 +163,56 @@ class WeightAverage:
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
     def _lerp(self, size: float) -> None:
-        """Move every accumulator by `size` towards its parameter: in one fused call where no cast is needed."""
-        averages: list[Tensor] = []
-        weights: list[Tensor] = []
-        for name, average in self._averages.items():
-            weight = self.sharding.live(name)
-            if weight.dtype == torch.float32 and weight.device == average.device:
-                averages.append(average)
-                weights.append(weight)
-            else:
-                average.lerp_(weight.to(device=average.device, dtype=torch.float32), size)
-        if averages:
-            torch._foreach_lerp_(averages, weights, size)
+        """Move every accumulator by `size` towards its parameter, but for those that an optimizer has moved."""
+        folding, self._folding = self._folding, None
+        moved = self._names_moved(folding) if folding is not None else set()
+        names = [name for name in self._averages if name not in moved]
+        average_update([self._averages[name] for name in names], [self.sharding.live(name) for name in names], size)
+
+    # ---- In the optimizer's pass ----
+
+    def fold_into(self, optimizer: Any, step: int) -> None:
+        """Have the optimizer's next update, number `step`, move the average too, wherever it can.
+
+        Call it before `optimizer.step()`, and `update(step)` after it as ever, which averages whatever the optimizer
+        could not: the average is the same, bit for bit. Saves one of three streams of memory.
+
+        Args:
+            optimizer: an `RAdam` or `RAdamScheduleFree` of this package; it folds what it fuses (`fused=True`) of
+                float32 parameters on CPUs.
+            step: number of the update, as for `update`.
+        """
+        self._folding, optimizer.folding = None, None
+        elapsed = step - self.start_step
+        if self._applied or not self.started or elapsed <= 0 or elapsed % self.every:
+            return
+        parameters = self.sharding.parameters
+        whole = {
+            parameters[name]: average
+            for name, average in self._averages.items()
+            if parameters[name].shape == average.shape
+            and parameters[name].device == average.device
+            and average.device.type == "cpu"
+            and are_plain(parameters[name], average)
+        }
+        self._folding = optimizer.folding = Folding(step, self.step_size(step), whole)
+
+    def _names_moved(self, folding: Folding) -> set[str]:
+        """The parameters whose average has moved with the update.
+
+        Raises:
+            RuntimeError: if that was another update, or something wrote to one of them since.
+        """
+        names = {name for name in self._averages if self.sharding.parameters[name] in folding.moved}
+        if names and folding.step != self.last_step:
+            raise RuntimeError(f"update({self.last_step}) after fold_into(optimizer, {folding.step}).")
+        for changed in folding.changed():
+            name = next(name for name in names if self.sharding.parameters[name] is changed)
+            raise RuntimeError(
+                f"Something has written to {name} between the optimizer's update and its average, which was made in "
+                "one pass with the update: leave out fold_into (ewa_folded)."
+            )
+        return names
 
     @contextmanager
     def applied(self) -> Iterator[None]:

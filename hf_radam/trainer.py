@@ -23,7 +23,7 @@ from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.evaluation import EvaluationWeights
-from hf_radam.training.fusing import choose_fused
+from hf_radam.training.fusing import check_folded, choose_fused
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
@@ -39,6 +39,11 @@ class AfterUpdate(TrainerCallback):
 
     def __init__(self, trainer: RAdamTrainerMixin):
         self.trainer = trainer
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Have the update move the average too, where that was asked for."""
+        if args.ewa_folded and self.trainer.average is not None:
+            self.trainer.average.fold_into(self.trainer._bare_optimizer, state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the update just made; `global_step` is advanced after this event, so it has the next number."""
@@ -161,6 +166,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
         sharding.check()
         choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
+        if self.args.ewa_folded:
+            check_folded(self._bare_optimizer, sharding.shared())
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)

@@ -90,11 +90,18 @@ class RAdamTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Evaluate the training weights too and report them as `eval_raw_loss`."},
     )
+    ewa_folded: bool = field(
+        default=False,
+        metadata={
+            "help": "Move the average in the same pass over memory as a fused update: the same average, in less time. "
+            "An error if a callback writes to the weights between the update and the averaging."
+        },
+    )
     fused_optimizer: str = field(
         default="auto",
         metadata={
             "help": "Make the updates of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
-            "`auto`, which does on CPUs where it is possible and ten million parameters train."
+            "`auto`, which does on CPUs where it can be."
         },
     )
     extend_from: str | None = field(

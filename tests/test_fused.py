@@ -1,28 +1,22 @@
 """Fused updates are the unfused ones: every option, over 200 updates; a state moves between the two and upstream's.
 
-Tolerance: a kernel may contract a product and a sum, so each operation differs in the last bit at most. Weights of
-order 1 that move by 0.01 an update accumulate some 200 such differences, which mostly cancel: 20 units in the last
-place.
+Tolerance: torch contracts some products and sums, and divides where a kernel multiplies by the inverse, so each
+operation differs in the last bit or two. Weights of order 1 that move by 0.01 an update accumulate some 200 such
+differences, which mostly cancel: 20 units in the last place.
 """
 
 import copy
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import schedulefree
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from hf_radam import RAdam, RAdamScheduleFree
-from hf_radam.optim import fused
+from hf_radam.kernels import building
 from hf_radam.optim.radam import THRESHOLD, rectification
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
-)
+pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
 UPDATES = 200
 SHAPES = ((64, 64), (4096,), (33,), (130, 77), (2, 50, 40))
 OPTIONS = {
@@ -126,19 +120,6 @@ def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
         torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
 
 
-def test_the_numbers_for_adamw_are_radams():
-    """Oracle: the update as RAdam's paper has it, in Python floats."""
-    lr, beta1, beta2, eps, decay, step = 0.01, 0.9, 0.99, 1e-2, 0.1, 9
-    p, m, v = 0.7, 0.03, 0.002
-    factor = rectification(step, beta2=beta2, threshold=THRESHOLD)
-    numbers = fused.adamw_numbers(lr=lr, beta2=beta2, eps=eps, weight_decay=decay, factor=factor, step=step)
-    correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-    radam = p * (1 - lr * decay) - lr * factor * (m / correction1) * correction2**0.5 / (v**0.5 + eps)
-    adamw = p * (1 - numbers["lr"] * numbers["weight_decay"])
-    adamw -= numbers["lr"] * (m / correction1) / (v**0.5 / correction2**0.5 + numbers["eps"])
-    assert adamw == pytest.approx(radam, rel=1e-12)
-
-
 def test_the_rectification_begins_where_torchs_does():
     """Until rho_t passes 5 torch makes plain momentum updates, and so does the fused optimizer: bit for bit."""
     assert [rectification(step, beta2=0.999, threshold=THRESHOLD) is None for step in (1, 5, 6)] == [True, True, False]
@@ -153,17 +134,6 @@ def test_the_rectification_begins_where_torchs_does():
     assert not same((a, given), (b, theirs))
 
 
-def test_one_kernel_serves_every_size_and_number():
-    given = parameters()
-    optimizer = make(RAdamScheduleFree, given, fused=True, betas=(0.9, 0.95))
-    train(optimizer, given, range(20))
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    more = [torch.nn.Parameter(torch.randn(size)) for size in (2048, 2049, 100_000, 1_000_003)]
-    other = make(RAdamScheduleFree, more, fused=True, betas=(0.95, 0.99), weight_decay=0.3)
-    train(other, more, range(30))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before > 0
-
-
 def test_a_copy_stays_fused():
     given = parameters()
     for kind in OPTIONS:
@@ -172,26 +142,6 @@ def test_a_copy_stays_fused():
 
 
 # ---- What is not as planned ----
-
-HERE = Path(__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-IN_A_MODE = """
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from test_fused import RAdamScheduleFree, make, parameters, tensors, train
-ends = []
-for flag in (False, True):
-    given = parameters()
-    optimizer = make(RAdamScheduleFree, given, fused=flag)
-    train(optimizer, given, range(10))
-    with FlopCounterMode(display=False):
-        train(optimizer, given, range(10, 12))
-    train(optimizer, given, range(12, 20))
-    ends.append((optimizer, given))
-for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
-    torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
-print(optimizer.fused)
-"""
 
 
 def swap_state(optimizer, given):
@@ -246,19 +196,35 @@ def test_a_group_that_maximizes_does(flag):
     assert (p > 0.01).all()
 
 
-def test_where_a_kernel_cannot_run_the_update_is_the_same():
-    """In a process of its own: there is no kernel any more afterwards."""
-    done = subprocess.run(
-        [sys.executable, "-c", IN_A_MODE], env=ENVIRONMENT, capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == 0 and done.stdout.split() == ["True"], done.stderr
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
+    """A subclass may keep anything under its address. Oracle: the unfused update."""
+
+    class Strange(torch.Tensor):
+        pass
+
+    ends = []
+    for flag in (False, True):
+        given = parameters()[:2]
+        optimizer = make(kind, given, fused=flag)
+        for _ in range(12):
+            for p in given:
+                p.grad = p.detach().clone() * 0.1
+                p.grad = p.grad.as_subclass(Strange)
+            optimizer.step()
+        ends.append((optimizer, given))
+    assert all(torch.equal(a, b) for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True))
 
 
-def test_autocast_makes_no_other_kernel():
-    given = parameters()
-    optimizer = make(RAdamScheduleFree, given, fused=True)
-    train(optimizer, given, range(10))
-    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        train(optimizer, given, range(10, 12))
-    assert optimizer.fused and torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_inside_modes_that_watch_operations(kind):
+    ends = []
+    for flag in (False, True):
+        given = parameters()
+        optimizer = make(kind, given, fused=flag)
+        train(optimizer, given, range(10))
+        with FlopCounterMode(display=False), torch.autocast("cpu", dtype=torch.bfloat16):
+            train(optimizer, given, range(10, 20))
+        ends.append((optimizer, given))
+    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)

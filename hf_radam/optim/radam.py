@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.radam import radam
 
-from hf_radam.optim import fused as kernels
+from hf_radam.kernels import fits, local, make_ready, radam_update
+from hf_radam.kernels.folding import Folding
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
@@ -34,8 +35,8 @@ class RAdam(torch.optim.RAdam):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay: each update multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels; torch decides when not given.
-        fused: make rectified updates in one pass over memory, with the kernel of torch's fused AdamW. It rounds
-            otherwise than the multi-tensor kernels, in the last bit of each operation.
+        fused: make rectified updates in one pass over memory (`hf_radam.kernels`). That rounds otherwise than the
+            multi-tensor kernels, in the last bit of each operation.
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
             first update, as DeepSpeed has it: then their own dtype does not matter.
 
@@ -49,6 +50,9 @@ class RAdam(torch.optim.RAdam):
     Source:
         Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam` (rho_t > 5).
     """
+
+    folding: Folding | None = None
+    """The average that the next update moves in its own pass, where it is fused: see `WeightAverage.fold_into`."""
 
     def __init__(
         self,
@@ -87,6 +91,7 @@ class RAdam(torch.optim.RAdam):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        folding, self.folding = self.folding, None
         for group in self.param_groups:
             parameters: list[Tensor] = []
             gradients: list[Tensor] = []
@@ -97,7 +102,8 @@ class RAdam(torch.optim.RAdam):
             entries = [*zip(parameters, gradients, first, second, steps, strict=True)]
             plain = not (has_complex or group["maximize"] or group["capturable"] or group["differentiable"])
             if self.fused and plain and group["decoupled_weight_decay"]:
-                entries = self._step_fused(entries, group)
+                make_ready({(p.dtype, p.device) for p in parameters}, schedule_free=False)
+                entries = self._step_fused(entries, group, folding)
             if entries:
                 self._step_unfused(entries, group, has_complex=has_complex)
         return loss
@@ -123,36 +129,34 @@ class RAdam(torch.optim.RAdam):
             has_complex=has_complex,
         )
 
-    def _step_fused(self, entries: list[Entry], group: dict[str, Any]) -> list[Entry]:
+    def _step_fused(self, entries: list[Entry], group: dict[str, Any], folding: Folding | None) -> list[Entry]:
         """Make the rectified updates that a kernel can make; returns the entries of the rest."""
         rest: list[Entry] = []
         alike: dict[tuple[int, float, torch.dtype, torch.device], list[Entry]] = {}
         for entry in entries:
             step = int(entry[-1]) + 1
             factor = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
-            if factor is None or not kernels.fits(*entry[:-1]):
+            if factor is None or not fits(*entry[:-1]):
                 rest.append(entry)
             else:
                 alike.setdefault((step, factor, entry[0].dtype, entry[0].device), []).append(entry)
         for (step, factor, _, _), chosen in alike.items():
-            parameters, gradients, first, second = (
-                [kernels.local(tensor) for tensor in column] for column in [*zip(*chosen, strict=True)][:-1]
-            )
-            kernels.radam_update(
-                parameters,
-                gradients,
-                first,
-                second,
+            columns = [[local(tensor) for tensor in column] for column in [*zip(*chosen, strict=True)][:-1]]
+            parameters = [entry[0] for entry in chosen]
+            radam_update(
+                columns,
                 lr=float(group["lr"]),
                 betas=group["betas"],
                 eps=group["eps"],
                 weight_decay=group["weight_decay"],
                 factor=factor,
                 step=step,
+                averages=None if folding is None else folding.of(parameters),
+                size=0.0 if folding is None else folding.size,
             )
+            if folding is not None:
+                folding.note(parameters)
             torch._foreach_add_([entry[-1] for entry in chosen], 1)
-            # Torch's kernel does not, so autograd would not notice that a graph is older than the weights.
-            torch.autograd.graph.increment_version([e[n] for e in chosen for n in (0, 2, 3)])
         return rest
 
     def __getstate__(self) -> dict[str, Any]:

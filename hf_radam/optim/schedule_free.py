@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from hf_radam.optim import fused as kernels
+from hf_radam.kernels import fits, local, make_ready, schedule_free_update
+from hf_radam.kernels.folding import Folding
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
@@ -51,8 +52,8 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         foreach: use torch's multi-tensor kernels.
         silent_sgd_phase: while RAdam's rectification is undefined (the first few updates) only gather the second
             moment; False takes plain SGD updates there.
-        fused: make rectified updates in one pass over memory (`hf_radam.optim.fused`), with a compiled kernel; takes
-            seconds once. It rounds otherwise than the multi-tensor kernels, in the last bit of each operation.
+        fused: make rectified updates in one pass over memory (`hf_radam.kernels`). That rounds otherwise than the
+            multi-tensor kernels, in the last bit of each operation.
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
             first update, as DeepSpeed has it: then their own dtype does not matter.
 
@@ -63,6 +64,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
     Source:
         Defazio et al. 2024, arXiv:2405.15682; `schedulefree` 1.4, `RAdamScheduleFree`.
     """
+
+    folding: Folding | None = None
+    """The average that the next update moves in its own pass, where it is fused: see `WeightAverage.fold_into`."""
 
     def __init__(
         self,
@@ -131,11 +135,12 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        folding, self.folding = self.folding, None
         for index, group in enumerate(self.param_groups):
             if not self.steps_by_parts:
-                self._step_group(group)
+                self._step_group(group, folding)
             elif group["params"]:
-                self._step_group(group, goes_on=self._goes_on(index, group))
+                self._step_group(group, folding, goes_on=self._goes_on(index, group))
         return loss
 
     def _goes_on(self, index: int, group: dict[str, Any]) -> bool:
@@ -146,15 +151,14 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self._stepped[index] = now | stepped if goes_on else now
         return goes_on
 
-    def _step_group(self, group: dict[str, Any], *, goes_on: bool = False) -> None:
+    def _step_group(self, group: dict[str, Any], folding: Folding | None, *, goes_on: bool = False) -> None:
         """Count the update, unless it goes on with further parameters, and move the parameters that are there."""
         step = group["k"] + (not goes_on)
         rectified = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
         adaptive = rectified is not None
         factor = float(not group["silent_sgd_phase"]) if rectified is None else rectified
-        if self.fused and adaptive:  # before anything is changed, as compiling may fail
-            for kind in {(p.dtype, p.device) for p in group["params"] if p.dtype in kernels.DTYPES}:
-                kernels.schedule_free_kernel(*kind)
+        if self.fused and adaptive:  # before anything is changed, as it may fail
+            make_ready({(p.dtype, p.device) for p in group["params"]}, schedule_free=True)
         # As a Python number: a tensor's 0/0 below would be NaN where a float raises, and counters would become tensors.
         lr = float(group["lr"]) * factor
         group["scheduled_lr"] = lr
@@ -170,12 +174,14 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
                 self.state[p]["z"] = torch.clone(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if self.fused and adaptive:
-            params = self._move_fused(params, group, lr=lr, c=c)
+            params = self._move_fused(params, group, folding, lr=lr, c=c)
         # One parameter at a time is the same arithmetic with less memory for temporaries.
         for chunk in [params] if group["foreach"] and params else [[p] for p in params]:
             self._move(chunk, group, lr=lr, c=c, adaptive=adaptive)
 
-    def _move_fused(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float) -> list[Tensor]:
+    def _move_fused(
+        self, ys: list[Tensor], group: dict[str, Any], folding: Folding | None, *, lr: float, c: float
+    ) -> list[Tensor]:
         """Update what a kernel can take; returns the rest of `ys`."""
         beta1, beta2 = group["betas"]
         numbers = {
@@ -189,17 +195,25 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             "z_rate": lr,
         }
         rest: list[Tensor] = []
-        alike: dict[tuple[torch.dtype, torch.device], list[list[Tensor]]] = {}
+        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, ...]]] = {}
         for y in ys:
             state, gradient = self.state[y], y.grad
             assert gradient is not None, "only these are updated"
-            flat = kernels.flattened(y, gradient, state["z"], state["exp_avg_sq"])
-            if flat is None:
-                rest.append(y)
+            entry = (y, gradient, state["z"], state["exp_avg_sq"])
+            if fits(*entry):
+                alike.setdefault((y.dtype, y.device), []).append(entry)
             else:
-                alike.setdefault((y.dtype, y.device), []).append(flat)
-        for kind, quadruples in alike.items():
-            kernels.schedule_free_kernel(*kind)(quadruples, numbers)
+                rest.append(y)
+        for entries in alike.values():
+            chosen = [entry[0] for entry in entries]
+            schedule_free_update(
+                [[local(tensor) for tensor in column] for column in zip(*entries, strict=True)],
+                numbers,
+                averages=None if folding is None else folding.of(chosen),
+                size=0.0 if folding is None else folding.size,
+            )
+            if folding is not None:
+                folding.note(chosen)
         return rest
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:

@@ -5,25 +5,20 @@ Oracles: the run of one process; the unfused run, from which a fused one differs
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import tiny
 import torch
 from processes import harness
 
-from hf_radam.optim import fused
+from hf_radam.kernels import building
 
-pytestmark = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
-)
-SIZES = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 99, "attention_dropout": 0.0}  # shards above 2048
+pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
+SIZES = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 99, "attention_dropout": 0.0}
 TOLERANCE = 2e-6  # as in test_backends: float32 sums in another order
 
 
 def train(folder, backend, wanted):
     """The weights after 12 updates with each optimizer, whole."""
-    fused.WORTH_IT = 1000
     options = {"max_steps": 12, "per_device_train_batch_size": 2, "dataloader_pin_memory": False}
     options |= {"gradient_accumulation_steps": 2 if backend == "one" else 1, "adam_beta2": 0.95}
     found = {}

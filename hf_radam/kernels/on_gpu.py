@@ -1,27 +1,21 @@
-"""One pass over memory for a whole update: the elementwise arithmetic of both optimizers as kernels.
+"""Fused updates of tensors on a GPU: torch's fused AdamW with RAdam's numbers, and a kernel made by `torch.compile`.
 
-RAdam's rectified update is AdamW's with other numbers, so torch's own fused AdamW does it (`adamw_numbers`). For the
-schedule-free update there is no such kernel anywhere: `torch.compile` makes one for each dtype and device, of any size.
-It reads y, g, z and v and writes y, z and v: seven streams, where operations one after another make some 25. Where it
-cannot run, inside a `TorchDispatchMode` for one, torch makes the same operations one after another.
+RAdam's rectified update is AdamW's with other numbers, exactly, so torch's own kernel does it (`adamw_numbers`). For
+the schedule-free update there is no such kernel anywhere: `torch.compile` makes one for each dtype and device, of any
+size. Where it cannot run, inside a `TorchDispatchMode` for one, torch makes the same operations one after another. Both
+take tensors on CPUs, too, where `on_cpu` is faster: between two calls, of four tensors each, is Python.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-DTYPES = (torch.float32, torch.float64)
-DEVICES = ("cpu", "cuda")
-MEASURED = ("cpu",)
-"""Types of devices on which fused updates were tried and found faster."""
 SMALLEST = 2
 """Elements of a tensor below which a kernel would be compiled anew, for just that size."""
 TOGETHER = 4
@@ -30,8 +24,6 @@ NUMBERS = ("beta2", "rest2", "correction", "eps", "weight_decay", "c", "y_rate",
 """What `schedule_free_update` wants besides tensors, in its order."""
 Kernel = Callable[[list[list[Tensor]], dict[str, float]], None]
 """Takes flattened parameter, gradient, z and second moment of each, and the numbers."""
-WORTH_IT = 10_000_000
-"""Elements of all parameters from which a fused update is worth the seconds of compiling it."""
 
 
 def adamw_numbers(
@@ -184,66 +176,3 @@ def schedule_free_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
         # split among threads.
         kernel(*zeros(2**17), [torch.tensor(0.5, dtype=dtype, device="cpu") for _ in NUMBERS])
     return update
-
-
-def compile_for(kinds: Iterable[tuple[torch.dtype, torch.device]]) -> float:
-    """Have the schedule-free kernels of dtypes and devices ready; returns the seconds that it took."""
-    begin = time.perf_counter()
-    for dtype, device in kinds:
-        schedule_free_kernel(dtype, device)
-    return time.perf_counter() - begin
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The shard of a DTensor on this rank; another tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def fits(*tensors: Tensor) -> bool:
-    """Whether kernels can take tensors that belong together: alike in all respects, and without gaps in memory.
-
-    Torch's kernel, too, goes through memory without regard to strides.
-    """
-    first = tensors[0]
-    for tensor in tensors:
-        if tensor.dtype != first.dtype or tensor.device != first.device or tensor.shape != first.shape:
-            return False
-        if isinstance(tensor, DTensor) or isinstance(first, DTensor):
-            if not _are_alike(first, tensor) or not local(tensor).is_contiguous():
-                return False
-        elif not tensor.is_contiguous():
-            return False
-    return first.dtype in DTYPES and first.device.type in DEVICES
-
-
-def _are_alike(one: Tensor, other: Tensor) -> bool:
-    """Whether two DTensors are cut in the same way, and each element is whole somewhere."""
-    if not (isinstance(one, DTensor) and isinstance(other, DTensor)):
-        return False
-    whole = not any(placement.is_partial() for placement in one.placements)
-    return whole and one.placements == other.placements and one.device_mesh == other.device_mesh
-
-
-def flattened(*tensors: Tensor) -> list[Tensor] | None:
-    """This rank's part of tensors that belong together, flattened, if the schedule-free kernel can take them."""
-    if not fits(*tensors):
-        return None
-    parts = [local(tensor).detach() for tensor in tensors]
-    return [part.view(-1) for part in parts] if parts[0].numel() >= SMALLEST else None
-
-
-def obstacle(parameters: Iterable[Tensor], *, measured: bool) -> str | None:
-    """Why the updates of these parameters cannot be fused, in words; None if nothing is known against it.
-
-    Args:
-        parameters: or what of them lies on this rank.
-        measured: whether it is against it that nobody has measured it on their device.
-    """
-    for parameter in parameters:
-        if parameter.dtype not in DTYPES:
-            return f"a parameter is {str(parameter.dtype).removeprefix('torch.')}"
-        if parameter.device.type not in DEVICES:
-            return f"there is no kernel for {parameter.device.type}"
-        if measured and parameter.device.type not in MEASURED:
-            return f"not measured on {parameter.device.type}; fused_optimizer=true does it all the same"
-    return None

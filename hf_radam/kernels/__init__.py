@@ -1,0 +1,180 @@
+"""Whole updates in one pass over memory: of both optimizers, of the average, and of both at once.
+
+An update reads a parameter, its gradient and two states and writes all but the gradient: seven streams of memory, where
+operations one after another make some 25. On CPUs a C++ kernel does it, built in about a second and then kept
+(`one_pass.cpp`, `building.py`, `on_cpu.py`); on GPUs kernels of torch and of `torch.compile` (`on_gpu.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_radam.kernels import building, on_cpu, on_gpu
+
+DEVICES = ("cpu", "cuda")
+MEASURED = ("cpu",)
+"""Types of devices on which fused updates were tried and found faster."""
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+"""Tensors that are nothing but their elements in memory; of a subclass nobody knows."""
+
+
+def radam_update(
+    columns: Sequence[list[Tensor]],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    factor: float,
+    step: int,
+    averages: Sequence[Tensor | None] | None = None,
+    size: float = 0.0,
+) -> None:
+    """Make one rectified update of RAdam in place, of tensors for which `fits` holds, all of one dtype and device.
+
+    Args:
+        columns: parameters, gradients (only read), first and second moments.
+        lr: learning rate.
+        betas: decay rates of the moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled.
+        factor: rectification of the learning rate.
+        step: number of the update, 1 for the first.
+        averages: of the new parameters, only on CPUs, see `on_cpu.update`.
+        size: step size of the averages.
+    """
+    if columns[0][0].device.type != "cpu":
+        on_gpu.radam_update(*columns, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, factor=factor, step=step)
+        return
+    beta1, beta2 = betas
+    rate = lr * factor * math.sqrt(1 - beta2**step) / (1 - beta1**step)
+    numbers = [1 - beta1, beta2, 1 - beta2, eps, 1 - lr * weight_decay, rate]
+    on_cpu.update("radam", columns, numbers, averages=averages, size=size)
+
+
+def schedule_free_update(
+    columns: Sequence[list[Tensor]],
+    numbers: dict[str, float],
+    *,
+    averages: Sequence[Tensor | None] | None = None,
+    size: float = 0.0,
+) -> None:
+    """Make one rectified schedule-free update in place, as `radam_update`.
+
+    Args:
+        columns: y (the parameters), gradients taken there (only read), z, second moments.
+        numbers: by the names in `on_gpu.NUMBERS`, see `on_gpu.schedule_free_update`.
+        averages: of the new y.
+        size: step size of the averages.
+    """
+    if columns[0][0].device.type == "cpu":
+        given = [numbers[name] for name in on_gpu.NUMBERS]
+        on_cpu.update("schedule_free", columns, given, averages=averages, size=size)
+        return
+    kernel = on_gpu.schedule_free_kernel(columns[0][0].dtype, columns[0][0].device)
+    flat = [[tensor.detach().view(-1) for tensor in column] for column in columns]
+    kernel([list(quadruple) for quadruple in zip(*flat, strict=True)], numbers)
+
+
+def average_update(averages: list[Tensor], weights: list[Tensor], size: float) -> None:
+    """Move float32 averages by `size` of their distance towards their weights, in place.
+
+    Args:
+        averages: float32.
+        weights: of the same shapes; of any dtype and on any device, which may cost a copy of one at a time.
+        size: in [0, 1].
+    """
+    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    for average, weight in zip(averages, weights, strict=True):
+        of_a_kind = alike.setdefault(_kernel_of_average(average, weight), ([], []))
+        of_a_kind[0].append(average)
+        of_a_kind[1].append(weight)
+    for kernel, of_a_kind in alike.items():
+        if kernel is None:
+            for average, weight in zip(*of_a_kind, strict=True):
+                average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
+        elif kernel in on_cpu.AVERAGED:
+            on_cpu.average(*of_a_kind, size)
+        else:
+            torch._foreach_lerp_(*of_a_kind, size)
+
+
+def _kernel_of_average(average: Tensor, weight: Tensor) -> torch.dtype | torch.device | None:
+    """What tells those apart that one call can take: the dtype for ours on CPUs, the device for torch's."""
+    if average.device != weight.device or DTensor in (type(average), type(weight)):
+        return None
+    plain = are_plain(average, weight) and average.device.type == "cpu" and average.dtype == torch.float32
+    if plain and weight.dtype in on_cpu.AVERAGED and building.why_not() is None:
+        return weight.dtype
+    return weight.device if weight.dtype == average.dtype else None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of a DTensor on this rank; another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether these are nothing but elements in memory, in their order; kernels have no regard for strides."""
+    return all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in tensors)
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether kernels can take tensors that belong together: alike in all respects, and plain."""
+    first, *others = tensors
+    dtype, device, shape = first.dtype, first.device, first.shape
+    if dtype not in on_cpu.STATES or device.type not in DEVICES:
+        return False
+    if any(tensor.dtype != dtype or tensor.device != device or tensor.shape != shape for tensor in others):
+        return False
+    if any(isinstance(tensor, DTensor) for tensor in tensors):
+        return all(_are_cut_alike(first, tensor) for tensor in tensors) and are_plain(*map(local, tensors))
+    return are_plain(*tensors)
+
+
+def _are_cut_alike(one: Tensor, other: Tensor) -> bool:
+    """Whether two DTensors are cut in the same way, and each element is whole somewhere."""
+    if not (isinstance(one, DTensor) and isinstance(other, DTensor)):
+        return False
+    whole = not any(placement.is_partial() for placement in one.placements)
+    return whole and one.placements == other.placements and one.device_mesh == other.device_mesh
+
+
+def obstacle(parameters: Iterable[Tensor], *, measured: bool) -> str | None:
+    """Why the updates of these parameters cannot be fused, in words; None if nothing is known against it.
+
+    Args:
+        parameters: or what of them lies on this rank.
+        measured: whether it is against it that nobody has measured it on their device.
+    """
+    for parameter in parameters:
+        if parameter.dtype not in on_cpu.STATES:
+            return f"a parameter is {str(parameter.dtype).removeprefix('torch.')}"
+        if parameter.device.type not in DEVICES:
+            return f"there is no kernel for {parameter.device.type}"
+        if measured and parameter.device.type not in MEASURED:
+            return f"not measured on {parameter.device.type}; fused_optimizer=true does it all the same"
+    return None
+
+
+def make_ready(kinds: Iterable[tuple[torch.dtype, torch.device]], *, schedule_free: bool) -> float:
+    """Have the optimizers' kernels for dtypes and devices ready; returns the seconds that it took.
+
+    Raises:
+        BuildError: where kernels must be built and cannot be.
+        Exception: whatever `torch.compile` raises.
+    """
+    begin = time.perf_counter()
+    for dtype, device in kinds:
+        if device.type == "cpu":
+            building.library()
+        elif schedule_free:
+            on_gpu.schedule_free_kernel(dtype, device)
+    return time.perf_counter() - begin

@@ -1,0 +1,146 @@
+// Whole updates in one pass over memory, of any number of tensors in one call.
+//
+// Every function takes `count` tensors of `sizes[t]` elements each, a table of addresses for each kind of tensor, and
+// the numbers of the update as doubles, rounded once to the tensors' type. All operations are rounded one by one (built
+// with -ffp-contract=off), except where fma is written: results depend neither on the number of threads nor on where
+// vectors begin.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace {
+
+constexpr int64_t CHUNK = 1 << 14;  // elements; seven streams of it fit into a core's cache
+constexpr int64_t ALONE = 4;        // chunks below which waking other threads takes longer
+
+// Calls f(tensor, begin, end) for stretches that cover all tensors once. Threads take them as they get ready.
+template <class F>
+void for_all(int64_t count, const int64_t* sizes, int threads, F f) {
+    std::vector<int64_t> first(count + 1, 0);
+    for (int64_t t = 0; t < count; ++t) first[t + 1] = first[t] + (sizes[t] + CHUNK - 1) / CHUNK;
+    const int64_t chunks = first[count];
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (chunks > ALONE && threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t t = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
+        const int64_t begin = (chunk - first[t]) * CHUNK;
+        f(t, begin, std::min(begin + CHUNK, sizes[t]));
+    }
+}
+
+struct bfloat16 {
+    uint16_t bits;
+    operator float() const {
+        const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &wide, sizeof value);
+        return value;
+    }
+};
+
+// from + share (to - from), counted from the nearer end, as torch's lerp.
+struct Lerp {
+    float share;
+    bool near;
+    explicit Lerp(double size) : share(static_cast<float>(size)), near(std::fabs(share) < 0.5f) {
+        if (!near) share -= 1.0f;
+    }
+    float operator()(float from, float to) const {
+        const float base = near ? from : to;
+#if defined(__FMA__) || defined(__aarch64__)
+        return std::fma(share, to - from, base);
+#else
+        return base + share * (to - from);
+#endif
+    }
+};
+
+template <class W>
+void averages(int64_t count, const int64_t* sizes, int threads, float* const* average, const W* const* weights,
+              double size) {
+    const Lerp lerp(size);
+    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
+        float* __restrict a = average[t];
+        const W* __restrict w = weights[t];
+        for (int64_t i = begin; i < end; ++i) a[i] = lerp(a[i], static_cast<float>(w[i]));
+    });
+}
+
+// The new parameter, and the average of it where there is one: two loops over what is in the cache.
+template <class T>
+void average_chunk(float* const* average, const T* weights, int64_t t, int64_t begin, int64_t end, Lerp lerp) {
+    if (average == nullptr || average[t] == nullptr) return;
+    float* __restrict a = average[t];
+    for (int64_t i = begin; i < end; ++i) a[i] = lerp(a[i], static_cast<float>(weights[i]));
+}
+
+// Rectified update of RAdam (Liu et al. 2019, arXiv:1908.03265, algorithm 2), decoupled weight decay.
+// numbers: 1 - beta1, beta2, 1 - beta2, eps, 1 - lr decay, step size with all corrections.
+template <class T>
+void radam(int64_t count, const int64_t* sizes, int threads, T* const* parameters, const T* const* gradients,
+           T* const* first_moments, T* const* second_moments, float* const* average, double size,
+           const double* numbers) {
+    const T rest1 = numbers[0], beta2 = numbers[1], rest2 = numbers[2], eps = numbers[3], keep = numbers[4],
+            rate = numbers[5];
+    const Lerp lerp(size);
+    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
+        T* __restrict p = parameters[t];
+        const T* __restrict g = gradients[t];
+        T* __restrict m = first_moments[t];
+        T* __restrict v = second_moments[t];
+        for (int64_t i = begin; i < end; ++i) {
+            m[i] = m[i] + (g[i] - m[i]) * rest1;
+            v[i] = v[i] * beta2 + g[i] * g[i] * rest2;
+            p[i] = p[i] * keep - m[i] * rate / (std::sqrt(v[i]) + eps);
+        }
+        average_chunk(average, p, t, begin, end, lerp);
+    });
+}
+
+// Rectified schedule-free update (Defazio et al. 2024, arXiv:2405.15682, algorithm 1, y in place of x).
+// numbers: beta2, 1 - beta2, 1 / (1 - beta2^t), eps, weight decay, weight c of z, rate of y, rate of z.
+template <class T>
+void schedule_free(int64_t count, const int64_t* sizes, int threads, T* const* parameters, const T* const* gradients,
+                   T* const* base_iterates, T* const* second_moments, float* const* average, double size,
+                   const double* numbers) {
+    const T beta2 = numbers[0], rest2 = numbers[1], correction = numbers[2], eps = numbers[3], decay = numbers[4],
+            c = numbers[5], y_rate = numbers[6], z_rate = numbers[7];
+    const Lerp lerp(size);
+    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
+        T* __restrict y = parameters[t];
+        const T* __restrict g = gradients[t];
+        T* __restrict z = base_iterates[t];
+        T* __restrict v = second_moments[t];
+        for (int64_t i = begin; i < end; ++i) {
+            v[i] = v[i] * beta2 + g[i] * g[i] * rest2;
+            const T direction = g[i] / (std::sqrt(v[i] * correction) + eps) + y[i] * decay;
+            y[i] = y[i] + (z[i] - y[i]) * c + direction * y_rate;
+            z[i] = z[i] - direction * z_rate;
+        }
+        average_chunk(average, y, t, begin, end, lerp);
+    });
+}
+
+}  // namespace
+
+#define UPDATE(kind, type, suffix)                                                                                   \
+    extern "C" void kind##_##suffix(int64_t count, const int64_t* sizes, int threads, type* const* parameters,      \
+                                    const type* const* gradients, type* const* first, type* const* second,           \
+                                    float* const* average, double size, const double* numbers) {                     \
+        kind<type>(count, sizes, threads, parameters, gradients, first, second, average, size, numbers);             \
+    }
+UPDATE(radam, float, float32)
+UPDATE(radam, double, float64)
+UPDATE(schedule_free, float, float32)
+UPDATE(schedule_free, double, float64)
+
+#define AVERAGE(type, suffix)                                                                                        \
+    extern "C" void average_##suffix(int64_t count, const int64_t* sizes, int threads, float* const* average,        \
+                                     const type* const* weights, double size) {                                      \
+        averages<type>(count, sizes, threads, average, weights, size);                                               \
+    }
+AVERAGE(float, float32)
+AVERAGE(double, float64)
+AVERAGE(bfloat16, bfloat16)

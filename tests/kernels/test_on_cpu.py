@@ -1,0 +1,135 @@
+"""The C++ kernels, each against the formula in float64, for sizes around the ends of vectors and chunks.
+
+Oracles: the papers' formulas in float64, rounded once at the end, so that float32 results may differ by a few units in
+the last place; for averages torch's `lerp` and the same in float64.
+"""
+
+import math
+
+import pytest
+import torch
+
+from hf_radam.kernels import average_update, building, on_cpu, radam_update, schedule_free_update
+from hf_radam.optim.radam import THRESHOLD
+from hf_radam.optim.rectification import rectification
+
+pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
+SIZES = (0, 1, 7, 16, 16383, 16384, 16385, 200_001)
+RADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "step": 9}
+RADAM["factor"] = rectification(RADAM["step"], beta2=0.99, threshold=THRESHOLD)
+SCHEDULE_FREE = {"beta2": 0.99, "rest2": 0.01, "correction": 1 / (1 - 0.99**9), "eps": 1e-6, "weight_decay": 0.1}
+SCHEDULE_FREE |= {"c": 0.07, "y_rate": -0.003, "z_rate": 0.02}
+UPDATES = {
+    "radam": lambda columns, **options: radam_update(columns, **RADAM, **options),
+    "schedule_free": lambda columns, **options: schedule_free_update(columns, SCHEDULE_FREE, **options),
+}
+
+
+def columns(dtype):
+    torch.manual_seed(0)
+    made = [[torch.randn(size, dtype=dtype) for size in SIZES] for _ in range(4)]
+    made[3] = [value.abs() * 0.01 for value in made[3]]
+    return made
+
+
+def copies(given):
+    return [[value.clone() for value in column] for column in given]
+
+
+def expected_radam(p, g, m, v):
+    beta1, beta2 = RADAM["betas"]
+    step, lr = RADAM["step"], RADAM["lr"]
+    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+    direction = m / (1 - beta1**step) * math.sqrt(1 - beta2**step) / (v.sqrt() + RADAM["eps"])
+    return p * (1 - lr * RADAM["weight_decay"]) - lr * RADAM["factor"] * direction, m, v
+
+
+def expected_schedule_free(y, g, z, v):
+    n = SCHEDULE_FREE
+    v = n["beta2"] * v + n["rest2"] * g * g
+    direction = g / ((v * n["correction"]).sqrt() + n["eps"]) + n["weight_decay"] * y
+    return (1 - n["c"]) * y + n["c"] * z + n["y_rate"] * direction, z - n["z_rate"] * direction, v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", UPDATES)
+def test_an_update_is_the_formula(kind, dtype):
+    given = columns(dtype)
+    before = copies(given)
+    UPDATES[kind](given)
+    oracle = {"radam": expected_radam, "schedule_free": expected_schedule_free}[kind]
+    bound = 8 * torch.finfo(dtype).eps
+    for parameter, gradient, first, second, *old in zip(*given, *before, strict=True):
+        assert torch.equal(gradient, old[1])
+        for value, wanted in zip((parameter, first, second), oracle(*(o.double() for o in old)), strict=True):
+            torch.testing.assert_close(value.double(), wanted, rtol=bound, atol=bound)
+            assert not value.numel() or not torch.equal(value, old[0])
+
+
+@pytest.mark.parametrize("kind", UPDATES)
+def test_neither_threads_nor_places_matter(kind, monkeypatch):
+    """Bit for bit: other numbers of threads, and every element beginning elsewhere in its chunk and vector."""
+    ends = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        given = columns(torch.float32)
+        UPDATES[kind](given)
+        ends.append(given)
+    shifted = [[value[3:].clone() for value in column] for column in columns(torch.float32)]
+    UPDATES[kind](shifted)
+    for number, column in enumerate(ends[0]):
+        for other in ends[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(column, other[number], strict=True))
+        assert all(torch.equal(a[3:], b) for a, b in zip(column, shifted[number], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 0.3, 0.499, 0.5, 0.9, 1.0])
+def test_an_average_moves_as_lerp_does(dtype, size):
+    averages = [value.float() for value in columns(torch.float32)[0]]
+    weights = [value.to(dtype) for value in columns(torch.float64)[1]]
+    before = [value.clone() for value in averages]
+    average_update(averages, weights, size)
+    for average, weight, old in zip(averages, weights, before, strict=True):
+        torch.testing.assert_close(average, old.lerp(weight.float(), size), rtol=0, atol=5e-7)
+        exact = old.double() + size * (weight.float().double() - old.double())
+        torch.testing.assert_close(average.double(), exact, rtol=2e-7, atol=3e-7)
+
+
+def test_averages_that_no_kernel_takes_move_all_the_same():
+    """Strides, another dtype of the average, and a whole beside them. Oracle: `lerp` one by one."""
+    torch.manual_seed(0)
+    averages = [torch.randn(40, 30).t(), torch.randn(50, dtype=torch.float64), torch.randn(60)]
+    weights = [torch.randn(30, 40), torch.randn(50), torch.randn(60)]
+    wanted = [a.lerp(w.to(a.dtype), 0.3) for a, w in zip(averages, weights, strict=True)]
+    average_update(averages, weights, 0.3)
+    for average, value in zip(averages, wanted, strict=True):
+        torch.testing.assert_close(average, value, rtol=1e-7, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("kind", UPDATES)
+def test_an_average_in_the_same_pass_is_that_of_a_second_pass(kind, dtype):
+    """Bit for bit; where there is no average, none is written."""
+    given, apart = columns(dtype), columns(dtype)
+    averages = [torch.randn(size) if number % 3 else None for number, size in enumerate(SIZES)]
+    second = [value if value is None else value.clone() for value in averages]
+    UPDATES[kind](given, averages=averages, size=0.2)
+    UPDATES[kind](apart)
+    pairs = [(a, p) for a, p in zip(second, apart[0], strict=True) if a is not None]
+    on_cpu.average([a for a, _ in pairs], [p for _, p in pairs], 0.2)
+    for column, other in zip(given, apart, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(column, other, strict=True))
+    for one, two in zip(averages, second, strict=True):
+        assert one is two is None or torch.equal(one, two)
+
+
+def test_what_was_written_counts_as_changed():
+    given = columns(torch.float32)
+    average = torch.zeros(SIZES[-1])
+    versions = [[value._version for value in column] for column in given]
+    UPDATES["radam"](given, averages=[None] * (len(SIZES) - 1) + [average], size=0.1)
+    grown = [
+        [value._version - old for value, old in zip(c, o, strict=True)] for c, o in zip(given, versions, strict=True)
+    ]
+    assert [set(column) for column in grown] == [{1}, {0}, {1}, {1}] and average._version == 1
