@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_radam.host_average import HostAverage, host_average
 from hf_radam.kernels import are_plain, average_update
 from hf_radam.kernels.folding import Folding
 from hf_radam.sharding import LocalSharding, Sharding
@@ -108,7 +109,9 @@ class WeightAverage:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
         self._averages: dict[str, Tensor] = {}
         self._applied = False
+        self._now: dict[str, Tensor] | None = None
         self._folding: Folding | None = None
+        self._hosts: dict[tuple[torch.device, torch.device], HostAverage | None] = {}
 
     @property
     def started(self) -> bool:
@@ -125,8 +128,14 @@ class WeightAverage:
         return growing_window_step_size(step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every)
 
     @torch.no_grad()
-    def update(self, step: int) -> bool:
+    def update(self, step: int, *, overlap: bool = False) -> bool:
         """Take in the weights after update number `step` (1 for the first); call it after every update.
+
+        Args:
+            step: number of the update.
+            overlap: where the average is in host memory and the weights are on a GPU, let that go on computing while
+                the weights are copied. Call `before_writing()` before anything writes to them then. Without it the
+                GPU waits for the copies, though this process does not.
 
         Returns:
             Whether this was an update at which the average moves: `step - start_step` positive and divisible by
@@ -151,6 +160,8 @@ class WeightAverage:
         size = self.step_size(step)
         if self.started:
             self._lerp(size)
+            if not overlap:
+                self.before_writing()
         else:
             self._averages = {name: self._accumulator(name, self.sharding.live(name)) for name in self._trained}
         self.weight_sum = 1.0 / size
@@ -167,7 +178,28 @@ class WeightAverage:
         folding, self._folding = self._folding, None
         moved = self._names_moved(folding) if folding is not None else set()
         names = [name for name in self._averages if name not in moved]
-        average_update([self._averages[name] for name in names], [self.sharding.live(name) for name in names], size)
+        by_way: dict[Any, list[str]] = {}
+        for name in names:
+            by_way.setdefault((self.sharding.live(name).device, self._averages[name].device), []).append(name)
+        for way, alike in by_way.items():
+            if way not in self._hosts:
+                self._hosts[way] = host_average(*way)
+            move = getattr(self._hosts[way], "move", average_update)
+            move([self._averages[name] for name in alike], [self.sharding.live(name) for name in alike], size)
+
+    def before_writing(self) -> None:
+        """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
+
+        Raises:
+            RuntimeError: if something has written to them already.
+        """
+        for host in filter(None, self._hosts.values()):
+            host.before_writing()
+
+    def finish(self) -> None:
+        """Wait until an average in host memory has moved; whatever reads it does that by itself."""
+        for host in filter(None, self._hosts.values()):
+            host.finish()
 
     # ---- In the optimizer's pass ----
 
@@ -215,14 +247,19 @@ class WeightAverage:
         return names
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self, *, exchange: bool = False) -> Iterator[None]:
         """Context in which the parameters hold the average; the training weights come back bit for bit.
 
         The average is cast to each parameter's dtype. It costs one copy of the trainable parameters while it lasts.
         What is written into the parameters inside the context is lost at its end.
 
+        Args:
+            exchange: let the average of whole float32 parameters change places with them, so that nothing is copied.
+                Inside the context nothing may be written into the parameters then.
+
         Raises:
-            RuntimeError: before the first averaging (see `started`), or inside another `applied()`.
+            RuntimeError: before the first averaging (see `started`), or inside another `applied()`. At the end of a
+                context with `exchange`, if something was written into the parameters.
         """
         if not self.started:
             raise RuntimeError(
@@ -231,12 +268,23 @@ class WeightAverage:
             )
         if self._applied:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
+        self.finish()
         self._applied = True
         try:
-            with self.sharding.holding(self._averages.items):
-                yield
+            if exchange:
+                with self.sharding.exchanging(self._averages) as self._now:
+                    yield
+            else:
+                with self.sharding.holding(self._averages.items):
+                    yield
         finally:
-            self._applied = False
+            self._applied, self._now = False, None
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """The float32 average of each parameter on this rank, wherever it is now."""
+        self.finish()
+        return self._averages if self._now is None else self._now
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
         """The average under the parameters' names, frozen parameters as they are: copies, float32 where averaged.
@@ -246,7 +294,7 @@ class WeightAverage:
         """
         if not self.started:
             raise RuntimeError("There is no average yet: ask `started` first.")
-        gathered = {name: self.sharding.gather(name, average) for name, average in self._averages.items()}
+        gathered = {name: self.sharding.gather(name, average) for name, average in self.averages.items()}
         frozen = [name for name in self.sharding.parameters if name not in gathered]
         gathered |= {name: self.sharding.gather_held(name) for name in frozen}
         return {name: value.clone() for name, value in gathered.items()}
@@ -265,7 +313,7 @@ class WeightAverage:
 
         Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.live`.
         """
-        return self.counters() | {"averages": dict(self._averages)}
+        return self.counters() | {"averages": dict(self.averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -276,6 +324,7 @@ class WeightAverage:
         Raises:
             ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
         """
+        self.finish()
         missing_counters = sorted(set(self.counters()) - set(state))
         if missing_counters:
             raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")

@@ -41,8 +41,11 @@ class AfterUpdate(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the update move the average too, where that was asked for."""
-        if args.ewa_folded and self.trainer.average is not None:
+        """Before weights are written to: they are copied for the average first; or the update moves it with them."""
+        if self.trainer.average is None:
+            return
+        self.trainer.average.before_writing()
+        if args.ewa_folded:
             self.trainer.average.fold_into(self.trainer._bare_optimizer, state.global_step + 1)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -51,7 +54,8 @@ class AfterUpdate(TrainerCallback):
             return
         self.trainer._evaluation.forget_statistics()
         if self.trainer.average is not None:
-            self.trainer.average.update(state.global_step + 1)
+            # DeepSpeed makes its updates before the event above.
+            self.trainer.average.update(state.global_step + 1, overlap=not self.trainer.is_deepspeed_enabled)
 
 
 class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
@@ -279,7 +283,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         if self.average is not None and not self.average.started:
             logger.warning(f"There is no average yet ({self.average}): evaluating without it.")
         with preserved_random_state():
-            with self.evaluation_weights():
+            with self._evaluation.applied(exchange=True):
                 output = super().evaluation_loop(dataloader, description, *rest, metric_key_prefix)
             # Upstream's name for `evaluate()`, as against `predict()`, whose predictions are asked for once.
             if self.args.ewa_eval_raw and description == "Evaluation":

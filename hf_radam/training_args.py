@@ -84,7 +84,9 @@ class RAdamTrainingArguments(TrainingArguments):
     ewa_start_step: int = field(default=0, metadata={"help": "Updates to let pass before averaging begins."})
     ewa_device: str | None = field(
         default=None,
-        metadata={"help": "`cpu` keeps the average in host memory; the model's device when not set."},
+        metadata={
+            "help": "`cpu` keeps the average in host memory, moved while a GPU computes on; the model's device when not set."
+        },
     )
     ewa_eval_raw: bool = field(
         default=False,

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_radam import WeightAverage
+from hf_radam.sharding import base
 
 UPDATES = 60
 
@@ -111,6 +112,66 @@ def test_applied_swaps_and_restores_bit_for_bit_even_if_evaluation_raises():
     assert torch.equal(parameter, before)
     with average.applied():  # and can be entered again
         pass
+
+
+def mixed_model():
+    """A model with parameters of two dtypes, one of which is not contiguous, and its average."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(70, 50), nn.Linear(50, 30).bfloat16(), nn.Linear(20, 10))
+    model[2].weight = nn.Parameter(torch.randn(10, 20).t())
+    average = WeightAverage(model.named_parameters(), decay=0.5)
+    for step in range(1, 5):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn_like(parameter)
+        average.update(step)
+    return model, average
+
+
+def values(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("stretch", [7, 2**22])
+def test_exchanged_for_the_average_weights_and_average_come_back(stretch, monkeypatch):
+    """Oracle: `applied()` with its copies."""
+    monkeypatch.setattr(base, "EXCHANGED", stretch)
+    model, average = mixed_model()
+    before, kept = values(model), average.averaged_state_dict()
+    with average.applied():
+        wanted = values(model)
+    addresses = {name: p.data_ptr() for name, p in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), average.applied(exchange=True):
+        assert all(torch.equal(value, wanted[name]) for name, value in values(model).items())
+        assert all(torch.equal(value, kept[name]) for name, value in average.averaged_state_dict().items())
+        assert all(torch.equal(value, kept[name]) for name, value in average.state_dict()["averages"].items())
+        assert torch.equal(average._averages["0.weight"], before["0.weight"])  # changed places: there is no copy
+        1 / 0  # noqa: B018
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+    assert all(torch.equal(value, kept[name]) for name, value in average.averaged_state_dict().items())
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
+
+
+def test_what_writes_to_exchanged_weights_is_told_so():
+    model, average = mixed_model()
+    before = values(model)
+    with pytest.raises(RuntimeError, match="Something wrote to 0.bias while it held other weights"):
+        with average.applied(exchange=True), torch.no_grad():
+            model[0].bias.zero_()
+    assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_a_model_cast_meanwhile_costs_the_average_nothing():
+    """As upstream's `bf16_full_eval` does. Oracle: the same with a copy."""
+    ends = []
+    for exchange in (False, True):
+        model, average = mixed_model()
+        kept = average.averaged_state_dict()
+        with average.applied(exchange=exchange):
+            model.to(torch.bfloat16)
+        assert all(torch.equal(value, kept[name]) for name, value in average.averaged_state_dict().items())
+        ends.append(values(model))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_tied_weights_once_frozen_ones_kept_and_named():

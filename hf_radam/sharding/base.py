@@ -18,6 +18,8 @@ Pieces = Iterable[tuple[str, Tensor]]
 Stretches = list[tuple[int, int]]
 """First element and length of what each rank has."""
 
+EXCHANGED = 2**22
+"""Elements that change places at a time."""
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -81,6 +83,19 @@ def _from_owners(piece: Tensor, numel: int, stretches: Stretches, *, everywhere:
         elif owner != 0 and me == 0:
             dist.recv(stretch, src=owner)
     return whole
+
+
+def _exchange(one: Tensor, other: Tensor) -> None:
+    """Swap the contents of two tensors alike, in stretches that take little memory."""
+    if one.is_contiguous() and other.is_contiguous():
+        for a, b in zip(one.view(-1).split(EXCHANGED), other.view(-1).split(EXCHANGED), strict=True):
+            kept = a.clone()
+            a.copy_(b)
+            b.copy_(kept)
+    else:
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)
 
 
 class Sharding(ABC):
@@ -250,6 +265,49 @@ class Sharding(ABC):
             with torch.no_grad(), self.editing():
                 for name, value in kept.items():
                     self.held(name).copy_(value)
+
+    @contextmanager
+    def exchanging(self, pieces: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """As `holding`, without a copy of the weights where that can be: value and weights change places meanwhile.
+
+        Args:
+            pieces: the values, in the form of `live`. Of those that changed places the tensor here has the weights.
+
+        Yields:
+            Where each value is now.
+
+        Raises:
+            RuntimeError: at the end, if something has written to the model's weights meanwhile: that is in the
+                values now. The weights are put back all the same.
+        """
+        copied = {name: piece for name, piece in pieces.items() if not self._can_exchange(name, piece)}
+        exchanged: dict[str, tuple[Tensor, int]] = {}
+        written: list[str] = []
+        with self.holding(copied.items):
+            try:
+                with torch.no_grad(), self.editing():
+                    for name in [name for name in pieces if name not in copied]:
+                        weights = self.held(name).detach()  # its memory, whatever becomes of the parameter
+                        _exchange(weights, pieces[name])
+                        exchanged[name] = weights, weights._version
+                yield copied | {name: weights for name, (weights, _) in exchanged.items()}
+            finally:
+                with torch.no_grad(), self.editing():
+                    for name, (weights, version) in exchanged.items():
+                        if weights._version != version:
+                            written.append(name)
+                        _exchange(weights, pieces[name])
+                        if self.held(name).data_ptr() != weights.data_ptr():  # moved, or cast to another dtype
+                            self.held(name).copy_(weights)
+            if written:
+                raise RuntimeError(
+                    f"Something wrote to {written[0]} while it held other weights than its own, which have changed "
+                    "with that; its own are back. Copy the model before changing it."
+                )
+
+    def _can_exchange(self, name: str, piece: Tensor) -> bool:
+        """Whether the forward pass uses the tensor `live`, and it and the value could as well change places."""
+        return False
 
     def shared(self) -> Sharding:
         """A sharding in which every rank has its share of what this one has whole on every rank."""

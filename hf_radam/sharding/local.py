@@ -99,6 +99,10 @@ class LocalSharding(Sharding):
         # In place: the addresses stay what optimizers, compiled graphs and FSDP know.
         self.live(name).copy_(piece)
 
+    def _can_exchange(self, name: str, piece: Tensor) -> bool:
+        live = self.live(name)
+        return piece.dtype == live.dtype and piece.shape == live.shape
+
     @contextmanager
     def editing(self) -> Iterator[None]:
         """Have FSDP2 let go of what it keeps gathered."""

@@ -70,15 +70,15 @@ class EvaluationWeights:
         return "schedule_free" if self.optimizer is not None else None
 
     @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Context in which the model holds the evaluation weights.
+    def applied(self, *, exchange: bool = False) -> Iterator[None]:
+        """Context in which the model holds the evaluation weights; `exchange` as for `WeightAverage.applied`.
 
         The training weights come back bit for bit, whatever is raised. Entering it again inside changes nothing.
         """
         if self.inside or self.source is None:
             yield
             return
-        with self._applied(self.source):
+        with self._applied(self.source, exchange=exchange):
             self.inside = True
             try:
                 yield
@@ -95,12 +95,12 @@ class EvaluationWeights:
         return nullcontext() if self.optimizer is None else self.optimizer.evaluating(write_x=False)
 
     @contextmanager
-    def _applied(self, source: str) -> Iterator[None]:
+    def _applied(self, source: str, *, exchange: bool = False) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(statistics_restored(self.model))
             if source == "ewa":
                 assert self.average is not None
-                stack.enter_context(self.average.applied())
+                stack.enter_context(self.average.applied(exchange=exchange))
             elif self.optimizer is not None:
                 optimizer = self.optimizer
                 stack.enter_context(self.sharding.holding(lambda: x_pieces(self.sharding, optimizer)))
@@ -130,7 +130,7 @@ class EvaluationWeights:
         """
         with statistics_restored(self.model):
             if self._recalibrate is not None:
-                with self._applied(source):
+                with self._applied(source, exchange=True):
                     recalibrated = statistics(self.model)
                 load_statistics(self.model, recalibrated)
             if source == "ewa":

@@ -57,7 +57,7 @@ class SavingMixin(FoldersMixin):
                     f"save_model({target!r}) would overwrite the training weights of that checkpoint with evaluation "
                     "weights: save to another folder. (The checkpoint holds both.)"
                 )
-            with self.evaluation_weights():
+            with self._evaluation.applied(exchange=True):
                 if not (self._active and is_sharded(self)):
                     super().save_model(output_dir, _internal_call)
                     return

@@ -153,8 +153,8 @@ def test_a_folded_average_is_the_same_bit_for_bit(options, tmp_path):
     assert not any(other.moved)
     every, start = options.get("ewa_every", 1), options.get("ewa_start_step", 0)
     due = [(n - start) % every == 0 and n - start > every for n in range(1, len(watch.moved) + 1)]
-    # Before the rectification is defined updates are not fused.
-    begun = [n > 5 for n in range(1, len(watch.moved) + 1)]
+    # Before the rectification is defined updates are not fused: in torch's RAdam for one update longer.
+    begun = [n > (5 if "optim" in options else 4) for n in range(1, len(watch.moved) + 1)]
     count = len(folded.average.state_dict()["averages"])
     assert watch.moved == [count if d and b else 0 for d, b in zip(due, begun, strict=True)] and any(watch.moved)
 
@@ -168,7 +168,7 @@ def test_weights_written_after_the_folded_average_are_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"fused_optimizer": "false"}, "ewa_folded=True with optim=radam_schedulefree and fused_optimizer=false"),
+        ({"fused_optimizer": "false"}, "ewa_folded=True with optim=radam_schedulefree, fused_optimizer=false"),
         ({"optim": "adamw_torch", "fused_optimizer": "auto"}, "ewa_folded=True with optim=adamw_torch"),
         ({"ewa": False}, "ewa_folded=True has no effect without ewa"),
     ],
