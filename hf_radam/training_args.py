@@ -85,7 +85,8 @@ class RAdamTrainingArguments(TrainingArguments):
     ewa_device: str | None = field(
         default=None,
         metadata={
-            "help": "`cpu` keeps the average in host memory, moved while a GPU computes on; the model's device when not set."
+            "help": "`cpu` keeps the average in host memory, where it moves while a GPU computes on; the model's "
+            "device when not set."
         },
     )
     ewa_eval_raw: bool = field(
