@@ -14,6 +14,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,13 @@ def versions() -> dict[str, str]:
     return own | {name: number for name, number in found.items() if number}
 
 
+def as_json(data: dict[str, Any]) -> str:
+    """JSON with the rounds of a row in one line."""
+    text = json.dumps(data, indent=1)
+    lists = re.compile(r"\[[-+.,e\d\s]+\]")
+    return lists.sub(lambda found: "[" + ", ".join(re.findall(r"[^\s,\[\]]+", found.group())) + "]", text) + "\n"
+
+
 def main() -> int:
     """Measure or read, then print, write and draw."""
     arguments = parse_arguments()
@@ -146,7 +154,7 @@ def main() -> int:
     print(report.whole(data))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        arguments.json.write_text(as_json(data), encoding="utf-8")
     if arguments.figure:
         figure.draw(data, arguments.figure)
     for document in arguments.document:
