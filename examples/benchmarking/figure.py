@@ -8,6 +8,8 @@ from typing import Any
 from .report import find, largest_table, quartiles
 
 OURS, OTHERS, LIMIT = "#1b6ca8", "#b8b8b8", "#c0392b"
+BEHIND = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
+"""A number stands readable on a line."""
 LINES = ("#1b6ca8", "#e08e0b", "#2a9d5c", "#8e5bb5", "#777777", "#c0392b")
 
 
@@ -52,7 +54,7 @@ def bars(panel: Any, rows: list[dict[str, Any]], title: str) -> None:
     """One bar for each row, its length the ratio to the limit."""
     names, ratios = [row["name"] for row in rows], [row["to_limit"] for row in rows]
     drawn = panel.barh(names, ratios, color=[OURS if name.startswith("hf_radam") else OTHERS for name in names])
-    panel.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios], padding=3, fontsize=8)
+    panel.bar_label(drawn, [f"{ratio:.2f}" for ratio in ratios], padding=5, fontsize=8, bbox=BEHIND)
     panel.axvline(1, color=LIMIT, linewidth=1, linestyle="--")
     panel.invert_yaxis()
     panel.set_xlim(0, 1.15 * max(1, *ratios))
@@ -103,7 +105,15 @@ def trainers(panel: Any, trainings: list[dict[str, Any]]) -> None:
             position = len(names)
             panel.plot([low, high], [position, position], color=colour, linewidth=3, alpha=0.5)
             panel.plot(middle, position, "o", color=colour)
-            panel.annotate(f"{middle:.3f}", (middle, position), (0, 6), textcoords="offset points", ha="center", size=8)
+            panel.annotate(
+                f"{middle:.3f}",
+                (middle, position),
+                (0, 6),
+                textcoords="offset points",
+                ha="center",
+                size=8,
+                bbox=BEHIND,
+            )
             names.append(f"{row['name']}, {measured['batch']} x {measured['block']}")
             ends += [low, high]
     panel.axvline(1, color=LIMIT, linewidth=1, linestyle="--")
@@ -112,5 +122,5 @@ def trainers(panel: Any, trainings: list[dict[str, Any]]) -> None:
     margin = max(0.05, 0.1 * (max(ends) - min(ends)))
     panel.set_xlim(min(ends) - margin, max(ends) + margin)
     panel.grid(alpha=0.3, axis="x")
-    panel.set_xlabel("updates/s, in times stock's (line: middle half of rounds)")
-    panel.set_title("Trainings, of sequences x tokens (more is better)", fontsize=11)
+    panel.set_xlabel("updates/s to stock's; middle half of rounds")
+    panel.set_title("Trainings (more is better)", fontsize=11)
