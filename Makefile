@@ -1,4 +1,5 @@
-# Everything runs in .venv, which the first target that needs it makes from the versions in constraints.txt.
+# Everything runs in .venv, which the first target that needs it makes from the versions in constraints.txt; only the
+# benchmark has an environment of its own, for the packages that it compares with.
 #   make quickstart PYTHON=python3.12        another interpreter (the pins need Python 3.11 or newer)
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"     torch without CUDA
 #   make test PYTEST_ARGS="-k schedules"     part of the tests, in one process (the default is two)
@@ -15,7 +16,7 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(le
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak lint format clean
+.PHONY: help quickstart test soak benchmark lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -34,6 +35,10 @@ SOAK_ARGS ?=
 soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=..., SOAK_ARGS="--processes 2 --backend fsdp2"), compare with twins
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/kills.py --kills $(KILLS) $(SOAK_ARGS)
 
+BENCHMARK_FLAGS ?=
+benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings beside other packages (BENCHMARK_FLAGS="--quick")
+	.venv-benchmark/bin/python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
+
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,15 +48,15 @@ format: .venv/.dev ## let ruff fix and format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove the environment and caches; runs/ stays
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
+clean: ## remove the environments and caches; runs/ stays
+	rm -rf .venv .venv-benchmark .mypy_cache .pytest_cache .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(BIN)/python:
+.venv/bin/python .venv-benchmark/bin/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" || { \
 		echo "$(PYTHON) is older than Python 3.11, which the versions in constraints.txt need: make PYTHON=python3.12 ..." >&2; exit 2; }
 	@# A half-made environment would look finished to the next run.
-	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	$(PYTHON) -m venv $(@:/bin/python=) || { rm -rf $(@:/bin/python=); exit 1; }
 
 # A stamp per set of extras: written only after pip succeeded, older than the files that decide what is installed.
 .venv/.examples: pyproject.toml constraints.txt | $(BIN)/python
@@ -62,4 +67,11 @@ $(BIN)/python:
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned packages into .venv (minutes on the first run)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots,test,dev]"
+	@touch $@
+
+# timm's average needs only torch, but `import timm` a torchvision that fits the build of torch: it comes alone.
+.venv-benchmark/.installed: pyproject.toml constraints.txt | .venv-benchmark/bin/python
+	@echo "Installing the pinned packages into .venv-benchmark (minutes on the first run)"
+	.venv-benchmark/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[benchmark]"
+	.venv-benchmark/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt --no-deps timm
 	@touch $@

@@ -1,231 +1,164 @@
-"""What an update and an average cost, side by side: ours, torch's and other packages', against the memory's bandwidth.
+"""What updates, averages and whole trainings cost, side by side: ours, torch's, stock Trainer's and other packages'.
 
-    python examples/benchmark.py --parameters 34 --json benchmark.json
+    python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png
 
 All of one table run in turns in one process, round after round; a number is the median of its rounds. The limit is what
-the same bytes take in one pass, at the bandwidth of a plain `lerp_` (three streams) measured in the same rounds.
-Packages that are not installed are left out (`pip install torch-optimi pytorch_optimizer diffusers
-ema-pytorch`); heavyball takes the gradients away, so that there is no second update to time.
+the same bytes take in one pass, at the bandwidth of a plain `lerp_` measured in the same rounds. Packages that are not
+installed are left out; `make benchmark` makes an environment that has them. The measuring is in `benchmarking/`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
+import importlib.util
 import json
-import statistics
+import os
+import platform
+import re
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import schedulefree
 import torch
-from torch import nn
 
-from hf_radam import RAdam, RAdamScheduleFree, WeightAverage
+import hf_radam
+from benchmarking import figure, memory, report, rows, timing
 
-MILLION = 10**6
-
-
-@dataclass
-class Row:
-    """One thing that is timed.
-
-    Attributes:
-        name: what it is called in the table.
-        streams: tensors that it must at least read or write once, each of the size of the parameters.
-        run: does it once.
-        seconds: of each round.
-    """
-
-    name: str
-    streams: int
-    run: Callable[[], Any]
-    seconds: list[float] = field(default_factory=list)
-
-
-def shapes(millions: float) -> list[tuple[int, ...]]:
-    """Shapes of a llama with about so many million parameters, its largest dimension a multiple of 64."""
-    width = 64
-    while parameters_of(width + 64) <= millions * MILLION:
-        width += 64
-    return [*llama(width)]
-
-
-def parameters_of(width: int) -> int:
-    """Parameters of `llama(width)`."""
-    return sum(torch.Size(shape).numel() for shape in llama(width))
-
-
-def llama(width: int) -> Iterator[tuple[int, ...]]:
-    """Embedding, 8 layers of attention, gated feed-forward and norms, and the last norm."""
-    yield 8192, width
-    hidden = width * 8 // 3 // 64 * 64 or 64
-    for _ in range(8):
-        yield from [(width, width)] * 4 + [(hidden, width)] * 2 + [(width, hidden)] + [(width,)] * 2
-    yield (width,)
-
-
-def model_of(
-    sizes: list[tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
-) -> nn.ParameterList:
-    """Parameters of these shapes with gradients."""
-    torch.manual_seed(0)
-    made = nn.ParameterList(nn.Parameter(torch.randn(size, device=device).to(dtype)) for size in sizes)
-    for parameter in made:
-        parameter.grad = torch.randn_like(parameter) * 0.01
-    return made
-
-
-def installed(package: str) -> bool:
-    """Whether a package is there."""
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
-# ---- What is timed ----
-
-
-def optimizer_rows(sizes: list[tuple[int, ...]], device: torch.device) -> list[Row]:
-    """Updates of optimizers. All read p, g and two states and write p and the states: seven streams.
-
-    The gradients stay the same, except where an optimizer writes into them, as `schedulefree` does.
-    """
-    options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
-    makers: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-        "hf_radam.RAdamScheduleFree, fused": lambda p: RAdamScheduleFree(p, fused=True, **options),
-        "hf_radam.RAdamScheduleFree": lambda p: RAdamScheduleFree(p, **options),
-        "schedulefree.RAdamScheduleFree, foreach": lambda p: schedulefree.RAdamScheduleFree(p, **options),
-        "hf_radam.RAdam, fused": lambda p: RAdam(p, fused=True, **options),
-        "hf_radam.RAdam": lambda p: RAdam(p, foreach=True, **options),
-        "torch.optim.RAdam, foreach": lambda p: torch.optim.RAdam(
-            p, foreach=True, decoupled_weight_decay=True, **options
-        ),
-        "torch.optim.AdamW, fused": lambda p: torch.optim.AdamW(p, fused=True, **options),
-        "torch.optim.AdamW, foreach": lambda p: torch.optim.AdamW(p, foreach=True, **options),
-    }
-    if installed("torch-optimi"):
-        import optimi
-
-        makers["torch-optimi RAdam, foreach"] = lambda p: optimi.RAdam(p, foreach=True, **options)
-    if installed("pytorch_optimizer"):
-        import pytorch_optimizer
-
-        makers["pytorch_optimizer.RAdam"] = lambda p: pytorch_optimizer.RAdam(p, weight_decouple=True, **options)
-    rows = []
-    for name, make in makers.items():
-        model = model_of(sizes, device)
-        optimizer = make([*model])
-        if hasattr(optimizer, "train"):
-            optimizer.train()
-        rows.append(Row(name, 7, optimizer.step))
-    return rows
-
-
-def average_rows(sizes: list[tuple[int, ...]], device: torch.device) -> list[Row]:
-    """Averaging float32 parameters: the average is read and written, the parameters are read: three streams."""
-    rows = []
-    model = model_of(sizes, device)
-    ours, step = WeightAverage(model.named_parameters(), decay=0.999), iter(range(1, 10**9))
-    rows.append(Row("hf_radam.WeightAverage", 3, lambda: ours.update(next(step))))
-    theirs = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    rows.append(Row("torch AveragedModel, multi_avg_fn", 3, lambda: theirs.update_parameters(model)))
-    plain = torch.optim.swa_utils.AveragedModel(model, avg_fn=torch.optim.swa_utils.get_ema_avg_fn(0.999))
-    rows.append(Row("torch AveragedModel, avg_fn", 3, lambda: plain.update_parameters(model)))
-    if installed("diffusers"):
-        from diffusers.training_utils import EMAModel
-
-        of_diffusers = EMAModel(model.parameters(), decay=0.999, foreach=True)
-        rows.append(Row("diffusers EMAModel, foreach", 3, lambda: of_diffusers.step(model.parameters())))
-    if installed("ema-pytorch"):
-        from ema_pytorch import EMA
-
-        of_ema = EMA(model, beta=0.999, update_after_step=0, update_every=1)
-        rows.append(Row("ema-pytorch", 3, of_ema.update))
-    low = model_of(sizes, device, torch.bfloat16)
-    narrow, count = WeightAverage(low.named_parameters(), decay=0.999), iter(range(1, 10**9))
-    rows.append(Row("hf_radam.WeightAverage of bf16", 3, lambda: narrow.update(next(count))))
-    return rows
-
-
-# ---- Timing ----
-
-
-def measure(rows: list[Row], *, rounds: int, device: torch.device) -> None:
-    """Time every row once in each round, after some updates that compile, warm up and pass RAdam's first phase."""
-    for row in rows:
-        for _ in range(8):
-            row.run()
-    for _ in range(rounds):
-        for row in rows:
-            synchronize(device)
-            begin = time.perf_counter()
-            row.run()
-            synchronize(device)
-            row.seconds.append(time.perf_counter() - begin)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for a GPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def table(title: str, rows: list[Row], limit: Row, *, bytes_of_a_stream: int) -> tuple[str, list[dict[str, Any]]]:
-    """Markdown, and the same as data: medians, and their ratios to the time of one pass at the limit's bandwidth."""
-    bandwidth = limit.streams * bytes_of_a_stream / statistics.median(limit.seconds)
-    lines = [f"| {title} | ms | to the limit |", "|---|---|---|"]
-    data = []
-    for row in [limit, *rows]:
-        seconds = statistics.median(row.seconds)
-        ratio = seconds * bandwidth / (row.streams * bytes_of_a_stream)
-        lines.append(f"| {row.name} | {1e3 * seconds:.1f} | {ratio:.2f} |")
-        data.append({"name": row.name, "seconds": seconds, "to_limit": ratio, "rounds": row.seconds})
-    return "\n".join(lines), data
-
-
-def limit_row(sizes: list[tuple[int, ...]], device: torch.device) -> Row:
-    """`lerp_` of one long tensor towards another: three streams, of as many bytes as the parameters have."""
-    count = sum(torch.Size(size).numel() for size in sizes)
-    one, other = torch.randn(count, device=device), torch.randn(count, device=device)
-    return Row("limit: lerp_ of one tensor", 3, lambda: one.lerp_(other, 0.1))
+QUICK: dict[str, Any] = {
+    "parameters": 0.6,
+    "sizes": [0.6, 2.0],
+    "rounds": 3,
+    "every": [1, 4],
+    "trainer_parameters": 0.6,
+    "batches": [1],
+    "block": 16,
+    "updates": 3,
+    "trainer_rounds": 2,
+}
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parameters", type=float, nargs="+", default=[34.0], metavar="MILLIONS", help="model sizes")
-    parser.add_argument("--rounds", type=int, default=15, help="rounds of each table")
+    many: dict[str, Any] = {"nargs": "+", "metavar": "N"}
+    parser.add_argument("--parameters", type=float, default=34.0, help="millions: the size at which all rows run")
+    parser.add_argument(
+        "--sizes", type=float, default=[8.0, 34.0, 100.0], help="millions: sizes for the growth", **many
+    )
+    parser.add_argument("--rounds", type=int, default=21, help="rounds of each table")
+    parser.add_argument("--every", type=int, default=[1, 4, 16, 64], help="intervals of averaging", **many)
+    parser.add_argument("--trainer_parameters", type=float, default=8.0, help="millions, of the model that is trained")
+    parser.add_argument("--batches", type=int, default=[1, 4], help="sequences of an update of the trainers", **many)
+    parser.add_argument("--block", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--updates", type=int, default=12, help="updates of each training that count")
+    parser.add_argument("--trainer_rounds", type=int, default=15, help="trainings of each trainer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--quick", action="store_true", help="tiny models and few rounds: the numbers mean nothing")
     parser.add_argument("--json", type=Path, help="write every number to this file")
-    return parser.parse_args(words)
+    parser.add_argument("--from_json", type=Path, help="measure nothing, read the numbers of such a file")
+    parser.add_argument("--figure", type=Path, help="draw them into this file, .png or .svg")
+    parser.add_argument("--document", type=Path, nargs="+", default=[], help="write tables between the marks in these")
+    if "--quick" in (sys.argv[1:] if words is None else words):
+        parser.set_defaults(**QUICK)
+    arguments = parser.parse_args(words)
+    if arguments.figure and importlib.util.find_spec("matplotlib") is None:
+        parser.error('--figure needs matplotlib: pip install -e ".[plots]"')
+    if any(max(arguments.every) % interval for interval in arguments.every):
+        parser.error(f"--every {arguments.every}: the largest must be a multiple of each.")
+    return arguments
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure everything, for JSON; what is done is told on the way."""
+    from benchmarking import trainers
+
+    device = torch.device(arguments.device)
+    tables = []
+    for millions in sorted({*arguments.sizes, arguments.parameters}):
+        for what in rows.ROWS:
+            say(f"{what} of {millions:g} million parameters")
+            growing = millions != arguments.parameters
+            shapes = rows.shapes(millions)
+            tables.append(timing.table(what, shapes, device, rounds=arguments.rounds, growing=growing))
+    say("averaging at intervals")
+    sizes = rows.shapes(arguments.parameters)
+    every = timing.intervals(sizes, device, every=arguments.every, rounds=max(1, arguments.rounds // 3))
+    taken = []
+    if memory.measurable(device):
+        say("memory, in a process for each row")
+        taken = [memory.table(what, arguments.parameters, device) for what in rows.ROWS]
+    else:
+        say("memory is not measured: this system has no /proc/self/clear_refs")
+    trained = []
+    for batch in arguments.batches:
+        say(f"trainings with {batch} x {arguments.block} tokens an update")
+        trained.append(
+            trainers.compare(
+                arguments.trainer_parameters,
+                batch=batch,
+                block=arguments.block,
+                updates=arguments.updates,
+                rounds=arguments.trainer_rounds,
+                device=device,
+            )
+        )
+    return {
+        "machine": machine(device),
+        "versions": versions(),
+        "rounds": arguments.rounds,
+        "tables": tables,
+        "every": every,
+        "memory": taken,
+        "trainers": trained,
+    }
+
+
+def say(text: str) -> None:
+    """Tell what comes next, beside the tables."""
+    print(f"... {text}", file=sys.stderr, flush=True)
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What it was measured on."""
+    processor = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        named = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        processor = named[0].split(":", 1)[1].strip() if named else processor
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"processor": processor, "cores": cores, "threads": torch.get_num_threads(), "device": name}
+
+
+def versions() -> dict[str, str]:
+    """Versions of what was measured, and of Python."""
+    packages = ("torch", "transformers", "accelerate", "schedulefree", *rows.PEERS)
+    found = {package: rows.version(package) for package in packages}
+    own = {"Python": platform.python_version(), "hf_radam": hf_radam.__version__}
+    return own | {name: number for name, number in found.items() if number}
+
+
+def as_json(data: dict[str, Any]) -> str:
+    """JSON with the rounds of a row in one line."""
+    text = json.dumps(data, indent=1)
+    lists = re.compile(r"\[[-+.,e\d\s]+\]")
+    return lists.sub(lambda found: "[" + ", ".join(re.findall(r"[^\s,\[\]]+", found.group())) + "]", text) + "\n"
 
 
 def main() -> int:
-    """Measure and print."""
+    """Measure or read, then print, write and draw."""
     arguments = parse_arguments()
-    device, everything = torch.device(arguments.device), []
-    for millions in arguments.parameters:
-        sizes = shapes(millions)
-        count = sum(torch.Size(size).numel() for size in sizes)
-        print(
-            f"\n{count / MILLION:.1f} million parameters in {len(sizes)} tensors, {device}, torch {torch.__version__}, "
-            f"{torch.get_num_threads()} threads, medians of {arguments.rounds} rounds\n"
-        )
-        for title, make in (("update", optimizer_rows), ("averaging", average_rows)):
-            limit, rows = limit_row(sizes, device), make(sizes, device)
-            measure([limit, *rows], rounds=arguments.rounds, device=device)
-            text, data = table(title, rows, limit, bytes_of_a_stream=4 * count)
-            print(text + "\n", flush=True)
-            everything.append({"what": title, "parameters": count, "rows": data})
+    if arguments.from_json:
+        data = json.loads(arguments.from_json.read_text(encoding="utf-8"))
+    else:
+        data = measure(arguments)
+    print(report.whole(data))
     if arguments.json:
-        arguments.json.write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(as_json(data), encoding="utf-8")
+    if arguments.figure:
+        figure.draw(data, arguments.figure)
+    for document in arguments.document:
+        report.write_document(document, data)
     return 0
 
 

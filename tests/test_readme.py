@@ -4,6 +4,7 @@ Run as a script, this file writes the flag table into the README.
 """
 
 import dataclasses
+import json
 import os
 import re
 import shlex
@@ -79,6 +80,11 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         from hf_radam import cli
 
         cli.parser().parse_args(command[1:])
+    elif command[:2] == ["python", "examples/benchmark.py"]:
+        import benchmark
+
+        arguments = benchmark.parse_arguments(command[2:])
+        assert all((ROOT / path).is_file() for path in (arguments.json or arguments.from_json, *arguments.document))
     else:
         import evaluate_clm
 
@@ -110,10 +116,25 @@ def test_the_file_trees_are_complete():
     for path in [*files, *folders]:
         inside = path.relative_to(package).parts
         named[path] = " " * (4 + 2 * len(inside)) + path.name + "/" * path.is_dir()
-    assert entries(DOCS["structure.md"]) == set(named.values())
+    ours, examples = DOCS["structure.md"].split("    examples/\n")
+    assert entries(ours) == set(named.values())
     short = {line for path, line in named.items() if path.parent == package or path.is_dir()}
     tree = README.split("## Files")[1].split("    examples/")[0]
     assert entries(tree) == short
+    folder = ROOT / "examples"
+    modules = [path.relative_to(folder).parts for path in folder.rglob("[!_]*.py")]
+    named = {" " * (4 + 2 * len(parts)) + parts[-1] for parts in modules}
+    assert entries(examples) == named | {"      benchmarking/"}
+
+
+def test_the_measured_tables_are_those_of_the_numbers():
+    from benchmarking import report
+
+    data = json.loads((ROOT / "docs" / "benchmark.json").read_text(encoding="utf-8"))
+    for text in (README, DOCS["speed.md"]):
+        assert report.written(text, data) == text, "write them anew with the command in docs/speed.md"
+    found = {name for text in (README, DOCS["speed.md"]) for _, name, _, _ in report.MARKED.findall(text)}
+    assert found == set(report.PARTS)
 
 
 def test_links_lead_to_files():
