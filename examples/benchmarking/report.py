@@ -124,15 +124,17 @@ def trainers(data: Data) -> str:
 def summary(data: Data) -> str:
     """A short table: our rows and those they stand beside."""
     rows = []
-    for what, names in SUMMARY.items():
+    for what in ("updates", "averaging"):
         measured = largest_table(data, what)
-        for name in names:
+        for name in SUMMARY[what]:
             row = find(measured["rows"], name)
             if row:
                 rows.append([row["name"], f"{milliseconds(row['seconds'])} ms", f"{row['to_limit']:.2f} x the limit"])
     for measured in data["trainers"]:
         tokens = measured["batch"] * measured["block"]
         for row in measured["rows"]:
+            if row["name"] not in SUMMARY["trainers"]:
+                continue
             ratio = f"{quartiles(row['to_stock'])[1]:.3f} x stock"
             rows.append(
                 [f"{row['name']} ({tokens} tokens an update)", f"{row['updates_per_second']:.2f} updates/s", ratio]
@@ -149,6 +151,7 @@ SUMMARY = {
         "torch.optim.AdamW, fused",
     ),
     "averaging": ("hf_radam.WeightAverage", "torch AveragedModel, multi_avg_fn"),
+    "trainers": ("Trainer, adamw_torch_fused", "RAdamTrainer, radam + EWA every update"),
 }
 """Rows of the short table."""
 PARTS: dict[str, Callable[[Data], str]] = {

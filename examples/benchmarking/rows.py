@@ -6,6 +6,7 @@ import importlib.metadata
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -136,6 +137,8 @@ def update_rows() -> list[Row]:
         ),
         Row("hf_radam.RAdam, fused", updates(lambda p: RAdam(p, fused=True, **OPTIONS)), grows=True),
         Row("hf_radam.RAdam", updates(lambda p: RAdam(p, foreach=True, **OPTIONS))),
+        Row("hf_radam.RAdam, fused, then WeightAverage", update_and_average, UPDATE + AVERAGING),
+        Row("hf_radam.RAdam, fused, WeightAverage in its pass", partial(update_and_average, folded=True), UPDATE + 8),
         Row("torch.optim.RAdam, foreach", updates(lambda p: torch.optim.RAdam(p, **torch_radam)), grows=True),
         Row("torch.optim.AdamW, fused", updates(lambda p: torch.optim.AdamW(p, fused=True, **OPTIONS)), grows=True),
         Row("torch.optim.AdamW, foreach", updates(lambda p: torch.optim.AdamW(p, foreach=True, **OPTIONS))),
@@ -156,6 +159,21 @@ def update_rows() -> list[Row]:
         rows.append(Row("heavyball.AdamW", updates(lambda p: heavyball.AdamW(p, **OPTIONS)), takes_gradients=True))
         rows.append(Row("heavyball.SFAdamW", updates(lambda p: heavyball.SFAdamW(p, **OPTIONS)), takes_gradients=True))
     return rows
+
+
+def update_and_average(model: nn.ParameterList, *, folded: bool = False) -> Callable[[], Any]:
+    """Update with RAdam and average, in two passes or in one."""
+    optimizer, steps = RAdam([*model], fused=True, **OPTIONS), count(1)
+    average = WeightAverage(model.named_parameters(), decay=DECAY)
+
+    def run() -> None:
+        step = next(steps)
+        if folded:
+            average.fold_into(optimizer, step)
+        optimizer.step()
+        average.update(step)
+
+    return run
 
 
 # ---- Averaging ----

@@ -26,6 +26,12 @@ STOCK = "Trainer, adamw_torch_fused"
 TRAINERS: dict[str, dict[str, Any]] = {
     STOCK: {"optim": "adamw_torch_fused"},
     "RAdamTrainer, radam + EWA every update": {"optim": "radam", "ewa": True, "fused_optimizer": "true"},
+    "RAdamTrainer, radam + EWA in its pass": {
+        "optim": "radam",
+        "ewa": True,
+        "ewa_folded": True,
+        "fused_optimizer": "true",
+    },
     "RAdamTrainer, radam": {"optim": "radam", "fused_optimizer": "true"},
     "RAdamTrainer, radam_schedulefree": {"optim": "radam_schedulefree", "fused_optimizer": "true"},
 }
