@@ -111,6 +111,7 @@ class WeightAverage:
         self._applied = False
         self._now: dict[str, Tensor] | None = None
         self._folding: Folding | None = None
+        self._averaged_early: int | None = None
         self._hosts: dict[tuple[torch.device, torch.device], HostAverage | None] = {}
 
     @property
@@ -147,6 +148,9 @@ class WeightAverage:
         """
         if self._applied:
             raise RuntimeError("update() inside applied() would average the average: leave the context first.")
+        if step == self._averaged_early:
+            self._averaged_early = None
+            return True
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
         trained = set(self._trained)
@@ -159,7 +163,7 @@ class WeightAverage:
             return False
         size = self.step_size(step)
         if self.started:
-            self._lerp(size)
+            self._move(size)
             if not overlap:
                 self.before_writing()
         else:
@@ -173,19 +177,24 @@ class WeightAverage:
         device = self.sharding.live(name).device if self.device is None else self.device
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
-    def _lerp(self, size: float) -> None:
+    def _move(self, size: float) -> None:
         """Move every accumulator by `size` towards its parameter, but for those that an optimizer has moved."""
         folding, self._folding = self._folding, None
-        moved = self._names_moved(folding) if folding is not None else set()
-        names = [name for name in self._averages if name not in moved]
-        by_way: dict[Any, list[str]] = {}
-        for name in names:
-            by_way.setdefault((self.sharding.live(name).device, self._averages[name].device), []).append(name)
-        for way, alike in by_way.items():
+        moved = set() if folding is None else self._names_moved(folding)
+        by_way: dict[tuple[torch.device, torch.device], list[str]] = {}
+        for name, average in self._averages.items():
+            if name not in moved:
+                by_way.setdefault((self.sharding.live(name).device, average.device), []).append(name)
+        for way, names in by_way.items():
+            averages = [self._averages[name] for name in names]
+            weights = [self.sharding.live(name) for name in names]
             if way not in self._hosts:
                 self._hosts[way] = host_average(*way)
-            move = getattr(self._hosts[way], "move", average_update)
-            move([self._averages[name] for name in alike], [self.sharding.live(name) for name in alike], size)
+            host = self._hosts[way]
+            if host is None:
+                average_update(averages, weights, size)
+            else:
+                host.move(averages, weights, size, of=[self.sharding.parameters[name] for name in names])
 
     def before_writing(self) -> None:
         """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
@@ -197,7 +206,14 @@ class WeightAverage:
             host.before_writing()
 
     def finish(self) -> None:
-        """Wait until an average in host memory has moved; whatever reads it does that by itself."""
+        """Have the average as the last update left it: whatever reads it does this by itself.
+
+        Waits for one in host memory, and averages what is left of an update that has moved a part of it.
+        """
+        if self._folding is not None and self._folding.moved and not self._applied:
+            step = self._folding.step
+            self.update(step)
+            self._averaged_early = step
         for host in filter(None, self._hosts.values()):
             host.finish()
 
@@ -207,14 +223,15 @@ class WeightAverage:
         """Have the optimizer's next update, number `step`, move the average too, wherever it can.
 
         Call it before `optimizer.step()`, and `update(step)` after it as ever, which averages whatever the optimizer
-        could not: the average is the same, bit for bit. Saves one of three streams of memory.
+        could not: the average is the same, bit for bit. Saves one of three streams of memory. Whatever writes to the
+        weights between the two is not averaged: `update` raises where it sees that, but for writes to `p.data`.
 
         Args:
             optimizer: an `RAdam` or `RAdamScheduleFree` of this package; it folds what it fuses (`fused=True`) of
                 float32 parameters on CPUs.
             step: number of the update, as for `update`.
         """
-        self._folding, optimizer.folding = None, None
+        self._folding, optimizer.folding, self._averaged_early = None, None, None
         elapsed = step - self.start_step
         if self._applied or not self.started or elapsed <= 0 or elapsed % self.every:
             return
@@ -235,6 +252,7 @@ class WeightAverage:
         Raises:
             RuntimeError: if that was another update, or something wrote to one of them since.
         """
+        folding.spent = True
         names = {name for name in self._averages if self.sharding.parameters[name] in folding.moved}
         if names and folding.step != self.last_step:
             raise RuntimeError(f"update({self.last_step}) after fold_into(optimizer, {folding.step}).")
@@ -254,8 +272,8 @@ class WeightAverage:
         What is written into the parameters inside the context is lost at its end.
 
         Args:
-            exchange: let the average of whole float32 parameters change places with them, so that nothing is copied.
-                Inside the context nothing may be written into the parameters then.
+            exchange: let averages change places with float32 parameters on the same device, so that those are not
+                copied. Inside the context nothing may be written into the parameters then.
 
         Raises:
             RuntimeError: before the first averaging (see `started`), or inside another `applied()`. At the end of a
@@ -309,7 +327,10 @@ class WeightAverage:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}` (no copies).
+        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}`.
+
+        The tensors are no copies: later updates move them, and those from within `applied(exchange=True)` hold the
+        training weights after it.
 
         Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.live`.
         """
@@ -351,6 +372,11 @@ class WeightAverage:
                 f"{tuple(self.sharding.shape(name))}, of which {tuple(part)} on this rank."
             )
         return value
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
+        self.finish()
+        return self.__dict__ | {"_hosts": {}, "_folding": None}
 
     def __repr__(self) -> str:
         """Window and progress in one line."""

@@ -54,7 +54,9 @@ class StreamCopier:
             for weight, buffer in zip(weights, buffers, strict=True):
                 buffer.copy_(weight, non_blocking=True)
                 weight.record_stream(self.stream)  # not to be given to something else before it was read
-            return self.stream.record_event()
+        arrived = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+        arrived.record(self.stream)
+        return arrived
 
     def hold_back(self, ticket: torch.cuda.Event) -> None:
         """The current stream waits."""
@@ -80,7 +82,7 @@ class HostAverage:
         self._ticket: Any = None
         self._read: list[tuple[Tensor, int]] = []
 
-    def move(self, averages: list[Tensor], weights: list[Tensor], size: float) -> None:
+    def move(self, averages: list[Tensor], weights: list[Tensor], size: float, *, of: Sequence[Tensor]) -> None:
         """Begin to move every average by `size` of its distance towards its weights, as they are now.
 
         Nothing may write to the weights before `before_writing()`.
@@ -89,12 +91,13 @@ class HostAverage:
             averages: float32, in host memory.
             weights: on the device, of the same shapes.
             size: in [0, 1].
+            of: the parameters that the weights are of; by them a write is noticed (but not one to `p.data`).
         """
         self.finish()
         weights = [weight.detach() for weight in weights]
         if [(b.shape, b.dtype) for b in self._buffers] != [(w.shape, w.dtype) for w in weights]:
             self._buffers = [self._copier.buffer(weight) for weight in weights]
-        self._read = [(weight, weight._version) for weight in weights]
+        self._read = [(parameter, parameter._version) for parameter in of]
         self._ticket = self._copier.start(weights, self._buffers)
         self._job = self._thread.submit(self._arrived, self._ticket, averages, size)
 
@@ -113,11 +116,12 @@ class HostAverage:
             return
         self._copier.hold_back(self._ticket)
         self._ticket = None
-        written = [weight.shape for weight, version in self._read if weight._version != version]
+        read, self._read = self._read, []
+        written = [parameter.shape for parameter, version in read if parameter._version != version]
         if written:
             raise RuntimeError(
                 f"Something has written to a weight of shape {tuple(written[0])} while it was being copied to its "
-                "average in host memory: leave out ewa_device, or write in on_pre_optimizer_step."
+                "average in host memory: leave out ewa_device, or write in on_pre_optimizer_step or on_optimizer_step."
             )
 
     def finish(self) -> None:

@@ -34,19 +34,34 @@ from hf_radam.training_args import RAdamTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class AfterUpdate(TrainerCallback):
-    """Tells the trainer's average, and what depends on the weights, of every optimizer step that was not skipped."""
+class BeforeUpdate(TrainerCallback):
+    """Tells the trainer's average that weights will be written to. Comes first: a user's callback may do that, too."""
 
     def __init__(self, trainer: RAdamTrainerMixin):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Before weights are written to: they are copied for the average first; or the update moves it with them."""
+        """Have the weights copied before, if they are; and the average moved with the update, if that was asked for."""
         if self.trainer.average is None:
             return
         self.trainer.average.before_writing()
         if args.ewa_folded:
             self.trainer.average.fold_into(self.trainer._bare_optimizer, state.global_step + 1)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave nothing under way."""
+        if self.trainer.average is not None:
+            self.trainer.average.finish()
+
+
+class AfterUpdate(TrainerCallback):
+    """Tells the trainer's average, and what depends on the weights, of every optimizer step that was not skipped.
+
+    Comes last: what a user's callback does to the new weights is averaged.
+    """
+
+    def __init__(self, trainer: RAdamTrainerMixin):
+        self.trainer = trainer
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average the update just made; `global_step` is advanced after this event, so it has the next number."""
@@ -54,7 +69,7 @@ class AfterUpdate(TrainerCallback):
             return
         self.trainer._evaluation.forget_statistics()
         if self.trainer.average is not None:
-            # DeepSpeed makes its updates before the event above.
+            # DeepSpeed makes its updates before on_pre_optimizer_step.
             self.trainer.average.update(state.global_step + 1, overlap=not self.trainer.is_deepspeed_enabled)
 
 
@@ -177,6 +192,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
         ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
         if not any(callback.trainer is self for callback in ours):
+            self.callback_handler.callbacks.insert(0, BeforeUpdate(self))
             self.add_callback(AfterUpdate(self))
         self._evaluation = EvaluationWeights(
             self._bare_model,

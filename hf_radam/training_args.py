@@ -97,7 +97,8 @@ class RAdamTrainingArguments(TrainingArguments):
         default=False,
         metadata={
             "help": "Move the average in the same pass over memory as a fused update: the same average, in less time. "
-            "An error if a callback writes to the weights between the update and the averaging."
+            "What a callback writes to the weights in `on_optimizer_step` is not averaged then: an error, but for "
+            "writes to `p.data`, which nobody sees."
         },
     )
     fused_optimizer: str = field(

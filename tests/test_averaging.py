@@ -1,5 +1,7 @@
 """`WeightAverage` against explicit weighted sums in float64, a closed form, and misuse."""
 
+import copy
+import itertools
 import math
 import re
 
@@ -8,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_radam import WeightAverage
-from hf_radam.sharding import base
+from hf_radam.sharding import exchange
 
 UPDATES = 60
 
@@ -132,10 +134,10 @@ def values(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stretch", [7, 2**22])
+@pytest.mark.parametrize("stretch", [7, 2**20])
 def test_exchanged_for_the_average_weights_and_average_come_back(stretch, monkeypatch):
     """Oracle: `applied()` with its copies."""
-    monkeypatch.setattr(base, "EXCHANGED", stretch)
+    monkeypatch.setattr(exchange, "AT_A_TIME", stretch)
     model, average = mixed_model()
     before, kept = values(model), average.averaged_state_dict()
     with average.applied():
@@ -152,22 +154,65 @@ def test_exchanged_for_the_average_weights_and_average_come_back(stretch, monkey
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
 
 
-def test_what_writes_to_exchanged_weights_is_told_so():
+@pytest.mark.parametrize("write", [lambda p: p.zero_(), lambda p: p.data.clamp_(-0.01, 0.01)])
+def test_what_writes_to_exchanged_weights_is_told_so(write):
     model, average = mixed_model()
     before = values(model)
     with pytest.raises(RuntimeError, match="Something wrote to 0.bias while it held other weights"):
         with average.applied(exchange=True), torch.no_grad():
-            model[0].bias.zero_()
+            write(model[0].bias)
     assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+
+
+def test_weights_that_share_their_memory_come_back():
+    for exchanging in (False, True):
+        model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+        model[1].weight.data = model[0].weight.data
+        average = WeightAverage(model.named_parameters(), decay=0.5)
+        for step in (1, 2):
+            with torch.no_grad():
+                model[0].weight.add_(torch.randn(5, 5))
+            average.update(step)
+        before, kept = values(model), average.averaged_state_dict()
+        with average.applied(exchange=exchanging):
+            assert torch.equal(model[0].weight, kept["0.weight"])
+        assert all(torch.equal(value, before[name]) for name, value in values(model).items())
+        assert all(torch.equal(value, kept[name]) for name, value in average.averaged_state_dict().items())
+
+
+@pytest.mark.parametrize("operation", range(40))
+def test_an_exchange_that_is_broken_off_anywhere_is_undone(operation, monkeypatch):
+    """As by running out of memory or by Ctrl-C: at every single copy of 5 stretches, before and after it."""
+    monkeypatch.setattr(exchange, "AT_A_TIME", 3)
+    ones, others = torch.arange(14.0), torch.arange(100.0, 114.0)
+    pairs = [(ones[:8], others[:8]), (ones[8:], others[8:])]
+    made, copied, count = exchange.Exchange(pairs), torch.Tensor.copy_, itertools.count()
+
+    def breaking(tensor, source):
+        number = next(count)
+        if number == operation // 2 and operation % 2 == 0:
+            raise KeyboardInterrupt
+        copied(tensor, source)
+        if number == operation // 2 and operation % 2 == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "copy_", breaking)
+        with pytest.raises(KeyboardInterrupt):
+            made.forth()
+    made.back()
+    assert torch.equal(ones, torch.arange(14.0)) and torch.equal(others, torch.arange(100.0, 114.0))
+    made.forth()
+    assert torch.equal(others, torch.arange(14.0)) and torch.equal(ones, torch.arange(100.0, 114.0))
 
 
 def test_a_model_cast_meanwhile_costs_the_average_nothing():
     """As upstream's `bf16_full_eval` does. Oracle: the same with a copy."""
     ends = []
-    for exchange in (False, True):
+    for exchanging in (False, True):
         model, average = mixed_model()
         kept = average.averaged_state_dict()
-        with average.applied(exchange=exchange):
+        with average.applied(exchange=exchanging):
             model.to(torch.bfloat16)
         assert all(torch.equal(value, kept[name]) for name, value in average.averaged_state_dict().items())
         ends.append(values(model))
@@ -282,3 +327,10 @@ def test_misuse_is_refused_and_changes_nothing():
     frozen.requires_grad_(True)
     with pytest.raises(RuntimeError, match="f was frozen when the average was made"):
         average.update(5)
+
+
+def test_a_copy_of_an_average_goes_on_by_itself():
+    model, average = mixed_model()
+    other = copy.deepcopy(average)
+    average.update(5)
+    assert other.last_step == 4 and not torch.equal(other.averages["0.bias"], average.averages["0.bias"])

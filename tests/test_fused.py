@@ -217,6 +217,40 @@ def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize(
+    "strange", [torch._neg_view, lambda g: torch._efficientzerotensor(g.shape)], ids=["negated", "zero"]
+)
+def test_gradients_whose_memory_does_not_tell_their_value(kind, strange):
+    """Oracle: the unfused update."""
+    ends = []
+    for flag in (False, True):
+        given = parameters()[:2]
+        optimizer = make(kind, given, fused=flag)
+        for _ in range(12):
+            for p in given:
+                p.grad = strange(torch.full_like(p, 0.3))
+            optimizer.step()
+        ends.append((optimizer, given))
+    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_parameters_with_the_same_memory_are_updated_one_after_another(kind):
+    """Oracle: the unfused update of each by itself."""
+    ends = []
+    for flag in (False, True):
+        torch.manual_seed(0)
+        given = [torch.nn.Parameter(torch.randn(100_000)) for _ in range(3)]
+        given[2].data = given[0].data
+        optimizer = make(kind, given, fused=flag, foreach=False)
+        train(optimizer, given, range(20))
+        ends.append((optimizer, given))
+    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
+        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
 def test_inside_modes_that_watch_operations(kind):
     ends = []
     for flag in (False, True):

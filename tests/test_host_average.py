@@ -4,6 +4,7 @@ The order of things is tested with a copier that is as late as a busy device cou
 other work, and not earlier. Oracle: the average that moves at once. The same runs on a GPU, where there is one.
 """
 
+import copy
 import time
 
 import pytest
@@ -115,6 +116,15 @@ def test_a_weight_written_to_too_early_is_an_error(late):
         model[1].bias.zero_()
     with pytest.raises(RuntimeError, match=r"written to a weight of shape \(10,\) while it was being copied"):
         average.before_writing()
+
+
+def test_nothing_is_kept_between_updates(late):
+    model = model_of(torch.float32)
+    average = WeightAverage(model.named_parameters(), decay=0.9)
+    walk(model, average, overlap=True)
+    other = copy.deepcopy(average)
+    assert all(not host._read and host._ticket is None and host._job is None for host in average._hosts.values())
+    assert tiny.same(other.averaged_state_dict(), average.averaged_state_dict())
 
 
 def test_what_fails_in_the_thread_is_raised(late):

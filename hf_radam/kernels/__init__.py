@@ -21,6 +21,8 @@ from hf_radam.kernels import building, on_cpu, on_gpu
 DEVICES = ("cpu", "cuda")
 MEASURED = ("cpu",)
 """Types of devices on which fused updates were tried and found faster."""
+Entry = tuple[Tensor, ...]
+"""A parameter, its gradient, its two states, and whatever else goes with them."""
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 """Tensors that are nothing but their elements in memory; of a subclass nobody knows."""
 
@@ -122,8 +124,14 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether these are nothing but elements in memory, in their order; kernels have no regard for strides."""
-    return all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in tensors)
+    """Whether these are nothing but elements in memory, in their order: kernels see addresses and numbers alone."""
+    return all(
+        type(tensor) in PLAIN
+        and tensor.is_contiguous()
+        and not (tensor.is_neg() or tensor.is_inference() or torch._is_zerotensor(tensor))
+        and (tensor.device.type == "meta" or tensor.untyped_storage().nbytes() > 0 or not tensor.numel())
+        for tensor in tensors
+    )
 
 
 def fits(*tensors: Tensor) -> bool:
@@ -137,6 +145,28 @@ def fits(*tensors: Tensor) -> bool:
     if any(isinstance(tensor, DTensor) for tensor in tensors):
         return all(_are_cut_alike(first, tensor) for tensor in tensors) and are_plain(*map(local, tensors))
     return are_plain(*tensors)
+
+
+def together(entries: Iterable[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
+    """Sort entries by what one call of a kernel can take.
+
+    Returns:
+        Lists of one dtype and device each, and the rest: what does not fit, and parameters that have the same memory
+        as another one before them, whose updates must come one after another.
+    """
+    alike: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
+    rest: list[Entry] = []
+    seen: set[int] = set()
+    for entry in entries:
+        parameter = entry[0]
+        address = local(parameter).data_ptr() if fits(*entry[:4]) else None
+        if address is None or address in seen:
+            rest.append(entry)
+            continue
+        if parameter.numel():
+            seen.add(address)
+        alike.setdefault((parameter.dtype, parameter.device), []).append(entry)
+    return [*alike.values()], rest
 
 
 def _are_cut_alike(one: Tensor, other: Tensor) -> bool:

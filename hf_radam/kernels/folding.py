@@ -17,20 +17,23 @@ class Folding:
         size: step size of the averages.
         averages: float32 average of each parameter that may be averaged so, of its shape and on its device.
         moved: the parameters whose average has moved, each with its version number after the update.
+        spent: whether the update that it was for has been averaged: it moves nothing any more.
     """
 
     step: int
     size: float
     averages: dict[Tensor, Tensor]
     moved: dict[Tensor, int] = field(default_factory=dict)
+    spent: bool = False
 
     def of(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         """The average of each parameter, None where there is none."""
-        return [self.averages.get(parameter) for parameter in parameters]
+        return [None if self.spent else self.averages.get(parameter) for parameter in parameters]
 
     def note(self, parameters: Sequence[Tensor]) -> None:
         """Take down that the averages of these have moved, with them."""
-        self.moved |= {parameter: parameter._version for parameter in parameters if parameter in self.averages}
+        if not self.spent:
+            self.moved |= {parameter: parameter._version for parameter in parameters if parameter in self.averages}
 
     def changed(self) -> list[Tensor]:
         """Parameters that something has written to after their average moved."""

@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.radam import radam
 
-from hf_radam.kernels import fits, local, make_ready, radam_update
+from hf_radam.kernels import Entry, local, make_ready, radam_update, together
 from hf_radam.kernels.folding import Folding
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
 THRESHOLD = 5.0
 """Length of the second moment's average above which `torch.optim.RAdam` rectifies; the paper has 4."""
-Entry = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Parameter, gradient, first and second moment, and the number of updates done."""
 
 
 class RAdam(torch.optim.RAdam):
@@ -99,7 +97,7 @@ class RAdam(torch.optim.RAdam):
             second: list[Tensor] = []
             steps: list[Tensor] = []
             has_complex = self._init_group(group, parameters, gradients, first, second, steps)
-            entries = [*zip(parameters, gradients, first, second, steps, strict=True)]
+            entries: list[Entry] = [*zip(parameters, gradients, first, second, steps, strict=True)]
             plain = not (has_complex or group["maximize"] or group["capturable"] or group["differentiable"])
             if self.fused and plain and group["decoupled_weight_decay"]:
                 make_ready({(p.dtype, p.device) for p in parameters}, schedule_free=False)
@@ -131,32 +129,34 @@ class RAdam(torch.optim.RAdam):
 
     def _step_fused(self, entries: list[Entry], group: dict[str, Any], folding: Folding | None) -> list[Entry]:
         """Make the rectified updates that a kernel can make; returns the entries of the rest."""
-        rest: list[Entry] = []
-        alike: dict[tuple[int, float, torch.dtype, torch.device], list[Entry]] = {}
+        by_step: dict[int, list[Entry]] = {}
         for entry in entries:
-            step = int(entry[-1]) + 1
+            by_step.setdefault(int(entry[-1]) + 1, []).append(entry)
+        rest: list[Entry] = []
+        for step, of_a_step in by_step.items():
             factor = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
-            if factor is None or not fits(*entry[:-1]):
-                rest.append(entry)
-            else:
-                alike.setdefault((step, factor, entry[0].dtype, entry[0].device), []).append(entry)
-        for (step, factor, _, _), chosen in alike.items():
-            columns = [[local(tensor) for tensor in column] for column in [*zip(*chosen, strict=True)][:-1]]
-            parameters = [entry[0] for entry in chosen]
-            radam_update(
-                columns,
-                lr=float(group["lr"]),
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-                factor=factor,
-                step=step,
-                averages=None if folding is None else folding.of(parameters),
-                size=0.0 if folding is None else folding.size,
-            )
-            if folding is not None:
-                folding.note(parameters)
-            torch._foreach_add_([entry[-1] for entry in chosen], 1)
+            if factor is None:
+                rest += of_a_step
+                continue
+            calls, unfit = together(of_a_step)
+            rest += unfit
+            for chosen in calls:
+                *columns, steps = [[local(tensor) for tensor in column] for column in zip(*chosen, strict=True)]
+                parameters = [entry[0] for entry in chosen]
+                radam_update(
+                    columns,
+                    lr=float(group["lr"]),
+                    betas=group["betas"],
+                    eps=group["eps"],
+                    weight_decay=group["weight_decay"],
+                    factor=factor,
+                    step=step,
+                    averages=None if folding is None else folding.of(parameters),
+                    size=0.0 if folding is None else folding.size,
+                )
+                if folding is not None:
+                    folding.note(parameters)
+                torch._foreach_add_(steps, 1)
         return rest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from hf_radam.kernels import fits, local, make_ready, schedule_free_update
+from hf_radam.kernels import Entry, local, make_ready, schedule_free_update, together
 from hf_radam.kernels.folding import Folding
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
@@ -194,27 +194,22 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             "y_rate": lr * (beta1 * (1 - c) - 1),
             "z_rate": lr,
         }
-        rest: list[Tensor] = []
-        alike: dict[tuple[torch.dtype, torch.device], list[tuple[Tensor, ...]]] = {}
+        entries: list[Entry] = []
         for y in ys:
-            state, gradient = self.state[y], y.grad
-            assert gradient is not None, "only these are updated"
-            entry = (y, gradient, state["z"], state["exp_avg_sq"])
-            if fits(*entry):
-                alike.setdefault((y.dtype, y.device), []).append(entry)
-            else:
-                rest.append(y)
-        for entries in alike.values():
-            chosen = [entry[0] for entry in entries]
+            assert y.grad is not None, "only these are updated"
+            entries.append((y, y.grad, self.state[y]["z"], self.state[y]["exp_avg_sq"]))
+        calls, rest = together(entries)
+        for chosen in calls:
+            parameters = [entry[0] for entry in chosen]
             schedule_free_update(
-                [[local(tensor) for tensor in column] for column in zip(*entries, strict=True)],
+                [[local(tensor) for tensor in column] for column in zip(*chosen, strict=True)],
                 numbers,
-                averages=None if folding is None else folding.of(chosen),
+                averages=None if folding is None else folding.of(parameters),
                 size=0.0 if folding is None else folding.size,
             )
             if folding is not None:
-                folding.note(chosen)
-        return rest
+                folding.note(parameters)
+        return [entry[0] for entry in rest]
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
         """Update the second moments, then y and z, of `ys` (tensors of any shapes)."""

@@ -12,14 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_radam.sharding.exchange import Exchange, fingerprint
+
 Pieces = Iterable[tuple[str, Tensor]]
 """Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.live`."""
 
 Stretches = list[tuple[int, int]]
 """First element and length of what each rank has."""
 
-EXCHANGED = 2**22
-"""Elements that change places at a time."""
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -83,19 +83,6 @@ def _from_owners(piece: Tensor, numel: int, stretches: Stretches, *, everywhere:
         elif owner != 0 and me == 0:
             dist.recv(stretch, src=owner)
     return whole
-
-
-def _exchange(one: Tensor, other: Tensor) -> None:
-    """Swap the contents of two tensors alike, in stretches that take little memory."""
-    if one.is_contiguous() and other.is_contiguous():
-        for a, b in zip(one.view(-1).split(EXCHANGED), other.view(-1).split(EXCHANGED), strict=True):
-            kept = a.clone()
-            a.copy_(b)
-            b.copy_(kept)
-    else:
-        kept = one.clone()
-        one.copy_(other)
-        other.copy_(kept)
 
 
 class Sharding(ABC):
@@ -263,7 +250,7 @@ class Sharding(ABC):
             yield
         finally:
             with torch.no_grad(), self.editing():
-                for name, value in kept.items():
+                for name, value in reversed(kept.items()):  # some may be the same memory
                     self.held(name).copy_(value)
 
     @contextmanager
@@ -278,27 +265,27 @@ class Sharding(ABC):
 
         Raises:
             RuntimeError: at the end, if something has written to the model's weights meanwhile: that is in the
-                values now. The weights are put back all the same.
+                values now. The weights are put back all the same. Nothing is raised where something else was.
         """
-        copied = {name: piece for name, piece in pieces.items() if not self._can_exchange(name, piece)}
-        exchanged: dict[str, tuple[Tensor, int]] = {}
-        written: list[str] = []
+        exchanged = {
+            name: self.held(name).detach() for name, piece in pieces.items() if self._can_exchange(name, piece)
+        }
+        exchange = Exchange((weights, pieces[name]) for name, weights in exchanged.items())
+        copied = {name: piece for name, piece in pieces.items() if name not in exchanged}
         with self.holding(copied.items):
             try:
                 with torch.no_grad(), self.editing():
-                    for name in [name for name in pieces if name not in copied]:
-                        weights = self.held(name).detach()  # its memory, whatever becomes of the parameter
-                        _exchange(weights, pieces[name])
-                        exchanged[name] = weights, weights._version
-                yield copied | {name: weights for name, (weights, _) in exchanged.items()}
+                    before = fingerprint(pieces[name] for name in exchanged)
+                    exchange.forth()
+                yield copied | exchanged
             finally:
                 with torch.no_grad(), self.editing():
-                    for name, (weights, version) in exchanged.items():
-                        if weights._version != version:
-                            written.append(name)
-                        _exchange(weights, pieces[name])
+                    exchange.back()
+                    for name, weights in exchanged.items():
                         if self.held(name).data_ptr() != weights.data_ptr():  # moved, or cast to another dtype
                             self.held(name).copy_(weights)
+            after = fingerprint(pieces[name] for name in exchanged)
+            written = [name for name, one, other in zip(exchanged, before, after, strict=True) if one != other]
             if written:
                 raise RuntimeError(
                     f"Something wrote to {written[0]} while it held other weights than its own, which have changed "

@@ -101,7 +101,9 @@ class LocalSharding(Sharding):
 
     def _can_exchange(self, name: str, piece: Tensor) -> bool:
         live = self.live(name)
-        return piece.dtype == live.dtype and piece.shape == live.shape
+        if piece.dtype != torch.float32 or live.dtype != torch.float32 or piece.device != live.device:
+            return False
+        return piece.shape == live.shape and piece.is_contiguous() and live.is_contiguous()
 
     @contextmanager
     def editing(self) -> Iterator[None]:

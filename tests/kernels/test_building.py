@@ -3,6 +3,7 @@
 Every case is a process of its own with a cache of its own, as a machine's first run has it.
 """
 
+import hashlib
 import os
 import shutil
 import stat
@@ -20,9 +21,9 @@ ROOT = Path(__file__).parents[2]
 ASK = "from hf_radam.kernels import building; print(building.why_not()); building.library()"
 
 
-def ask(cache, **variables):
+def ask(cache, *, script=ASK, **variables):
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(ROOT)} | variables
-    return subprocess.run([sys.executable, "-c", ASK], env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=200)
 
 
 def built(cache):
@@ -35,13 +36,18 @@ def test_it_is_built_once_and_kept(tmp_path):
     before = library.stat()
     assert library.suffix == ".so" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
     # The compiler can still be asked for its version, but builds nothing.
-    only_version = tmp_path / "c++"
-    only_version.write_text(f'#!/bin/sh\n[ "$1" = --version ] && exec {shutil.which("c++")} --version\nexit 7\n')
-    only_version.chmod(0o755)
-    path = os.pathsep.join([str(tmp_path), os.environ["PATH"]])
-    refused = ask(tmp_path / "other", PATH=path)
+    compiler = shutil.which("g++") or shutil.which("c++")
+    wrapper = tmp_path / "wrapper"
+    asked = f'#!/bin/sh\n[ "$1" = --version ] && exec {compiler} --version\n'
+    wrapper.write_text(asked + f'[ -z "$BUILDS" ] && exit 7\nexec {compiler} "$@"\n')
+    wrapper.chmod(0o755)
+    assert ask(tmp_path, CXX=str(wrapper), BUILDS="1").stdout == "None\n"
+    kept = built(tmp_path)
+    assert len(kept) == 2  # another command
+    assert ask(tmp_path, CXX=str(wrapper)).stdout == "None\n" and built(tmp_path) == kept
+    refused = ask(tmp_path / "other", CXX=str(wrapper))
     assert "cannot build the kernels" in refused.stdout and "BuildError" in refused.stderr
-    assert ask(tmp_path).stdout == "None\n" and built(tmp_path) == [library]
+    assert not (tmp_path / "other").exists()
     assert library.stat().st_mtime_ns == before.st_mtime_ns and library.stat().st_ino == before.st_ino
 
 
@@ -51,11 +57,41 @@ def test_many_at_once(tmp_path):
     assert {answer.stdout for answer in answers} == {"None\n"} and len(built(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b"no library"])
-def test_a_damaged_one_is_not_used(tmp_path, damage):
+@pytest.mark.parametrize("length", [0, 40, 4000, 20_000, -1])
+def test_one_that_was_cut_short_is_built_anew(tmp_path, length):
     ask(tmp_path)
     (library,) = built(tmp_path)
-    library.write_bytes(damage)
+    whole = library.read_bytes()
+    library.write_bytes(whole[:length])
+    assert ask(tmp_path).stdout == "None\n"
+    assert built(tmp_path) == [library] and library.read_bytes() == whole
+
+
+def test_another_source_is_another_library(tmp_path):
+    changed = tmp_path / "changed.cpp"
+    changed.write_text(building.SOURCE.read_text() + "// changed\n")
+    ask(tmp_path)
+    other = f"import pathlib; from hf_radam.kernels import building; building.SOURCE = pathlib.Path({str(changed)!r}); "
+    assert ask(tmp_path, script=other + ASK).stdout == "None\n"
+    assert len(built(tmp_path)) == 2
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["folder", "file", "mode"])
+def test_what_others_could_have_written_is_not_run(tmp_path, whose):
+    """A library that would end the process, in a place that another user may write to."""
+    ask(tmp_path)
+    (library,) = built(tmp_path)
+    fatal = tmp_path / "fatal.cpp"
+    fatal.write_text("#include <cstdlib>\n__attribute__((constructor)) void planted() { _Exit(42); }\n")
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(fatal)], check=True)
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    assert ask(tmp_path).returncode == 42  # of our own it is run
+    if whose == "mode":
+        library.parent.chmod(0o777)
+    else:
+        os.chown(library if whose == "file" else library.parent, 65534, 65534)
     assert ask(tmp_path).stdout == "None\n"
 
 
@@ -67,10 +103,18 @@ def test_a_cache_that_cannot_be_written_to(tmp_path):
 
 def test_without_a_compiler(tmp_path):
     answer = ask(tmp_path, PATH=str(tmp_path), CXX="")
-    assert answer.stdout.startswith("there is no C++ compiler (c++, g++, clang++, or one that $CXX names)")
+    assert answer.stdout.startswith("there is no C++ compiler (g++, c++, clang++, or one that $CXX names)")
     assert "BuildError: there is no C++ compiler" in answer.stderr
 
 
 def test_a_compiler_that_is_named_and_does_not_run(tmp_path):
     answer = ask(tmp_path, CXX="/no/such/compiler")
     assert answer.stdout.startswith("the C++ compiler /no/such/compiler does not run")
+    assert ask(tmp_path, CXX="g++ 'x").stdout.startswith('CXX="g++ \'x" cannot be read as a command (No closing')
+
+
+def test_a_compiler_with_arguments_and_a_strange_version(tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.write_bytes(b'#!/bin/sh\n[ "$2" = --version ] && printf "\\377 1.0" && exit 0\nshift\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    assert ask(tmp_path, CXX=f"{compiler} first").stdout == "None\n" and len(built(tmp_path)) == 1

@@ -5,7 +5,11 @@ the last place; for averages torch's `lerp` and the same in float64.
 """
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +18,7 @@ from hf_radam.optim.radam import THRESHOLD
 from hf_radam.optim.rectification import rectification
 
 pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
+ROOT = Path(__file__).parents[2]
 SIZES = (0, 1, 7, 16, 16383, 16384, 16385, 200_001)
 RADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "step": 9}
 RADAM["factor"] = rectification(RADAM["step"], beta2=0.99, threshold=THRESHOLD)
@@ -64,6 +69,42 @@ def test_an_update_is_the_formula(kind, dtype):
         for value, wanted in zip((parameter, first, second), oracle(*(o.double() for o in old)), strict=True):
             torch.testing.assert_close(value.double(), wanted, rtol=bound, atol=bound)
             assert not value.numel() or not torch.equal(value, old[0])
+
+
+def test_every_operation_is_rounded_by_itself():
+    """Bit for bit. Oracle: the same operations one after another in numpy's float32."""
+    given = columns(torch.float32)
+    y, g, z, v = ([value.numpy().copy() for value in column] for column in given)
+    UPDATES["schedule_free"](given)
+    beta2, rest2, correction, eps, decay, c, y_rate, z_rate = (np.float32(n) for n in SCHEDULE_FREE.values())
+    for n in range(len(SIZES)):
+        v_new = v[n] * beta2 + g[n] * g[n] * rest2
+        direction = g[n] / (np.sqrt(v_new * correction) + eps) + y[n] * decay
+        expected = (y[n] + (z[n] - y[n]) * c + direction * y_rate, g[n], z[n] - direction * z_rate, v_new)
+        for column, wanted in zip(given, expected, strict=True):
+            assert np.array_equal(column[n].numpy(), wanted)
+
+
+FLUSHING = """
+import torch
+from hf_radam.kernels import on_cpu
+tiny = torch.full((400_000,), 1e-40)
+torch.set_num_threads(2)
+torch.set_flush_denormal(True)
+for _ in range(5):
+    average = tiny.clone()
+    on_cpu.average([average], [tiny], 0.5)
+    assert not average.view(torch.int32).any()
+torch.set_flush_denormal(False)
+average = tiny.clone()
+on_cpu.average([average], [tiny], 0.5)
+assert average.view(torch.int32).all()
+"""
+
+
+def test_every_thread_treats_denormals_as_the_calling_one(tmp_path):
+    done = subprocess.run([sys.executable, "-c", FLUSHING], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", UPDATES)
