@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from hf_radam import WeightAverage, averaging
 from hf_radam.host_average import HostAverage
@@ -155,6 +156,27 @@ def test_a_training_is_the_same(late, monkeypatch, tmp_path):
     assert late and len(late[0].late) == trainer.state.max_steps - 1
     assert ends[0][0] == ends[1][0]
     assert tiny.same(ends[0][1], ends[1][1]) and tiny.same(ends[0][2], ends[1][2])
+
+
+class Halves(TrainerCallback):
+    """Writes to a weight where the error says that one may."""
+
+    def halve(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            next(model.parameters()).mul_(0.5)
+
+    on_pre_optimizer_step = on_optimizer_step = halve
+
+
+def test_a_callback_may_write_around_the_update(late, monkeypatch, tmp_path):
+    ends = []
+    for name in ("late", "at once"):
+        trainer = tiny.trainer(tmp_path / name, **tiny.METHODS["ewa"] | {"ewa_every": 1})
+        trainer.add_callback(Halves())
+        trainer.train()
+        ends.append(trainer.average.averaged_state_dict())
+        monkeypatch.undo()
+    assert late and tiny.same(*ends)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

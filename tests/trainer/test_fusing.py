@@ -11,7 +11,7 @@ import torch
 from test_fused import OPTIONS, make, parameters
 from transformers import TrainerCallback
 
-from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, kernels
+from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, WeightAverage, kernels
 from hf_radam.sharding import LocalSharding
 from hf_radam.training.fusing import choose_fused
 
@@ -182,3 +182,48 @@ def test_folding_where_nothing_was_fused_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(kernels, "MEASURED", ())
     with pytest.raises(ValueError, match="not possible: the optimizer's updates are not fused"):
         run_with_average(tmp_path, ewa_folded=True, fused_optimizer="auto")
+
+
+class Evaluates(TrainerCallback):
+    """Evaluates between an update and its average, as no callback should."""
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step % 4 == 2:
+            self.losses = self.trainer.evaluate()
+
+
+def test_evaluating_between_a_folded_update_and_its_average_changes_nothing(tmp_path):
+    ends = []
+    for folded in (True, False):
+        watch = Evaluates()
+        trainer = RAdamTrainer(
+            tiny.llama(),
+            tiny.arguments(tmp_path / str(folded), optim="radam", ewa=True, ewa_folded=folded),
+            train_dataset=tiny.TRAIN,
+            eval_dataset=tiny.TRAIN,
+            callbacks=[watch],
+        )
+        watch.trainer = trainer
+        trainer.train()
+        assert watch.losses["eval_loss"] > 0
+        ends.append((tiny.parameters(trainer.model), trainer.average.averaged_state_dict(), trainer.average.counters()))
+    assert tiny.same(ends[0][0], ends[1][0]) and tiny.same(ends[0][1], ends[1][1]) and ends[0][2] == ends[1][2]
+
+
+def test_a_folding_that_was_not_used_moves_nothing_later():
+    """As after an update that a gradient scaler skips. Oracle: the same loop without folding."""
+    ends = []
+    for folded in (True, False):
+        given = parameters()
+        optimizer = make(RAdam, given, fused=True)
+        average = WeightAverage(((str(n), p) for n, p in enumerate(given)), decay=0.9)
+        for step in range(1, 20):
+            for n, p in enumerate(given):
+                p.grad = torch.full_like(p, 0.1 * step + n)
+            if folded and step < 15:
+                average.fold_into(optimizer, step)
+            if step != 14:
+                optimizer.step()
+            average.update(step)
+        ends.append(average.averaged_state_dict())
+    assert tiny.same(*ends)
