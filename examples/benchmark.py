@@ -33,7 +33,6 @@ QUICK: dict[str, Any] = {
     "batches": [1],
     "block": 16,
     "updates": 3,
-    "trainer_rounds": 2,
 }
 
 
@@ -50,8 +49,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--trainer_parameters", type=float, default=8.0, help="millions, of the model that is trained")
     parser.add_argument("--batches", type=int, default=[1, 4], help="sequences of an update of the trainers", **many)
     parser.add_argument("--block", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--updates", type=int, default=12, help="updates of each training that count")
-    parser.add_argument("--trainer_rounds", type=int, default=15, help="trainings of each trainer")
+    parser.add_argument("--updates", type=int, default=200, help="updates of each training that count")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--quick", action="store_true", help="tiny models and few rounds: the numbers mean nothing")
     parser.add_argument("--json", type=Path, help="write every number to this file")
@@ -98,7 +96,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 batch=batch,
                 block=arguments.block,
                 updates=arguments.updates,
-                rounds=arguments.trainer_rounds,
                 device=device,
             )
         )

@@ -96,7 +96,7 @@ def lines(panel: Any, data: dict[str, Any]) -> None:
 
 
 def trainers(panel: Any, trainings: list[dict[str, Any]]) -> None:
-    """Updates per second of each trainer as a ratio to stock's: the median, and the middle half of the rounds."""
+    """Updates per second of each trainer as a ratio to stock's: the median, and the middle half of the updates."""
     names, ends = [], [1.0]
     for measured in trainings:
         for row in measured["rows"]:
@@ -122,5 +122,5 @@ def trainers(panel: Any, trainings: list[dict[str, Any]]) -> None:
     margin = max(0.05, 0.1 * (max(ends) - min(ends)))
     panel.set_xlim(min(ends) - margin, max(ends) + margin)
     panel.grid(alpha=0.3, axis="x")
-    panel.set_xlabel("updates/s to stock's; middle half of rounds")
+    panel.set_xlabel("updates/s to stock's; middle half of updates")
     panel.set_title("Trainings (more is better)", fontsize=11)

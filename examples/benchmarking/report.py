@@ -115,8 +115,8 @@ def trainers(data: Data) -> str:
         parts.append(
             f"{millions(measured['parameters'])} parameters, {measured['batch']} x {measured['block']} tokens an "
             f"update, of which the optimizer's step takes stock {100 * measured['optimizer_share']:.1f} %, "
-            f"{len(measured['rows'][0]['rounds'])} rounds:\n\n"
-            + markdown(["trainer", "updates/s", "to stock", "middle half of the rounds"], rows)
+            f"{len(measured['rows'][0]['seconds'])} updates of each:\n\n"
+            + markdown(["trainer", "updates/s", "to stock", "middle half of the updates"], rows)
         )
     return "\n".join(parts)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,29 +92,27 @@ def average_update(averages: list[Tensor], weights: list[Tensor], size: float) -
         weights: of the same shapes; of any dtype and on any device, which may cost a copy of one at a time.
         size: in [0, 1].
     """
-    alike: dict[Any, tuple[list[Tensor], list[Tensor]]] = {}
+    ours = building.why_not() is None
+    in_one_pass: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    at_once: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
     for average, weight in zip(averages, weights, strict=True):
-        of_a_kind = alike.setdefault(_kernel_of_average(average, weight), ([], []))
-        of_a_kind[0].append(average)
-        of_a_kind[1].append(weight)
-    for kernel, of_a_kind in alike.items():
-        if kernel is None:
-            for average, weight in zip(*of_a_kind, strict=True):
-                average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
-        elif kernel in on_cpu.AVERAGED:
-            on_cpu.average(*of_a_kind, size)
+        kind, device = weight.dtype, weight.device
+        if device != average.device:
+            average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
+            continue
+        if ours and kind in on_cpu.AVERAGED and average.dtype is torch.float32 and are_plain(average, weight):
+            pair = in_one_pass.setdefault(kind, ([], []))
+        elif kind is average.dtype:
+            pair = at_once.setdefault(device, ([], []))
         else:
-            torch._foreach_lerp_(*of_a_kind, size)
-
-
-def _kernel_of_average(average: Tensor, weight: Tensor) -> torch.dtype | torch.device | None:
-    """What tells those apart that one call can take: the dtype for ours on CPUs, the device for torch's."""
-    if average.device != weight.device or DTensor in (type(average), type(weight)):
-        return None
-    plain = are_plain(average, weight) and average.device.type == "cpu" and average.dtype == torch.float32
-    if plain and weight.dtype in on_cpu.AVERAGED and building.why_not() is None:
-        return weight.dtype
-    return weight.device if weight.dtype == average.dtype else None
+            average.lerp_(weight.to(average.dtype), size)
+            continue
+        pair[0].append(average)
+        pair[1].append(weight)
+    for pair in in_one_pass.values():
+        on_cpu.average(*pair, size)
+    for pair in at_once.values():
+        torch._foreach_lerp_(*pair, size)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -124,27 +121,29 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether these are nothing but elements in memory, in their order: kernels see addresses and numbers alone."""
-    return all(
-        type(tensor) in PLAIN
-        and tensor.is_contiguous()
-        and not (tensor.is_neg() or tensor.is_inference() or torch._is_zerotensor(tensor))
-        and (tensor.device.type == "meta" or tensor.untyped_storage().nbytes() > 0 or not tensor.numel())
-        for tensor in tensors
-    )
+    """Whether these are nothing but elements in a CPU's memory, in their order: kernels see addresses alone."""
+    for tensor in tensors:
+        if type(tensor) not in PLAIN or not tensor.is_cpu or not tensor.is_contiguous():
+            return False
+        if tensor.is_neg() or tensor.is_inference() or not (tensor.data_ptr() or not tensor.numel()):
+            return False
+    return True
 
 
 def fits(*tensors: Tensor) -> bool:
-    """Whether kernels can take tensors that belong together: alike in all respects, and plain."""
-    first, *others = tensors
+    """Whether kernels can take tensors that belong together: alike in all respects, and nothing but their elements."""
+    first = tensors[0]
     dtype, device, shape = first.dtype, first.device, first.shape
     if dtype not in on_cpu.STATES or device.type not in DEVICES:
         return False
-    if any(tensor.dtype != dtype or tensor.device != device or tensor.shape != shape for tensor in others):
-        return False
-    if any(isinstance(tensor, DTensor) for tensor in tensors):
-        return all(_are_cut_alike(first, tensor) for tensor in tensors) and are_plain(*map(local, tensors))
-    return are_plain(*tensors)
+    for tensor in tensors:
+        if tensor.dtype is not dtype or tensor.device != device or tensor.shape != shape:
+            return False
+    if DTensor in map(type, tensors):
+        return all(_are_cut_alike(first, tensor) for tensor in tensors) and fits(*map(local, tensors))
+    if device.type == "cpu":
+        return are_plain(*tensors)
+    return all(type(tensor) in PLAIN and tensor.is_contiguous() for tensor in tensors)
 
 
 def together(entries: Iterable[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
@@ -163,7 +162,7 @@ def together(entries: Iterable[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
         if address is None or address in seen:
             rest.append(entry)
             continue
-        if parameter.numel():
+        if address:  # what has no elements has none
             seen.add(address)
         alike.setdefault((parameter.dtype, parameter.device), []).append(entry)
     return [*alike.values()], rest

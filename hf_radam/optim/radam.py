@@ -16,6 +16,8 @@ from hf_radam.kernels.folding import Folding
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
+ONE = torch.tensor(1.0)
+"""Added to the counts of updates: of a Python number torch makes such a tensor anew for each of them."""
 THRESHOLD = 5.0
 """Length of the second moment's average above which `torch.optim.RAdam` rectifies; the paper has 4."""
 
@@ -141,10 +143,10 @@ class RAdam(torch.optim.RAdam):
             calls, unfit = together(of_a_step)
             rest += unfit
             for chosen in calls:
-                *columns, steps = [[local(tensor) for tensor in column] for column in zip(*chosen, strict=True)]
+                *columns, steps = [*zip(*chosen, strict=True)]
                 parameters = [entry[0] for entry in chosen]
                 radam_update(
-                    columns,
+                    [[*map(local, column)] for column in columns],
                     lr=float(group["lr"]),
                     betas=group["betas"],
                     eps=group["eps"],
@@ -156,7 +158,7 @@ class RAdam(torch.optim.RAdam):
                 )
                 if folding is not None:
                     folding.note(parameters)
-                torch._foreach_add_(steps, 1)
+                torch._foreach_add_(steps, ONE, alpha=1.0)
         return rest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         for chosen in calls:
             parameters = [entry[0] for entry in chosen]
             schedule_free_update(
-                [[local(tensor) for tensor in column] for column in zip(*chosen, strict=True)],
+                [[*map(local, column)] for column in zip(*chosen, strict=True)],
                 numbers,
                 averages=None if folding is None else folding.of(parameters),
                 size=0.0 if folding is None else folding.size,
