@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "names": ({"optim"}, ANY),
     "argument_checks": ({"schedules", "windows", "names"}, ANY),
     "training_args": ({"schedules", "windows", "names", "argument_checks"}, ANY),
+    "config_files": (set(), {"transformers", "yaml"}),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": ({"averaging", "sharding"} | within("checkpoints", "storage"), {"torch"}),
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
