@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 
 from hf_radam.preview import DECAY, STABLE, WARM_UP, Preview
 from hf_radam.training_logs import TrainingLog, smoothed
@@ -24,6 +26,7 @@ DOTS_PER_INCH = 150
 HALF_LIFE_RATIO = 0.02
 """Half-life of the smoothed training loss, as a ratio of the updates so far."""
 PHASE_COLOURS = {WARM_UP: "#f4a582", STABLE: "#d9d9d9", DECAY: "#92c5de"}
+TITLE_WIDTH = 100  # characters
 STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
 
 
@@ -77,6 +80,7 @@ def schedule_figure(preview: Preview) -> Figure:
     names = {phase.name for phase in preview.phases}
     handles += [Patch(color=colour, alpha=0.45, label=name) for name, colour in PHASE_COLOURS.items() if name in names]
     axes.set_xlim(0.5, len(preview.rates) + 0.5)
+    _whole_numbers(axes)
     axes.set_ylim(0, 1.08 * max(preview.rates) or 1)
     _scientific(axes)
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -84,7 +88,8 @@ def schedule_figure(preview: Preview) -> Figure:
 
 
 def _title(preview: Preview) -> str:
-    return preview.words.replace(": ", ":\n", 1) if len(preview.words) > 90 else preview.words
+    lines = textwrap.wrap(preview.words, TITLE_WIDTH)
+    return "\n".join(lines) if len(lines) <= 3 else preview.words.split(": ")[0]  # a dozen budgets fill the figure
 
 
 def runs_figure(
@@ -122,6 +127,8 @@ def runs_figure(
         axes.grid(alpha=0.3)
     if logarithmic:
         panels[-1].set_xscale("log")
+    else:
+        _whole_numbers(panels[-1])
     panels[-1].set_xlabel("update (logarithmic)" if logarithmic else "update")
     figure.align_ylabels(panels)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
@@ -181,6 +188,11 @@ def _learning_rates(axes: Any, logs: Sequence[TrainingLog], names: list[str], co
     axes.set_ylabel("learning rate")
     axes.set_ylim(bottom=0)
     _scientific(axes)
+
+
+def _whole_numbers(axes: Any) -> None:
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
 
 
 def _scientific(axes: Any) -> None:

@@ -27,7 +27,7 @@ def add(commands: Any) -> None:
         "table with the learning rates of their first and last update, the checkpoints that are kept for good, and the "
         "curve. For every scheduler, ours or upstream's, that does not follow the losses of the training.\n\n"
         "CONFIG is a file as examples/run_clm.py takes it (.yaml, .yml, .json; what it says of model and data is "
-        "passed over), and the flags after it are those of the training: they win over the file.",
+        "passed over), and the flags after it are those of RAdamTrainingArguments: they win over the file.",
         examples=[
             "hf-radam schedule configs/radam_wsd.yaml",
             "hf-radam schedule configs/radam_wsd.yaml --max_steps 5000 --decay_steps 0.1 --png schedule.png",

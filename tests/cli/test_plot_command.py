@@ -5,6 +5,7 @@ Oracles: the `trainer_state.json` itself; smoothing as a sum written down here.
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,11 +87,13 @@ def test_the_state_that_has_seen_most_is_taken(runs, tmp_path):
     trainer = tiny.trainer(run, optim="radam", lr_scheduler_type="wsd", decay_steps=4, **OPTIONS)
     trainer.train()
     assert read_training_log(run).source == run / "checkpoint-20/trainer_state.json"
+    trainer.save_state()
+    assert read_training_log(run).source == run / "trainer_state.json"
+    shutil.copyfile(run / "checkpoint-12/trainer_state.json", run / "trainer_state.json")
+    assert read_training_log(run).source == run / "checkpoint-20/trainer_state.json"
     flip(run / "checkpoint-20/trainer_state.json")
     assert read_training_log(run).source.parent.name == "checkpoint-18"
     assert read_training_log(run / "checkpoint-12").update == 12
-    trainer.save_state()
-    assert read_training_log(run).source == run / "trainer_state.json"
 
 
 def test_a_run_that_was_resumed_and_one_that_was_extended_are_drawn_as_recorded(tmp_path):

@@ -171,6 +171,18 @@ def test_the_figure_has_the_numbers(tmp_path):
     check_layout(figure)
 
 
+@pytest.mark.parametrize(
+    "options", [{"max_steps": 3}, {"max_steps": 10**6}, {"budgets": list(range(9, 200, 9))}], ids=str
+)
+def test_figures_of_any_length_are_readable(tmp_path, options):
+    kind = "wsd_s" if "budgets" in options else "constant"
+    decay = {"decay_steps": 4} if kind == "wsd_s" else {}
+    args = {"optim": "radam", "lr_scheduler_type": kind, "max_steps": 200} | decay | options
+    figure = schedule_figure(preview(tiny.arguments(tmp_path, **args)))
+    save_figure(figure, tmp_path / "schedule.png")
+    check_layout(figure)
+
+
 def check_layout(figure):
     """No text is cut off at the edge of the figure, and none lies on another one."""
     boxes = []
@@ -180,7 +192,9 @@ def check_layout(figure):
         for axis, coordinate in ticks:  # those beyond the ends of an axis are not drawn
             low, high = axis.get_view_interval()
             texts += [text for text in axis.get_ticklabels() if low <= text.get_position()[coordinate] <= high]
-        texts += axes.get_legend().get_texts() if axes.get_legend() else []
+        if axes.get_legend():
+            texts += axes.get_legend().get_texts()
+            assert all(text.get_window_extent().y0 > axes.bbox.y1 for text in texts[-2:])  # above the curves
         boxes += [text.get_window_extent() for text in texts if text.get_text()]
     boxes += [text.get_window_extent() for legend in figure.legends for text in legend.get_texts()]
     inside = Bbox([[0, 0], [figure.bbox.width, figure.bbox.height]])
