@@ -42,6 +42,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "names": ({"optim"}, ANY),
     "argument_checks": ({"schedules", "windows", "names"}, ANY),
     "training_args": ({"schedules", "windows", "names", "argument_checks"}, ANY),
+    "config_files": (set(), {"transformers", "yaml"}),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": ({"averaging", "sharding"} | within("checkpoints", "storage"), {"torch"}),
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
@@ -104,12 +105,48 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
-    "cli": (
-        within("inspection", "checkpoint uses run report")
-        | within("checkpoints", "loading runs")
-        | within("checkpoints.models", "consolidation"),
+    "preview": (
+        {"describe", "names", "optim", "training_args", "windows"} | within("checkpoints", "runs"),
+        {"torch", "transformers"},
+    ),
+    "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
+    "plots": ({"preview", "training_logs"}, {"matplotlib"}),
+    "merging.coefficients": ({"schedules", "windows"}, set()),
+    "merging.sources": (
+        within("checkpoints", "manifest integrity runs loading")
+        | within("checkpoints.models", "consolidation weight_reading")
+        | within("inspection", "phases pickled"),
+        {"torch", "safetensors", "transformers"},
+    ),
+    "merging.folder": (
+        within("checkpoints", "storage manifest layouts integrity")
+        | within("checkpoints.models", "model_folders weight_files")
+        | within("merging", "coefficients sources"),
+        {"torch", "transformers"},
+    ),
+    "cli.commands": (set(), set()),
+    "cli.drawing": (set(), set()),
+    "cli.inspecting": (within("inspection", "checkpoint uses run report") | within("cli", "commands"), set()),
+    "cli.consolidating": (
+        within("checkpoints", "loading runs")
+        | within("checkpoints.models", "consolidation")
+        | within("cli", "commands"),
         set(),
     ),
+    "cli.scheduling": (
+        {"training_args", "config_files", "preview", "plots"}
+        | within("checkpoints", "extension")
+        | within("cli", "commands drawing"),
+        set(),
+    ),
+    "cli.plotting": ({"training_logs"} | within("cli", "commands drawing scheduling"), set()),
+    "cli.averaging": (
+        within("checkpoints", "manifest")
+        | within("merging", "coefficients folder")
+        | within("cli", "commands drawing"),
+        set(),
+    ),
+    "cli": (within("cli", "commands inspecting consolidating scheduling plotting averaging"), set()),
     "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": (
         {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),

@@ -79,7 +79,7 @@ def test_commands_parse(command, monkeypatch, tmp_path):
     elif command[0] == "hf-radam":
         from hf_radam import cli
 
-        cli.parser().parse_args(command[1:])
+        cli.parse(command[1:])
     elif command[:2] == ["python", "examples/benchmark.py"]:
         import benchmark
 

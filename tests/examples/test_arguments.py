@@ -3,6 +3,7 @@
 Oracles: the values written down here; the exit code and the words of the error.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -72,6 +73,25 @@ def test_yaml_values_are_read_as_flags_are(write):
     assert args.liger_kernel_config == {"rope": True}
 
 
+def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
+    settings = {"learning_rate": 1e-7, "budgets": [0.25, 60], "lr_scheduler_type": "wsd_s", "max_steps": 100}
+    settings |= {"ewa": True, "seed": None, "run_name": "tab\there", "block_size": 32}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(settings, indent="\t"), encoding="utf-8")
+    _, data, args = parse_arguments([str(path), "--max_steps", "200"])
+    assert (args.learning_rate, args.budgets, args.ewa, args.seed) == (1e-7, [0.25, 60.0], True, 42)
+    assert (args.run_name, args.max_steps, data.block_size) == ("tab\there", 200, 32)
+    path.write_text('{"seed": 1, "seed": 2}', encoding="utf-8")
+    with pytest.raises(SystemExit):
+        parse_arguments([str(path)])
+
+
+def test_json_that_is_yaml_alone_is_refused(tmp_path, capsys):
+    path = tmp_path / "run.json"
+    path.write_text("seed: 1", encoding="utf-8")
+    _assert_refused([str(path)], ["run.json: is not valid JSON"], capsys)
+
+
 def test_neither_do_train_nor_do_eval_means_both(write):
     def done(*argv):
         args = parse_arguments(argv)[2]
@@ -112,6 +132,7 @@ WRONG = {
         ["do_train", "nothing is left"],
     ),
     "untrained": (["--do_train", "false", "--do_eval"], ["do_train=false", "would evaluate an untrained model"]),
+    "JSON missing": (["missing.json"], ["missing.json", "No such file"]),
     "yaml missing": (["missing.yaml"], ["missing.yaml", "No such file"]),
     "no yaml": (["data.csv"], ["'data.csv'", ".yaml"]),
 }

@@ -175,6 +175,25 @@ def test_the_training_weights_are_put_together_too(sharded, checkpoint):
     assert tiny.same(tiny.parameters(model), saved) and not damage(checkpoint)
 
 
+def test_shards_are_merged_once_they_are_put_together(checkpoint, tmp_path, capsys):
+    pinned = checkpoint.parent / "_pre_decay/checkpoint-2"
+    if not pinned.exists():
+        pytest.skip("only the run with WSD keeps two checkpoints")
+    words = ["average", str(pinned), str(checkpoint), "--weights", "uniform", "-o", str(tmp_path / "merged")]
+    with pytest.raises(SystemExit) as refused:
+        main(words)
+    told = re.search(
+        r"put each together first, with hf-radam (consolidate \S+ --training_weights)", capsys.readouterr().err
+    )
+    assert refused.value.code == 2 and main(told[1].split()) == 0
+    assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0 and main(words) == 0
+    first, last, merged = (
+        tiny.parameters(AutoModelForCausalLM.from_pretrained(f)) for f in (pinned, checkpoint, tmp_path / "merged")
+    )
+    for name, value in merged.items():
+        torch.testing.assert_close(value, (first[name] + last[name]) / 2)
+
+
 def test_a_folder_that_cannot_be_written_to_is_loaded_all_the_same(sharded, checkpoint, monkeypatch, caplog):
     _, loss, beside = sharded
 

@@ -135,12 +135,12 @@ def save_surroundings(folder: Path, model: nn.Module, *, processing_class: Any, 
         return
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(model, PreTrainedModel) and in_float32:
-        _say_float32(folder / CONFIG_NAME)
+        say_float32(folder / CONFIG_NAME)
     if processing_class is not None:
         processing_class.save_pretrained(folder)
 
 
-def _say_float32(file: Path) -> None:
+def say_float32(file: Path) -> None:
     """Have plain `from_pretrained` load float32: `save_pretrained` names the dtype of the model that trains."""
     config = json.loads(file.read_text(encoding="utf-8"))
     file.write_text(json.dumps(_with_dtype(config, "float32"), indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,60 @@
+"""The command `hf-radam`: a module for each of its commands."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from hf_radam.cli import averaging, consolidating, inspecting, plotting, scheduling
+from hf_radam.cli.commands import printable
+
+
+def parser() -> argparse.ArgumentParser:
+    """What the command takes, but for the flags that `schedule` hands on."""
+    top = argparse.ArgumentParser(
+        prog="hf-radam",
+        description="Look into schedules, checkpoints and runs of RAdamTrainer, and make models of them.",
+        epilog="hf-radam COMMAND --help says what a command takes, with examples.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for command in (inspecting, scheduling, plotting, averaging, consolidating):
+        command.add(commands)
+    return top
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The arguments of a command; a wrong one leaves the process with 2 (`SystemExit`).
+
+    Args:
+        argv: those of the process when not given.
+    """
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if "training_flags" in arguments:
+        arguments.training_flags = rest
+    elif rest:
+        arguments.refuse(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+        argv: its arguments; those of the process when not given.
+
+    Returns:
+        0; 1 if anything is damaged. A wrong argument leaves the process with 2 (`SystemExit`).
+    """
+    arguments = parse(argv)
+    try:
+        output, code = arguments.run(arguments)
+    except ValueError as error:
+        arguments.refuse(printable(" ".join(str(error).split())))
+        raise  # not reached: it ends the process
+    except OSError as error:
+        arguments.refuse(f"a file cannot be read or written: {error}")
+        raise
+    sys.stdout.write(output)
+    return int(code)

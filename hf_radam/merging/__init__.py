@@ -1,0 +1,1 @@
+"""What `hf-radam average` does: saved checkpoints merged into one model, offline."""
