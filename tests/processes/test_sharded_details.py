@@ -61,11 +61,11 @@ def largest_while_updating(folder, backend):
     sizes = []
     update = WeightAverage.update
 
-    def watched(self, step):
+    def watched(self, step, **options):
         if not self.started:
-            return update(self, step)
+            return update(self, step, **options)
         with LargestTensor() as watch:
-            done = update(self, step)
+            done = update(self, step, **options)
         sizes.append(watch.largest)
         return done
 
