@@ -2,9 +2,10 @@
 
     python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png
 
-All of one table run in turns in one process, round after round; a number is the median of its rounds. The limit is what
-the same bytes take in one pass, at the bandwidth of a plain `lerp_` measured in the same rounds. Packages that are not
-installed are left out; `make benchmark` makes an environment that has them. The measuring is in `benchmarking/`.
+All of one table run in turns in one process, round after round in other orders; a number is the median of its rounds.
+The limit is what the same bytes take in one pass, at the bandwidth of a plain `lerp_` measured in the same rounds.
+Packages that are not installed are left out; `make benchmark` makes an environment that has them. The measuring is in
+`benchmarking/`.
 """
 
 from __future__ import annotations

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_radam.host_average import HostAverage, host_average
-from hf_radam.kernels import are_plain, average_update
+from hf_radam.host_average import AverageMover
 from hf_radam.kernels.folding import Folding
+from hf_radam.kernels.plain import are_plain
 from hf_radam.sharding import LocalSharding, Sharding
 from hf_radam.windows import (
     DEFAULT_HALF_LIFE_RATIO,
@@ -112,7 +112,7 @@ class WeightAverage:
         self._now: dict[str, Tensor] | None = None
         self._folding: Folding | None = None
         self._averaged_early: int | None = None
-        self._hosts: dict[tuple[torch.device, torch.device], HostAverage | None] = {}
+        self._mover = AverageMover()
 
     @property
     def started(self) -> bool:
@@ -180,21 +180,10 @@ class WeightAverage:
     def _move(self, size: float) -> None:
         """Move every accumulator by `size` towards its parameter, but for those that an optimizer has moved."""
         folding, self._folding = self._folding, None
-        moved = set() if folding is None else self._names_moved(folding)
-        by_way: dict[tuple[torch.device, torch.device], list[str]] = {}
-        for name, average in self._averages.items():
-            if name not in moved:
-                by_way.setdefault((self.sharding.live(name).device, average.device), []).append(name)
-        for way, names in by_way.items():
-            averages = [self._averages[name] for name in names]
-            weights = [self.sharding.live(name) for name in names]
-            if way not in self._hosts:
-                self._hosts[way] = host_average(*way)
-            host = self._hosts[way]
-            if host is None:
-                average_update(averages, weights, size)
-            else:
-                host.move(averages, weights, size, of=[self.sharding.parameters[name] for name in names])
+        moved = set() if folding is None else folding.settle(self.last_step)
+        left = [name for name in self._averages if name not in moved]
+        parameters = self.sharding.parameters
+        self._mover.move([(self._averages[name], self.sharding.live(name), parameters[name]) for name in left], size)
 
     def before_writing(self) -> None:
         """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
@@ -202,8 +191,7 @@ class WeightAverage:
         Raises:
             RuntimeError: if something has written to them already.
         """
-        for host in filter(None, self._hosts.values()):
-            host.before_writing()
+        self._mover.before_writing()
 
     def finish(self) -> None:
         """Have the average as the last update left it: whatever reads it does this by itself.
@@ -214,8 +202,7 @@ class WeightAverage:
             step = self._folding.step
             self.update(step)
             self._averaged_early = step
-        for host in filter(None, self._hosts.values()):
-            host.finish()
+        self._mover.finish()
 
     # ---- In the optimizer's pass ----
 
@@ -235,34 +222,9 @@ class WeightAverage:
         elapsed = step - self.start_step
         if self._applied or not self.started or elapsed <= 0 or elapsed % self.every:
             return
-        parameters = self.sharding.parameters
-        whole = {
-            parameters[name]: average
-            for name, average in self._averages.items()
-            if parameters[name].shape == average.shape
-            and parameters[name].device == average.device
-            and average.device.type == "cpu"
-            and are_plain(parameters[name], average)
-        }
+        pairs = {name: (self.sharding.parameters[name], average) for name, average in self._averages.items()}
+        whole = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape and are_plain(*pair)}
         self._folding = optimizer.folding = Folding(step, self.step_size(step), whole)
-
-    def _names_moved(self, folding: Folding) -> set[str]:
-        """The parameters whose average has moved with the update.
-
-        Raises:
-            RuntimeError: if that was another update, or something wrote to one of them since.
-        """
-        folding.spent = True
-        names = {name for name in self._averages if self.sharding.parameters[name] in folding.moved}
-        if names and folding.step != self.last_step:
-            raise RuntimeError(f"update({self.last_step}) after fold_into(optimizer, {folding.step}).")
-        for changed in folding.changed():
-            name = next(name for name in names if self.sharding.parameters[name] is changed)
-            raise RuntimeError(
-                f"Something has written to {name} between the optimizer's update and its average, which was made in "
-                "one pass with the update: leave out fold_into (ewa_folded)."
-            )
-        return names
 
     @contextmanager
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
@@ -346,6 +308,7 @@ class WeightAverage:
             ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
         """
         self.finish()
+        self._folding = self._averaged_early = None
         missing_counters = sorted(set(self.counters()) - set(state))
         if missing_counters:
             raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")
@@ -376,7 +339,7 @@ class WeightAverage:
     def __getstate__(self) -> dict[str, Any]:
         """What `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
         self.finish()
-        return self.__dict__ | {"_hosts": {}, "_folding": None}
+        return self.__dict__ | {"_mover": AverageMover(), "_folding": None}
 
     def __repr__(self) -> str:
         """Window and progress in one line."""

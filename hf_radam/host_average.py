@@ -137,3 +137,40 @@ def host_average(weights: torch.device, averages: torch.device) -> HostAverage |
     if weights.type == "cuda" and averages.type == "cpu":
         return HostAverage(StreamCopier(weights))
     return None
+
+
+class AverageMover:
+    """Moves averages towards their weights, wherever both lie; what may go on meanwhile does."""
+
+    def __init__(self) -> None:
+        self._hosts: dict[tuple[torch.device, torch.device], HostAverage | None] = {}
+
+    def move(self, given: Sequence[tuple[Tensor, Tensor, Tensor]], size: float) -> None:
+        """Begin to move every average; it has moved after `finish()`.
+
+        Args:
+            given: averages, their weights, and the parameters that these are of.
+            size: by how much of its distance each moves, in [0, 1].
+        """
+        by_way: dict[tuple[torch.device, torch.device], list[tuple[Tensor, Tensor, Tensor]]] = {}
+        for entry in given:
+            by_way.setdefault((entry[1].device, entry[0].device), []).append(entry)
+        for way, alike in by_way.items():
+            averages, weights, parameters = (list(column) for column in zip(*alike, strict=True))
+            if way not in self._hosts:
+                self._hosts[way] = host_average(*way)
+            host = self._hosts[way]
+            if host is None:
+                average_update(averages, weights, size)
+            else:
+                host.move(averages, weights, size, of=parameters)
+
+    def before_writing(self) -> None:
+        """As that of each `HostAverage`."""
+        for host in filter(None, self._hosts.values()):
+            host.before_writing()
+
+    def finish(self) -> None:
+        """As that of each `HostAverage`."""
+        for host in filter(None, self._hosts.values()):
+            host.finish()

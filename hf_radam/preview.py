@@ -21,13 +21,13 @@ from transformers import get_scheduler
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder
 from hf_radam.describe import decays, describe_schedule
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
+from hf_radam.optim import radam, schedule_free
 from hf_radam.optim.rectification import rectification
 from hf_radam.training_args import RAdamTrainingArguments
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
 WARM_UP, STABLE, DECAY = "warm-up", "stable", "decay"
-THRESHOLDS = {"radam": 5.0, "radam_schedulefree": 4.0}
-"""Of rho_t, above which each of our optimizers takes the rectification: torch's and the package's."""
+THRESHOLDS = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}
 
 
 @dataclass(frozen=True)

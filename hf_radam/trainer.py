@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import logging
 
@@ -20,6 +20,7 @@ from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
+from hf_radam.training.around_update import tell_of_updates
 from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.evaluation import EvaluationWeights
@@ -32,45 +33,6 @@ from hf_radam.training.support import check_supported
 from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)
-
-
-class BeforeUpdate(TrainerCallback):
-    """Tells the trainer's average that weights will be written to. Comes first: a user's callback may do that, too."""
-
-    def __init__(self, trainer: RAdamTrainerMixin):
-        self.trainer = trainer
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the weights copied before, if they are; and the average moved with the update, if that was asked for."""
-        if self.trainer.average is None:
-            return
-        self.trainer.average.before_writing()
-        if args.ewa_folded:
-            self.trainer.average.fold_into(self.trainer._bare_optimizer, state.global_step + 1)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave nothing under way."""
-        if self.trainer.average is not None:
-            self.trainer.average.finish()
-
-
-class AfterUpdate(TrainerCallback):
-    """Tells the trainer's average, and what depends on the weights, of every optimizer step that was not skipped.
-
-    Comes last: what a user's callback does to the new weights is averaged.
-    """
-
-    def __init__(self, trainer: RAdamTrainerMixin):
-        self.trainer = trainer
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Average the update just made; `global_step` is advanced after this event, so it has the next number."""
-        if self.trainer.accelerator.optimizer_step_was_skipped:
-            return
-        self.trainer._evaluation.forget_statistics()
-        if self.trainer.average is not None:
-            # DeepSpeed makes its updates before on_pre_optimizer_step.
-            self.trainer.average.update(state.global_step + 1, overlap=not self.trainer.is_deepspeed_enabled)
 
 
 class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
@@ -190,10 +152,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)
-        ours = [c for c in self.callback_handler.callbacks if isinstance(c, AfterUpdate)]
-        if not any(callback.trainer is self for callback in ours):
-            self.callback_handler.callbacks.insert(0, BeforeUpdate(self))
-            self.add_callback(AfterUpdate(self))
+        tell_of_updates(self)
         self._evaluation = EvaluationWeights(
             self._bare_model,
             sharding=sharding,

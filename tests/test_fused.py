@@ -113,11 +113,9 @@ def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
     train(first, given, range(20, 30))
     assert same((first, given), ends[0])  # bit for bit as if it had not stopped
     for other in ends[1:]:
-        for a, b in zip(tensors(*ends[0]), tensors(*other), strict=True):
-            torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+        assert_close(ends[0], other)
     train(first, given, range(30, 40))
-    for a, b in zip(tensors(first, given), tensors(again, back), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+    assert_close((first, given), (again, back))
 
 
 def test_the_rectification_begins_where_torchs_does():
@@ -160,19 +158,43 @@ def turn(optimizer, given):
     given[0].data = given[0].data.t()
 
 
+def unfused_and_fused(kind, run, given_of=parameters, **options):
+    """The optimizer and the parameters that `run(optimizer, parameters)` leaves, of both: the first is the oracle."""
+    ends = []
+    for flag in (False, True):
+        given = given_of()
+        optimizer = make(kind, given, fused=flag, **options)
+        run(optimizer, given)
+        ends.append((optimizer, given))
+    return ends
+
+
+def assert_close(one, other):
+    for a, b in zip(tensors(*one), tensors(*other), strict=True):
+        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+
+
+def stepping(gradient_of):
+    """12 updates with gradients made of the parameter."""
+
+    def run(optimizer, given):
+        for _ in range(12):
+            for p in given:
+                p.grad = gradient_of(p)
+            optimizer.step()
+
+    return run
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("meddle", [swap_state, swap_weights, turn])
 def test_meddled_with_it_is_still_the_unfused_one(kind, meddle):
-    ends = []
-    for flag in (False, True):
-        given = parameters()
-        optimizer = make(kind, given, fused=flag)
+    def run(optimizer, given):
         train(optimizer, given, range(12))
         meddle(optimizer, given)
         train(optimizer, given, range(12, 20))
-        ends.append((optimizer, given))
-    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+
+    assert_close(*unfused_and_fused(kind, run))
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -196,24 +218,14 @@ def test_a_group_that_maximizes_does(flag):
     assert (p > 0.01).all()
 
 
+class Strange(torch.Tensor):
+    """May keep anything under its address."""
+
+
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
-    """A subclass may keep anything under its address. Oracle: the unfused update."""
-
-    class Strange(torch.Tensor):
-        pass
-
-    ends = []
-    for flag in (False, True):
-        given = parameters()[:2]
-        optimizer = make(kind, given, fused=flag)
-        for _ in range(12):
-            for p in given:
-                p.grad = p.detach().clone() * 0.1
-                p.grad = p.grad.as_subclass(Strange)
-            optimizer.step()
-        ends.append((optimizer, given))
-    assert all(torch.equal(a, b) for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True))
+    run = stepping(lambda p: (p.detach() * 0.1).as_subclass(Strange))
+    assert same(*unfused_and_fused(kind, run, lambda: parameters()[:2]))
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -221,44 +233,27 @@ def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
     "strange", [torch._neg_view, lambda g: torch._efficientzerotensor(g.shape)], ids=["negated", "zero"]
 )
 def test_gradients_whose_memory_does_not_tell_their_value(kind, strange):
-    """Oracle: the unfused update."""
-    ends = []
-    for flag in (False, True):
-        given = parameters()[:2]
-        optimizer = make(kind, given, fused=flag)
-        for _ in range(12):
-            for p in given:
-                p.grad = strange(torch.full_like(p, 0.3))
-            optimizer.step()
-        ends.append((optimizer, given))
-    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+    run = stepping(lambda p: strange(torch.full_like(p, 0.3)))
+    assert_close(*unfused_and_fused(kind, run, lambda: parameters()[:2]))
+
+
+def of_one_memory():
+    torch.manual_seed(0)
+    given = [torch.nn.Parameter(torch.randn(100_000)) for _ in range(3)]
+    given[2].data = given[0].data
+    return given
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_parameters_with_the_same_memory_are_updated_one_after_another(kind):
-    """Oracle: the unfused update of each by itself."""
-    ends = []
-    for flag in (False, True):
-        torch.manual_seed(0)
-        given = [torch.nn.Parameter(torch.randn(100_000)) for _ in range(3)]
-        given[2].data = given[0].data
-        optimizer = make(kind, given, fused=flag, foreach=False)
-        train(optimizer, given, range(20))
-        ends.append((optimizer, given))
-    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+    assert_close(*unfused_and_fused(kind, lambda *both: train(*both, range(20)), of_one_memory, foreach=False))
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_inside_modes_that_watch_operations(kind):
-    ends = []
-    for flag in (False, True):
-        given = parameters()
-        optimizer = make(kind, given, fused=flag)
+    def run(optimizer, given):
         train(optimizer, given, range(10))
         with FlopCounterMode(display=False), torch.autocast("cpu", dtype=torch.bfloat16):
             train(optimizer, given, range(10, 20))
-        ends.append((optimizer, given))
-    for a, b in zip(tensors(*ends[0]), tensors(*ends[1]), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
+
+    assert_close(*unfused_and_fused(kind, run))

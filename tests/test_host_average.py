@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_radam import WeightAverage, averaging
+from hf_radam import WeightAverage, host_average
 from hf_radam.host_average import HostAverage
 
 UPDATES = 12
@@ -52,7 +52,7 @@ def late(monkeypatch):
         copiers.append(LateCopier())
         return HostAverage(copiers[-1])
 
-    monkeypatch.setattr(averaging, "host_average", make)
+    monkeypatch.setattr(host_average, "host_average", make)
     return copiers
 
 
@@ -124,7 +124,7 @@ def test_nothing_is_kept_between_updates(late):
     average = WeightAverage(model.named_parameters(), decay=0.9)
     walk(model, average, overlap=True)
     other = copy.deepcopy(average)
-    assert all(not host._read and host._ticket is None and host._job is None for host in average._hosts.values())
+    assert all(not host._read and host._ticket is None and host._job is None for host in average._mover._hosts.values())
     assert tiny.same(other.averaged_state_dict(), average.averaged_state_dict())
 
 

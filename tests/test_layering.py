@@ -30,13 +30,15 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "sharding": (set(), {"torch", "deepspeed"}),
     "windows": (set(), set()),
     "kernels.building": (set(), {"torch"}),
-    "kernels.on_cpu": (within("kernels", "building"), {"torch"}),
-    "kernels.on_gpu": (set(), {"torch"}),
+    "kernels.numbers": (set(), set()),
+    "kernels.on_cpu": (within("kernels", "building numbers"), {"torch"}),
+    "kernels.on_gpu": (within("kernels", "numbers"), {"torch"}),
+    "kernels.plain": (within("kernels", "on_cpu on_gpu"), {"torch"}),
     "kernels.folding": (set(), {"torch"}),
-    "kernels": (within("kernels", "building on_cpu on_gpu"), {"torch"}),
+    "kernels": (within("kernels", "building numbers on_cpu on_gpu plain folding"), {"torch"}),
     "host_average": ({"kernels"}, {"torch"}),
-    "averaging": ({"host_average", "kernels", "kernels.folding", "sharding", "windows"}, {"torch"}),
-    "optim": ({"kernels", "kernels.folding", "sharding"}, {"torch", "schedulefree"}),
+    "averaging": ({"host_average", "sharding", "windows"} | within("kernels", "plain folding"), {"torch"}),
+    "optim": ({"kernels", "sharding"} | within("kernels", "numbers plain folding"), {"torch", "schedulefree"}),
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
     "names": ({"optim"}, ANY),
@@ -202,10 +204,13 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
         ANY,
     ),
+    "training.around_update": (within("training", "parts"), {"transformers"}),
     "training.search": (within("training", "evaluation support parts"), ANY),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
-        | within("training", "support backends fusing evaluation attempts just_in_time saving resuming search"),
+        | within(
+            "training", "support backends fusing evaluation attempts just_in_time saving resuming search around_update"
+        ),
         ANY,
     ),
 }

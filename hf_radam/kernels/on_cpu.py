@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_radam.kernels.building import library
+from hf_radam.kernels.numbers import Numbers, RAdamNumbers, ScheduleFreeNumbers
+
+KERNELS = {RAdamNumbers: "radam", ScheduleFreeNumbers: "schedule_free"}
 
 STATES = {torch.float32: "float32", torch.float64: "float64"}
 """Dtypes of parameters with which optimizers are fused."""
@@ -36,9 +39,8 @@ def _sizes(tensors: Sequence[Tensor]) -> Any:
 
 
 def update(
-    kind: str,
     columns: Sequence[list[Tensor]],
-    numbers: Sequence[float],
+    numbers: Numbers,
     *,
     averages: Sequence[Tensor | None] | None = None,
     size: float = 0.0,
@@ -46,14 +48,14 @@ def update(
     """Make an optimizer's update in place.
 
     Args:
-        kind: `radam` or `schedule_free`.
         columns: parameters, gradients (only read), and the two states, of equal numbers of elements; every tensor
             contiguous, on a CPU and of one dtype of `STATES`.
-        numbers: as the kernel in `one_pass.cpp` wants them.
+        numbers: of the update; their kind says which.
         averages: float32 averages of the new parameters, or None for those that have none.
         size: by how much of its distance an average moves towards its parameter.
     """
     parameters, gradients, first, second = columns
+    kind, given = KERNELS[type(numbers)], numbers.for_kernel()
     function = _function(
         f"{kind}_{STATES[parameters[0].dtype]}", *[ctypes.c_void_p] * 5, ctypes.c_double, ctypes.c_void_p
     )
@@ -64,7 +66,7 @@ def update(
         *[_addresses(column) for column in columns],
         None if averages is None else _addresses(averages),
         size,
-        (ctypes.c_double * len(numbers))(*numbers),
+        (ctypes.c_double * len(given))(*given),
     )
     # Autograd must notice that a graph is older than the weights, as with any operation of torch.
     written = [*parameters, *first, *second, *(averages or [])]

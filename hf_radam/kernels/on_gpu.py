@@ -1,6 +1,6 @@
 """Fused updates of tensors on a GPU: torch's fused AdamW with RAdam's numbers, and a kernel made by `torch.compile`.
 
-RAdam's rectified update is AdamW's with other numbers, exactly, so torch's own kernel does it (`adamw_numbers`). For
+RAdam's rectified update is AdamW's with other numbers, exactly, so torch's own kernel does it. For
 the schedule-free update there is no such kernel anywhere: `torch.compile` makes one for each dtype and device, of any
 size. Where it cannot run, inside a `TorchDispatchMode` for one, torch makes the same operations one after another. Both
 take tensors on CPUs, too, where `on_cpu` is faster: between two calls, of four tensors each, is Python.
@@ -9,75 +9,45 @@ take tensors on CPUs, too, where `on_cpu` is faster: between two calls, of four 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_radam.kernels.numbers import Numbers, RAdamNumbers
+
 SMALLEST = 2
 """Elements of a tensor below which a kernel would be compiled anew, for just that size."""
 TOGETHER = 4
 """Tensors that one call of the schedule-free kernel updates."""
-NUMBERS = ("beta2", "rest2", "correction", "eps", "weight_decay", "c", "y_rate", "z_rate")
-"""What `schedule_free_update` wants besides tensors, in its order."""
-Kernel = Callable[[list[list[Tensor]], dict[str, float]], None]
+NUMBERS = 8
+"""How many `schedule_free_update` wants besides tensors."""
+Kernel = Callable[[list[list[Tensor]], list[float]], None]
 """Takes flattened parameter, gradient, z and second moment of each, and the numbers."""
 
 
-def adamw_numbers(
-    *, lr: float, beta2: float, eps: float, weight_decay: float, factor: float, step: int
-) -> dict[str, float]:
-    """Learning rate, weight decay and eps with which an update of AdamW is one of RAdam.
-
-    RAdam moves by `lr factor m^ sqrt(1 - beta2^t) / (sqrt(v) + eps)` and decays by `lr weight_decay`; AdamW moves by
-    `lr m^ / (sqrt(v) / sqrt(1 - beta2^t) + eps)` and decays by the same product.
+def update(columns: Sequence[list[Tensor]], numbers: Numbers) -> None:
+    """Make an update in place.
 
     Args:
-        lr: RAdam's learning rate.
-        beta2: decay rate of the second moment.
-        eps: RAdam's.
-        weight_decay: RAdam's, decoupled.
-        factor: RAdam's rectification of the learning rate, above 0.
-        step: t, number of the update, 1 for the first.
+        columns: parameters, gradients (only read), and the two states, of equal shapes; every tensor contiguous, on
+            one device and of one dtype.
+        numbers: of the update; their kind says which.
     """
-    return {
-        "lr": lr * factor,
-        "weight_decay": weight_decay / factor,
-        "eps": eps / math.sqrt(1 - beta2**step),
-    }
+    if isinstance(numbers, RAdamNumbers):
+        radam_update(columns, numbers)
+        return
+    kernel = schedule_free_kernel(columns[0][0].dtype, columns[0][0].device)
+    flat = [[tensor.detach().view(-1) for tensor in column] for column in columns]
+    kernel([list(quadruple) for quadruple in zip(*flat, strict=True)], numbers.for_kernel())
 
 
-def radam_update(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    first_moments: list[Tensor],
-    second_moments: list[Tensor],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    factor: float,
-    step: int,
-) -> None:
-    """Make one rectified update of RAdam in place, of tensors that lie on one device and have one dtype.
-
-    Args:
-        parameters: tensors of any shapes; the next three lists have the same ones.
-        gradients: only read.
-        first_moments: averages of the gradients.
-        second_moments: averages of the squared gradients.
-        lr: RAdam's; the others likewise, see `adamw_numbers`.
-        betas: decay rates of the moments.
-        eps: added to the root of the second moment.
-        weight_decay: decoupled.
-        factor: rectification of the learning rate.
-        step: number of the update, 1 for the first.
-    """
-    numbers = adamw_numbers(lr=lr, beta2=betas[1], eps=eps, weight_decay=weight_decay, factor=factor, step=step)
-    steps = [torch.full((), float(step), device=parameters[0].device)] * len(parameters)
+def radam_update(columns: Sequence[list[Tensor]], numbers: RAdamNumbers) -> None:
+    """Make one rectified update of RAdam with torch's fused AdamW; as `update`."""
+    parameters, gradients, first_moments, second_moments = columns
+    adamw = numbers.for_adamw()
+    steps = [torch.full((), float(numbers.step), device=parameters[0].device)] * len(parameters)
     torch._fused_adamw_(
         parameters,
         gradients,
@@ -85,14 +55,16 @@ def radam_update(
         second_moments,
         [],
         steps,
-        lr=numbers["lr"],
-        beta1=betas[0],
-        beta2=betas[1],
-        weight_decay=numbers["weight_decay"],
-        eps=numbers["eps"],
+        lr=adamw["lr"],
+        beta1=numbers.betas[0],
+        beta2=numbers.betas[1],
+        weight_decay=adamw["weight_decay"],
+        eps=adamw["eps"],
         amsgrad=False,
         maximize=False,
     )
+    # Torch's kernel does not, so autograd would not notice that a graph is older than the weights.
+    torch.autograd.graph.increment_version([*parameters, *first_moments, *second_moments])
 
 
 def schedule_free_update(
@@ -164,15 +136,15 @@ def schedule_free_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
 
     fill, kernel = zeros(SMALLEST), _compiled()
 
-    def update(quadruples: list[list[Tensor]], numbers: dict[str, float]) -> None:
-        given = [torch.tensor(numbers[name], dtype=dtype, device="cpu") for name in NUMBERS]
+    def run(quadruples: list[list[Tensor]], numbers: list[float]) -> None:
+        given = [torch.tensor(number, dtype=dtype, device="cpu") for number in numbers]
         with torch.autocast(device.type, enabled=False):  # one kernel, whatever surrounds the update
             for first in range(0, len(quadruples), TOGETHER):
                 columns = [list(column) for column in zip(*quadruples[first : first + TOGETHER], strict=True)]
                 kernel(*(column + rest[len(column) :] for column, rest in zip(columns, fill, strict=True)), given)
 
     with torch.no_grad():
-        # Sizes that all differ, or those that are equal now would have to be equal ever after; and large enough to be
-        # split among threads.
-        kernel(*zeros(2**17), [torch.tensor(0.5, dtype=dtype, device="cpu") for _ in NUMBERS])
-    return update
+        # Sizes that all differ, and tensors, or those that are equal now would have to be equal ever after; and large
+        # enough to be split among threads.
+        kernel(*zeros(2**17), [torch.tensor(0.5, dtype=dtype, device="cpu") for _ in range(NUMBERS)])
+    return run

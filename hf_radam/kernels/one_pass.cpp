@@ -15,7 +15,7 @@
 namespace {
 
 constexpr int64_t CHUNK = 1 << 14;  // elements; seven streams of it fit into a core's cache
-constexpr int64_t ALONE = 4;        // chunks below which waking other threads takes longer
+constexpr int64_t ALONE = 16;       // chunks below which waking other threads takes longer
 
 // Calls f(tensor, begin, end) for stretches that cover all tensors once. Threads take them as they get ready, and treat
 // denormal numbers as the calling thread does (torch.set_flush_denormal).
@@ -31,7 +31,7 @@ void for_all(int64_t count, const int64_t* sizes, int threads, F f) {
         std::fenv_t own;
         std::fegetenv(&own);
         std::fesetenv(&callers);
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, 16)
         for (int64_t chunk = 0; chunk < chunks; ++chunk) {
             const int64_t t = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
             const int64_t begin = (chunk - first[t]) * CHUNK;
@@ -79,59 +79,49 @@ void averages(int64_t count, const int64_t* sizes, int threads, float* const* av
     });
 }
 
-// The new parameter, and the average of it where there is one: two loops over what is in the cache.
-template <class T>
-void average_chunk(float* const* average, const T* weights, int64_t t, int64_t begin, int64_t end, Lerp lerp) {
-    if (average == nullptr || average[t] == nullptr) return;
-    float* __restrict a = average[t];
-    for (int64_t i = begin; i < end; ++i) a[i] = lerp(a[i], static_cast<float>(weights[i]));
+// An optimizer's update: one(parameter, gradient, first state, second state) of every element, and then the average of
+// the new parameters where there is one, while they are in the cache.
+template <class T, class F>
+void updates(int64_t count, const int64_t* sizes, int threads, T* const* parameters, const T* const* gradients,
+             T* const* first, T* const* second, float* const* average, double size, F one) {
+    const Lerp lerp(size);
+    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
+        T* __restrict p = parameters[t];
+        const T* __restrict g = gradients[t];
+        T* __restrict a = first[t];
+        T* __restrict b = second[t];
+        for (int64_t i = begin; i < end; ++i) one(p[i], g[i], a[i], b[i]);
+        if (average == nullptr || average[t] == nullptr) return;
+        float* __restrict mean = average[t];
+        for (int64_t i = begin; i < end; ++i) mean[i] = lerp(mean[i], static_cast<float>(p[i]));
+    });
 }
 
 // Rectified update of RAdam (Liu et al. 2019, arXiv:1908.03265, algorithm 2), decoupled weight decay.
 // numbers: 1 - beta1, beta2, 1 - beta2, eps, 1 - lr decay, step size with all corrections.
 template <class T>
-void radam(int64_t count, const int64_t* sizes, int threads, T* const* parameters, const T* const* gradients,
-           T* const* first_moments, T* const* second_moments, float* const* average, double size,
-           const double* numbers) {
+auto radam(const double* numbers) {
     const T rest1 = numbers[0], beta2 = numbers[1], rest2 = numbers[2], eps = numbers[3], keep = numbers[4],
             rate = numbers[5];
-    const Lerp lerp(size);
-    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        T* __restrict p = parameters[t];
-        const T* __restrict g = gradients[t];
-        T* __restrict m = first_moments[t];
-        T* __restrict v = second_moments[t];
-        for (int64_t i = begin; i < end; ++i) {
-            m[i] = m[i] + (g[i] - m[i]) * rest1;
-            v[i] = v[i] * beta2 + g[i] * g[i] * rest2;
-            p[i] = p[i] * keep - m[i] * rate / (std::sqrt(v[i]) + eps);
-        }
-        average_chunk(average, p, t, begin, end, lerp);
-    });
+    return [=](T& p, T g, T& m, T& v) {
+        m = m + (g - m) * rest1;
+        v = v * beta2 + g * g * rest2;
+        p = p * keep - m * rate / (std::sqrt(v) + eps);
+    };
 }
 
 // Rectified schedule-free update (Defazio et al. 2024, arXiv:2405.15682, algorithm 1, y in place of x).
 // numbers: beta2, 1 - beta2, 1 / (1 - beta2^t), eps, weight decay, weight c of z, rate of y, rate of z.
 template <class T>
-void schedule_free(int64_t count, const int64_t* sizes, int threads, T* const* parameters, const T* const* gradients,
-                   T* const* base_iterates, T* const* second_moments, float* const* average, double size,
-                   const double* numbers) {
+auto schedule_free(const double* numbers) {
     const T beta2 = numbers[0], rest2 = numbers[1], correction = numbers[2], eps = numbers[3], decay = numbers[4],
             c = numbers[5], y_rate = numbers[6], z_rate = numbers[7];
-    const Lerp lerp(size);
-    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        T* __restrict y = parameters[t];
-        const T* __restrict g = gradients[t];
-        T* __restrict z = base_iterates[t];
-        T* __restrict v = second_moments[t];
-        for (int64_t i = begin; i < end; ++i) {
-            v[i] = v[i] * beta2 + g[i] * g[i] * rest2;
-            const T direction = g[i] / (std::sqrt(v[i] * correction) + eps) + y[i] * decay;
-            y[i] = y[i] + (z[i] - y[i]) * c + direction * y_rate;
-            z[i] = z[i] - direction * z_rate;
-        }
-        average_chunk(average, y, t, begin, end, lerp);
-    });
+    return [=](T& y, T g, T& z, T& v) {
+        v = v * beta2 + g * g * rest2;
+        const T direction = g / (std::sqrt(v * correction) + eps) + y * decay;
+        y = y + (z - y) * c + direction * y_rate;
+        z = z - direction * z_rate;
+    };
 }
 
 }  // namespace
@@ -140,7 +130,7 @@ void schedule_free(int64_t count, const int64_t* sizes, int threads, T* const* p
     extern "C" void kind##_##suffix(int64_t count, const int64_t* sizes, int threads, type* const* parameters,      \
                                     const type* const* gradients, type* const* first, type* const* second,           \
                                     float* const* average, double size, const double* numbers) {                     \
-        kind<type>(count, sizes, threads, parameters, gradients, first, second, average, size, numbers);             \
+        updates(count, sizes, threads, parameters, gradients, first, second, average, size, kind<type>(numbers));    \
     }
 UPDATE(radam, float, float32)
 UPDATE(radam, double, float64)

@@ -11,8 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.radam import radam
 
-from hf_radam.kernels import Entry, local, make_ready, radam_update, together
+from hf_radam.kernels import fused_update, make_ready
 from hf_radam.kernels.folding import Folding
+from hf_radam.kernels.numbers import RAdamNumbers
+from hf_radam.kernels.plain import Entry, together
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
@@ -140,25 +142,14 @@ class RAdam(torch.optim.RAdam):
             if factor is None:
                 rest += of_a_step
                 continue
+            numbers = RAdamNumbers(
+                float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], factor=factor, step=step
+            )
             calls, unfit = together(of_a_step)
             rest += unfit
             for chosen in calls:
-                *columns, steps = [*zip(*chosen, strict=True)]
-                parameters = [entry[0] for entry in chosen]
-                radam_update(
-                    [[*map(local, column)] for column in columns],
-                    lr=float(group["lr"]),
-                    betas=group["betas"],
-                    eps=group["eps"],
-                    weight_decay=group["weight_decay"],
-                    factor=factor,
-                    step=step,
-                    averages=None if folding is None else folding.of(parameters),
-                    size=0.0 if folding is None else folding.size,
-                )
-                if folding is not None:
-                    folding.note(parameters)
-                torch._foreach_add_(steps, ONE, alpha=1.0)
+                fused_update(chosen, numbers, folding)
+                torch._foreach_add_([entry[-1] for entry in chosen], ONE, alpha=1.0)
         return rest
 
     def __getstate__(self) -> dict[str, Any]:

@@ -17,8 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from hf_radam.kernels import Entry, local, make_ready, schedule_free_update, together
+from hf_radam.kernels import fused_update, make_ready
 from hf_radam.kernels.folding import Folding
+from hf_radam.kernels.numbers import ScheduleFreeNumbers
+from hf_radam.kernels.plain import Entry, together
 from hf_radam.optim.checks import check_hyperparameters, low_precision
 from hf_radam.optim.rectification import rectification
 
@@ -183,32 +185,14 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self, ys: list[Tensor], group: dict[str, Any], folding: Folding | None, *, lr: float, c: float
     ) -> list[Tensor]:
         """Update what a kernel can take; returns the rest of `ys`."""
-        beta1, beta2 = group["betas"]
-        numbers = {
-            "beta2": beta2,
-            "rest2": 1 - beta2,
-            "correction": 1 / (1 - beta2 ** group["k"]),
-            "eps": group["eps"],
-            "weight_decay": group["weight_decay"],
-            "c": c,
-            "y_rate": lr * (beta1 * (1 - c) - 1),
-            "z_rate": lr,
-        }
+        numbers = ScheduleFreeNumbers(lr, group["betas"], group["eps"], group["weight_decay"], c=c, step=group["k"])
         entries: list[Entry] = []
         for y in ys:
             assert y.grad is not None, "only these are updated"
             entries.append((y, y.grad, self.state[y]["z"], self.state[y]["exp_avg_sq"]))
         calls, rest = together(entries)
         for chosen in calls:
-            parameters = [entry[0] for entry in chosen]
-            schedule_free_update(
-                [[*map(local, column)] for column in zip(*chosen, strict=True)],
-                numbers,
-                averages=None if folding is None else folding.of(parameters),
-                size=0.0 if folding is None else folding.size,
-            )
-            if folding is not None:
-                folding.note(parameters)
+            fused_update(chosen, numbers, folding)
         return [entry[0] for entry in rest]
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:

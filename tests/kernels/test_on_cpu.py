@@ -13,21 +13,18 @@ import numpy as np
 import pytest
 import torch
 
-from hf_radam.kernels import average_update, building, on_cpu, radam_update, schedule_free_update
+from hf_radam.kernels import average_update, building, on_cpu
+from hf_radam.kernels.numbers import RAdamNumbers, ScheduleFreeNumbers
 from hf_radam.optim.radam import THRESHOLD
 from hf_radam.optim.rectification import rectification
 
 pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
 ROOT = Path(__file__).parents[2]
 SIZES = (0, 1, 7, 16, 16383, 16384, 16385, 200_001)
-RADAM = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "step": 9}
-RADAM["factor"] = rectification(RADAM["step"], beta2=0.99, threshold=THRESHOLD)
-SCHEDULE_FREE = {"beta2": 0.99, "rest2": 0.01, "correction": 1 / (1 - 0.99**9), "eps": 1e-6, "weight_decay": 0.1}
-SCHEDULE_FREE |= {"c": 0.07, "y_rate": -0.003, "z_rate": 0.02}
-UPDATES = {
-    "radam": lambda columns, **options: radam_update(columns, **RADAM, **options),
-    "schedule_free": lambda columns, **options: schedule_free_update(columns, SCHEDULE_FREE, **options),
-}
+FACTOR = rectification(9, beta2=0.99, threshold=THRESHOLD)
+RADAM = RAdamNumbers(lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, factor=FACTOR, step=9)
+SCHEDULE_FREE = ScheduleFreeNumbers(lr=0.02, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.1, c=0.07, step=9)
+UPDATES = {"radam": RADAM, "schedule_free": SCHEDULE_FREE}
 
 
 def columns(dtype):
@@ -42,18 +39,17 @@ def copies(given):
 
 
 def expected_radam(p, g, m, v):
-    beta1, beta2 = RADAM["betas"]
-    step, lr = RADAM["step"], RADAM["lr"]
+    beta1, beta2, lr, step = 0.9, 0.99, 0.01, 9
     m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-    direction = m / (1 - beta1**step) * math.sqrt(1 - beta2**step) / (v.sqrt() + RADAM["eps"])
-    return p * (1 - lr * RADAM["weight_decay"]) - lr * RADAM["factor"] * direction, m, v
+    direction = m / (1 - beta1**step) * math.sqrt(1 - beta2**step) / (v.sqrt() + 1e-6)
+    return p * (1 - lr * 0.1) - lr * FACTOR * direction, m, v
 
 
 def expected_schedule_free(y, g, z, v):
-    n = SCHEDULE_FREE
-    v = n["beta2"] * v + n["rest2"] * g * g
-    direction = g / ((v * n["correction"]).sqrt() + n["eps"]) + n["weight_decay"] * y
-    return (1 - n["c"]) * y + n["c"] * z + n["y_rate"] * direction, z - n["z_rate"] * direction, v
+    beta1, beta2, lr, step, c = 0.9, 0.99, 0.02, 9, 0.07
+    v = beta2 * v + (1 - beta2) * g * g
+    direction = g / ((v / (1 - beta2**step)).sqrt() + 1e-6) + 0.1 * y
+    return (1 - c) * y + c * z + lr * (beta1 * (1 - c) - 1) * direction, z - lr * direction, v
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -61,7 +57,7 @@ def expected_schedule_free(y, g, z, v):
 def test_an_update_is_the_formula(kind, dtype):
     given = columns(dtype)
     before = copies(given)
-    UPDATES[kind](given)
+    on_cpu.update(given, UPDATES[kind])
     oracle = {"radam": expected_radam, "schedule_free": expected_schedule_free}[kind]
     bound = 8 * torch.finfo(dtype).eps
     for parameter, gradient, first, second, *old in zip(*given, *before, strict=True):
@@ -75,8 +71,8 @@ def test_every_operation_is_rounded_by_itself():
     """Bit for bit. Oracle: the same operations one after another in numpy's float32."""
     given = columns(torch.float32)
     y, g, z, v = ([value.numpy().copy() for value in column] for column in given)
-    UPDATES["schedule_free"](given)
-    beta2, rest2, correction, eps, decay, c, y_rate, z_rate = (np.float32(n) for n in SCHEDULE_FREE.values())
+    on_cpu.update(given, SCHEDULE_FREE)
+    beta2, rest2, correction, eps, decay, c, y_rate, z_rate = map(np.float32, SCHEDULE_FREE.for_kernel())
     for n in range(len(SIZES)):
         v_new = v[n] * beta2 + g[n] * g[n] * rest2
         direction = g[n] / (np.sqrt(v_new * correction) + eps) + y[n] * decay
@@ -114,10 +110,10 @@ def test_neither_threads_nor_places_matter(kind, monkeypatch):
     for threads in (1, 2, 5):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         given = columns(torch.float32)
-        UPDATES[kind](given)
+        on_cpu.update(given, UPDATES[kind])
         ends.append(given)
     shifted = [[value[3:].clone() for value in column] for column in columns(torch.float32)]
-    UPDATES[kind](shifted)
+    on_cpu.update(shifted, UPDATES[kind])
     for number, column in enumerate(ends[0]):
         for other in ends[1:]:
             assert all(torch.equal(a, b) for a, b in zip(column, other[number], strict=True))
@@ -155,8 +151,8 @@ def test_an_average_in_the_same_pass_is_that_of_a_second_pass(kind, dtype):
     given, apart = columns(dtype), columns(dtype)
     averages = [torch.randn(size) if number % 3 else None for number, size in enumerate(SIZES)]
     second = [value if value is None else value.clone() for value in averages]
-    UPDATES[kind](given, averages=averages, size=0.2)
-    UPDATES[kind](apart)
+    on_cpu.update(given, UPDATES[kind], averages=averages, size=0.2)
+    on_cpu.update(apart, UPDATES[kind])
     pairs = [(a, p) for a, p in zip(second, apart[0], strict=True) if a is not None]
     on_cpu.average([a for a, _ in pairs], [p for _, p in pairs], 0.2)
     for column, other in zip(given, apart, strict=True):
@@ -169,7 +165,7 @@ def test_what_was_written_counts_as_changed():
     given = columns(torch.float32)
     average = torch.zeros(SIZES[-1])
     versions = [[value._version for value in column] for column in given]
-    UPDATES["radam"](given, averages=[None] * (len(SIZES) - 1) + [average], size=0.1)
+    on_cpu.update(given, RADAM, averages=[None] * (len(SIZES) - 1) + [average], size=0.1)
     grown = [
         [value._version - old for value, old in zip(c, o, strict=True)] for c, o in zip(given, versions, strict=True)
     ]

@@ -3,6 +3,7 @@
 Oracles: the C++ kernels, which `test_on_cpu` holds against the formulas; RAdam's formula in Python floats.
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import pytest
 import torch
 from kernels.test_on_cpu import RADAM, SCHEDULE_FREE, columns
 
-from hf_radam.kernels import building, on_gpu, radam_update, schedule_free_update
+from hf_radam.kernels import building, on_cpu, on_gpu
+from hf_radam.kernels.numbers import RAdamNumbers
 from hf_radam.optim.radam import THRESHOLD
 from hf_radam.optim.rectification import rectification
 
@@ -42,7 +44,7 @@ def test_the_numbers_for_adamw_are_radams():
     lr, beta1, beta2, eps, decay, step = 0.01, 0.9, 0.99, 1e-2, 0.1, 9
     p, m, v = 0.7, 0.03, 0.002
     factor = rectification(step, beta2=beta2, threshold=THRESHOLD)
-    numbers = on_gpu.adamw_numbers(lr=lr, beta2=beta2, eps=eps, weight_decay=decay, factor=factor, step=step)
+    numbers = RAdamNumbers(lr, (beta1, beta2), eps, decay, factor, step).for_adamw()
     correction1, correction2 = 1 - beta1**step, 1 - beta2**step
     radam = p * (1 - lr * decay) - lr * factor * (m / correction1) * correction2**0.5 / (v**0.5 + eps)
     adamw = p * (1 - numbers["lr"] * numbers["weight_decay"])
@@ -52,19 +54,26 @@ def test_the_numbers_for_adamw_are_radams():
 
 def test_radams_update_is_the_one_on_cpus():
     given, other = columns(torch.float32), columns(torch.float32)
-    radam_update(given, **RADAM)
-    on_gpu.radam_update(*other, **RADAM)
+    on_cpu.update(given, RADAM)
+    versions = [[value._version for value in column] for column in other]
+    on_gpu.update(other, RADAM)
     assert_alike(other, given)
+    grown = [
+        {value._version - old for value, old in zip(column, counts, strict=True)}
+        for column, counts in zip(other, versions, strict=True)
+    ]
+    assert grown == [{1}, {0}, {1}, {1}]  # which torch's kernel does not tell by itself
 
 
 def test_one_kernel_serves_every_size_and_number():
     kernel = on_gpu.schedule_free_kernel(torch.float32, CPU)
     before = graphs()
-    for number, numbers in enumerate((SCHEDULE_FREE, SCHEDULE_FREE | {"c": 0.5, "weight_decay": 0.0, "beta2": 0.9})):
+    others = dataclasses.replace(SCHEDULE_FREE, c=0.5, weight_decay=0.0, betas=(0.95, 0.9))
+    for number, numbers in enumerate((SCHEDULE_FREE, others)):
         given, other = columns(torch.float32), columns(torch.float32)
-        schedule_free_update(given, numbers)
+        on_cpu.update(given, numbers)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bool(number)), torch.no_grad():
-            kernel(flattened(other), numbers)
+            kernel(flattened(other), numbers.for_kernel())
         for column in (0, 2, 3):
             assert_alike([other[column][2:]], [given[column][2:]])
     assert graphs() == before > 0
@@ -75,9 +84,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from kernels.test_on_gpu import *
 given, other = columns(torch.float32), columns(torch.float32)
-schedule_free_update(given, SCHEDULE_FREE)
+on_cpu.update(given, SCHEDULE_FREE)
 with FlopCounterMode(display=False), torch.no_grad():
-    on_gpu.schedule_free_kernel(torch.float32, CPU)(flattened(other), SCHEDULE_FREE)
+    on_gpu.schedule_free_kernel(torch.float32, CPU)(flattened(other), SCHEDULE_FREE.for_kernel())
 assert_alike([c[2:] for c in other], [c[2:] for c in given])
 print("alike")
 """

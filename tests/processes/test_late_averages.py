@@ -10,8 +10,7 @@ import tiny
 from processes import harness
 from test_host_average import LateCopier
 
-from hf_radam import averaging
-from hf_radam.host_average import HostAverage, host_average
+from hf_radam import host_average
 
 SIZES = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 99, "attention_dropout": 0.0}
 
@@ -24,10 +23,10 @@ def train(folder, backend):
 
     def late(weights, averages):
         copiers.append(LateCopier())
-        return HostAverage(copiers[-1])
+        return host_average.HostAverage(copiers[-1])
 
-    for name, make in (("late", late), ("at once", host_average)):
-        averaging.host_average = make
+    for name, make in (("late", late), ("at once", host_average.host_average)):
+        host_average.host_average = make
         trainer = tiny.trainer(folder / name, tiny.llama(**SIZES), **options | harness.arguments(backend))
         trainer.train()
         assert harness.is_really(trainer, backend)

@@ -1,5 +1,6 @@
 """Whether a training fuses its updates: as asked for, or where it is possible, and measured to be faster."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -227,3 +228,25 @@ def test_a_folding_that_was_not_used_moves_nothing_later():
             average.update(step)
         ends.append(average.averaged_state_dict())
     assert tiny.same(*ends)
+
+
+def test_a_state_that_is_loaded_is_all_there_is():
+    """Also right after a reader had a folded update averaged early. Oracle: the loop that did not read."""
+    ends = []
+    for reads in (True, False):
+        given = parameters()
+        optimizer = make(RAdam, given, fused=True)
+        average = WeightAverage(((str(n), p) for n, p in enumerate(given)), decay=0.9)
+        for step in range(1, 10):
+            for p in given:
+                p.grad = torch.full_like(p, 0.1 * step)
+            average.fold_into(optimizer, step)
+            optimizer.step()
+            if step == 8:
+                kept = copy.deepcopy(average.state_dict()) if reads else None
+                if reads:
+                    kept["last_step"], kept["num_averaged"] = 7, 7
+                    average.load_state_dict(kept)
+            assert average.update(step)
+        ends.append((average.num_averaged, average.last_step))
+    assert ends == [(9, 9)] * 2
