@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from hf_radam.host_average import AverageMover
-from hf_radam.kernels.folding import Folding
-from hf_radam.kernels.plain import are_plain
+from hf_radam.kernels.folding import Folding, Foldings, WrittenError
+from hf_radam.kernels.plain import are_plain, sharing
 from hf_radam.sharding import LocalSharding, Sharding
 from hf_radam.windows import (
     DEFAULT_HALF_LIFE_RATIO,
@@ -110,8 +110,11 @@ class WeightAverage:
         self._averages: dict[str, Tensor] = {}
         self._applied = False
         self._now: dict[str, Tensor] | None = None
-        self._folding: Folding | None = None
-        self._averaged_early: int | None = None
+        self._foldings = Foldings()
+        self._early: dict[str, int] | None = None
+        """The weights' versions when a reader had the last update averaged before `update` was told of it."""
+        self._broken: str | None = None
+        """Why what has moved is no average, if something has written to weights that it had moved with."""
         self._mover = AverageMover()
 
     @property
@@ -144,12 +147,17 @@ class WeightAverage:
 
         Raises:
             ValueError: if `step` is not above the last one.
-            RuntimeError: inside `applied()`, or if a parameter that was frozen has become trainable.
+            RuntimeError: inside `applied()`, if a parameter that was frozen has become trainable, or after `fold_into`
+                if the update has another number or something has written to the weights since.
         """
         if self._applied:
             raise RuntimeError("update() inside applied() would average the average: leave the context first.")
-        if step == self._averaged_early:
-            self._averaged_early = None
+        self._check_whole()
+        self._check_told(step, f"update({step})")
+        if self._early is not None and step == self.last_step:
+            self._check_unwritten()
+            self._foldings.end()
+            self._early = None
             return True
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
@@ -157,13 +165,21 @@ class WeightAverage:
         thawed = [name for name in self.sharding.parameters if name not in trained and self.sharding.trains(name)]
         if thawed:
             raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
+        due = self._average(step, overlap=overlap)
+        self._foldings.end()
+        self._early = None
+        return due
+
+    def _average(self, step: int, *, overlap: bool) -> bool:
+        """Take in the weights after an update, but for those that an optimizer has averaged in its pass."""
+        moved = self._moved_already()
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
             return False
         size = self.step_size(step)
         if self.started:
-            self._move(size)
+            self._move([name for name in self._averages if name not in moved], size)
             if not overlap:
                 self.before_writing()
         else:
@@ -177,13 +193,10 @@ class WeightAverage:
         device = self.sharding.live(name).device if self.device is None else self.device
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
-    def _move(self, size: float) -> None:
-        """Move every accumulator by `size` towards its parameter, but for those that an optimizer has moved."""
-        folding, self._folding = self._folding, None
-        moved = set() if folding is None else folding.settle(self.last_step)
-        left = [name for name in self._averages if name not in moved]
+    def _move(self, names: list[str], size: float) -> None:
+        """Move the accumulators of these parameters by `size` towards them."""
         parameters = self.sharding.parameters
-        self._mover.move([(self._averages[name], self.sharding.live(name), parameters[name]) for name in left], size)
+        self._mover.move([(self._averages[name], self.sharding.live(name), parameters[name]) for name in names], size)
 
     def before_writing(self) -> None:
         """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
@@ -198,10 +211,11 @@ class WeightAverage:
 
         Waits for one in host memory, and averages what is left of an update that has moved a part of it.
         """
-        if self._folding is not None and self._folding.moved and not self._applied:
-            step = self._folding.step
-            self.update(step)
-            self._averaged_early = step
+        self._check_whole()
+        step = self._foldings.step
+        if step is not None and self._early is None and not self._applied:
+            self._average(step, overlap=False)
+            self._early = self._versions()
         self._mover.finish()
 
     # ---- In the optimizer's pass ----
@@ -215,16 +229,55 @@ class WeightAverage:
 
         Args:
             optimizer: an `RAdam` or `RAdamScheduleFree` of this package; it folds what it fuses (`fused=True`) of
-                float32 parameters on CPUs.
+                float32 parameters on CPUs, but for parameters that share memory with others. Several optimizers may
+                take part, each told before its own step.
             step: number of the update, as for `update`.
+
+        Raises:
+            RuntimeError: if `update` was not told of the last update that has moved the average.
         """
-        self._folding, optimizer.folding, self._averaged_early = None, None, None
+        self._check_whole()
+        self._check_told(step, f"fold_into(optimizer, {step})")
+        optimizer.folding = None
         elapsed = step - self.start_step
-        if self._applied or not self.started or elapsed <= 0 or elapsed % self.every:
+        if self._applied or not self.started or step <= self.last_step or elapsed <= 0 or elapsed % self.every:
             return
-        pairs = {name: (self.sharding.parameters[name], average) for name, average in self._averages.items()}
-        whole = {name: pair for name, pair in pairs.items() if pair[0].shape == pair[1].shape and are_plain(*pair)}
-        self._folding = optimizer.folding = Folding(step, self.step_size(step), whole)
+        parameters = self.sharding.parameters
+        plain = [name for name, parameter in parameters.items() if are_plain(parameter)]
+        shared = {plain[n] for n in sharing([parameters[name] for name in plain])}
+        pairs = {name: (parameters[name], self._averages[name]) for name in plain if name in self._averages}
+        apart = {name: pair for name, pair in pairs.items() if name not in shared}
+        whole = {name: pair for name, pair in apart.items() if pair[0].shape == pair[1].shape and are_plain(pair[1])}
+        self._foldings.begin(optimizer, Folding(step, self.step_size(step), whole))
+
+    def _moved_already(self) -> set[str]:
+        """The names of the parameters that an optimizer has averaged in the update that is averaged now."""
+        try:
+            return self._foldings.settle()
+        except WrittenError as error:
+            self._broken = str(error)
+            raise
+
+    def _check_whole(self) -> None:
+        """Raise what was raised when the average was found to be none."""
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    def _check_told(self, step: int, call: str) -> None:
+        """Make sure that `update` is told of an update that has moved a part of the average before another one is."""
+        begun = self._foldings.step
+        if begun is not None and begun != step:
+            raise RuntimeError(f"{call} without update({begun}), which has moved the average already: call it first.")
+
+    def _versions(self) -> dict[str, int]:
+        return {name: self.sharding.parameters[name]._version for name in self._averages}
+
+    def _check_unwritten(self) -> None:
+        """Make sure that weights that were averaged for a reader, before `update` was told, are the same now."""
+        for name, version in self._versions().items() if self._early else ():
+            if version != (self._early or {}).get(name, version):
+                self._broken = str(WrittenError(name))
+                raise WrittenError(name)
 
     @contextmanager
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
@@ -249,6 +302,7 @@ class WeightAverage:
         if self._applied:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
         self.finish()
+        self._check_unwritten()
         self._applied = True
         try:
             if exchange:
@@ -259,6 +313,8 @@ class WeightAverage:
                     yield
         finally:
             self._applied, self._now = False, None
+            if self._early is not None:
+                self._early = self._versions()
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -307,8 +363,7 @@ class WeightAverage:
         Raises:
             ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
         """
-        self.finish()
-        self._folding = self._averaged_early = None
+        self._mover.finish()
         missing_counters = sorted(set(self.counters()) - set(state))
         if missing_counters:
             raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")
@@ -318,9 +373,11 @@ class WeightAverage:
             extra = sorted(set(averages) - set(self._trained))
             if missing or extra:
                 raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
-            self._averages = {name: self._accumulator(name, self._own_part(name, averages[name])) for name in averages}
+            own = {name: self._accumulator(name, self._own_part(name, averages[name])) for name in averages}
         else:
-            self._averages = {}
+            own = {}
+        self._foldings.end()
+        self._averages, self._early, self._broken = own, None, None
         for counter in self.counters():
             setattr(self, counter, state[counter])
 
@@ -339,7 +396,8 @@ class WeightAverage:
     def __getstate__(self) -> dict[str, Any]:
         """What `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
         self.finish()
-        return self.__dict__ | {"_mover": AverageMover(), "_folding": None}
+        early: dict[str, int] | None = None if self._early is None else {}  # versions are not copied
+        return self.__dict__ | {"_mover": AverageMover(), "_foldings": Foldings(), "_early": early}
 
     def __repr__(self) -> str:
         """Window and progress in one line."""

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_radam import RAdam, RAdamScheduleFree
 from hf_radam.kernels import building
+from hf_radam.kernels.plain import sharing
 from hf_radam.optim.radam import THRESHOLD, rectification
 
 pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
@@ -237,16 +238,40 @@ def test_gradients_whose_memory_does_not_tell_their_value(kind, strange):
     assert_close(*unfused_and_fused(kind, run, lambda: parameters()[:2]))
 
 
-def of_one_memory():
+def of_one_memory(begin):
     torch.manual_seed(0)
     given = [torch.nn.Parameter(torch.randn(100_000)) for _ in range(3)]
-    given[2].data = given[0].data
+    given[2].data = given[0].data[begin:]
     return given
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-def test_parameters_with_the_same_memory_are_updated_one_after_another(kind):
-    assert_close(*unfused_and_fused(kind, lambda *both: train(*both, range(20)), of_one_memory, foreach=False))
+@pytest.mark.parametrize("begin", [0, 30_000])
+def test_parameters_that_share_memory_are_updated_one_after_another(kind, begin):
+    def run(*both):
+        train(*both, range(20))
+
+    assert_close(*unfused_and_fused(kind, run, lambda: of_one_memory(begin), foreach=False))
+
+
+def test_which_tensors_share_memory():
+    """By hand, from where to where in one memory."""
+    memory = torch.zeros(300)
+    ends = [(0, 100), (10, 20), (30, 40), (100, 110), (105, 120), (200, 200), (200, 210)]
+    assert sharing([memory[begin:end] for begin, end in ends]) == {0, 1, 2, 3, 4}
+    assert sharing([memory[:100].view(10, 10).t(), memory[99:100], torch.zeros(9)]) == {0, 1}
+    assert sharing([memory[0:10:2], memory[9:12]]) == set() == sharing([])
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_sparse_gradients_are_refused_before_anything_changes(kind):
+    given = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))]
+    optimizer = make(kind, given)
+    for value in (torch.ones(4, 4), torch.eye(4).to_sparse()):
+        given[value.is_sparse].grad = value
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        optimizer.step()
+    assert all(bool((p == 1).all()) for p in given) and optimizer.param_groups[0].get("k", 0) == 0
 
 
 @pytest.mark.parametrize("kind", OPTIONS)

@@ -3,8 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
+
+
+class WrittenError(RuntimeError):
+    """Something has written to a parameter between its update and its average.
+
+    Args:
+        name: of the parameter.
+    """
+
+    def __init__(self, name: str):
+        super().__init__(
+            f"Something has written to {name} between the optimizer's update and its average, which was made in one "
+            "pass with the update: leave out fold_into (ewa_folded), and load a state from before it."
+        )
 
 
 class Folding:
@@ -38,25 +53,61 @@ class Folding:
         """The names of the parameters whose average has moved with the update."""
         return {self._names[parameter] for parameter in self._moved}
 
-    def settle(self, step: int) -> set[str]:
-        """End it, as the update is averaged now: it moves nothing any more.
+    def end(self) -> None:
+        """Have it move nothing any more."""
+        self._spent = True
 
-        Args:
-            step: number of the update that is averaged.
+    def check(self) -> None:
+        """Make sure that the parameters are those that their averages have moved with.
+
+        Raises:
+            WrittenError: if something has written to one of them since.
+        """
+        for parameter, version in self._moved.items():
+            if parameter._version != version:
+                raise WrittenError(self._names[parameter])
+
+
+class Foldings:
+    """What optimizers have moved of one average in the update that is under way: a `Folding` for each of them."""
+
+    def __init__(self) -> None:
+        self._all: list[Folding] = []
+
+    @property
+    def step(self) -> int | None:
+        """The number of the update, once a part of the average has moved with it."""
+        return next((folding.step for folding in self._all if folding.moved), None)
+
+    @property
+    def moved(self) -> set[str]:
+        """The names of the parameters whose average has moved with the update."""
+        return {name for folding in self._all for name in folding.moved}
+
+    def begin(self, optimizer: Any, folding: Folding) -> None:
+        """Have an optimizer's next update move what a folding says."""
+        if self._all and self._all[0].step != folding.step:
+            self.end()
+        self._all.append(folding)
+        optimizer.folding = folding
+
+    def settle(self) -> set[str]:
+        """Have nothing move any more, as the update is averaged now.
 
         Returns:
             As `moved`.
 
         Raises:
-            RuntimeError: if it was another update that moved them, or something has written to one of them since.
+            WrittenError: if something has written to one of them since.
         """
-        self._spent = True
-        if self._moved and step != self.step:
-            raise RuntimeError(f"update({step}) after fold_into(optimizer, {self.step}).")
-        for parameter, version in self._moved.items():
-            if parameter._version != version:
-                raise RuntimeError(
-                    f"Something has written to {self._names[parameter]} between the optimizer's update and its "
-                    "average, which was made in one pass with the update: leave out fold_into (ewa_folded)."
-                )
+        for folding in self._all:
+            folding.end()
+        for folding in self._all:
+            folding.check()
         return self.moved
+
+    def end(self) -> None:
+        """Have nothing move any more, and forget what has."""
+        for folding in self._all:
+            folding.end()
+        self._all = []

@@ -100,7 +100,7 @@ def schedule_free_update(
     Source:
         Defazio et al. 2024, arXiv:2405.15682, algorithm 1, in the form of `schedulefree`.
     """
-    v = second_moment * beta2 + gradient * gradient * rest2
+    v = second_moment * beta2 + rest2 * gradient * gradient
     direction = gradient / ((v * correction).sqrt() + eps) + y * weight_decay
     y.copy_(y + (z - y) * c + direction * y_rate)
     z.copy_(z - direction * z_rate)

@@ -68,6 +68,15 @@ struct Lerp {
     }
 };
 
+// The same in the tensors' type, each operation rounded by itself.
+template <class T>
+struct Between {
+    T share, rest;
+    bool near;
+    explicit Between(double size) : share(static_cast<T>(size)), rest(1 - share), near(share < T(0.5)) {}
+    T operator()(T from, T to) const { return near ? from + (to - from) * share : to - (to - from) * rest; }
+};
+
 template <class W>
 void averages(int64_t count, const int64_t* sizes, int threads, float* const* average, const W* const* weights,
               double size) {
@@ -101,11 +110,12 @@ void updates(int64_t count, const int64_t* sizes, int threads, T* const* paramet
 // numbers: 1 - beta1, beta2, 1 - beta2, eps, 1 - lr decay, step size with all corrections.
 template <class T>
 auto radam(const double* numbers) {
-    const T rest1 = numbers[0], beta2 = numbers[1], rest2 = numbers[2], eps = numbers[3], keep = numbers[4],
+    const Between<T> mean(numbers[0]);
+    const T beta2 = numbers[1], rest2 = numbers[2], eps = numbers[3], keep = numbers[4],
             rate = numbers[5];
     return [=](T& p, T g, T& m, T& v) {
-        m = m + (g - m) * rest1;
-        v = v * beta2 + g * g * rest2;
+        m = mean(m, g);
+        v = v * beta2 + rest2 * g * g;
         p = p * keep - m * rate / (std::sqrt(v) + eps);
     };
 }
@@ -114,12 +124,13 @@ auto radam(const double* numbers) {
 // numbers: beta2, 1 - beta2, 1 / (1 - beta2^t), eps, weight decay, weight c of z, rate of y, rate of z.
 template <class T>
 auto schedule_free(const double* numbers) {
+    const Between<T> mean(numbers[5]);
     const T beta2 = numbers[0], rest2 = numbers[1], correction = numbers[2], eps = numbers[3], decay = numbers[4],
-            c = numbers[5], y_rate = numbers[6], z_rate = numbers[7];
+            y_rate = numbers[6], z_rate = numbers[7];
     return [=](T& y, T g, T& z, T& v) {
-        v = v * beta2 + g * g * rest2;
+        v = v * beta2 + rest2 * g * g;
         const T direction = g / (std::sqrt(v * correction) + eps) + y * decay;
-        y = y + (z - y) * c + direction * y_rate;
+        y = mean(y, z) + direction * y_rate;
         z = z - direction * z_rate;
     };
 }

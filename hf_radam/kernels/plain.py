@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,22 +52,34 @@ def together(entries: Iterable[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
     """Sort entries by what one call of a kernel can take.
 
     Returns:
-        Lists of one dtype and device each, and the rest: what does not fit, and parameters that have the same memory
-        as another one before them, whose updates must come one after another.
+        Lists of one dtype and device each, and the rest: what does not fit, and parameters that share memory with one
+        another, whose updates must come one after another.
     """
+    given = [*entries]
+    fitting = [n for n, entry in enumerate(given) if fits(*entry[:4])]
+    apart = {*fitting} - {fitting[n] for n in sharing([local(given[n][0]) for n in fitting])}
     alike: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
-    rest: list[Entry] = []
-    seen: set[int] = set()
-    for entry in entries:
-        parameter = entry[0]
-        address = local(parameter).data_ptr() if fits(*entry[:4]) else None
-        if address is None or address in seen:
-            rest.append(entry)
-            continue
-        if address:  # what has no elements has none
-            seen.add(address)
-        alike.setdefault((parameter.dtype, parameter.device), []).append(entry)
-    return [*alike.values()], rest
+    for n in sorted(apart):
+        alike.setdefault((given[n][0].dtype, given[n][0].device), []).append(given[n])
+    return [*alike.values()], [entry for n, entry in enumerate(given) if n not in apart]
+
+
+def sharing(tensors: Sequence[Tensor]) -> set[int]:
+    """The places of those among these tensors (plain, of any strides) whose memory meets that of another."""
+    stretches = []
+    for n, tensor in enumerate(tensors):
+        if tensor.numel():
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = tensor.data_ptr()
+            stretches.append((begin, begin + (last + 1) * tensor.element_size(), n))
+    found: set[int] = set()
+    farthest, whose = 0, -1
+    for begin, end, n in sorted(stretches):
+        if begin < farthest:
+            found |= {n, whose}
+        if end > farthest:
+            farthest, whose = end, n
+    return found
 
 
 def _are_cut_alike(one: Tensor, other: Tensor) -> bool:

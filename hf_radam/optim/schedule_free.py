@@ -129,7 +129,8 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         """One update of y and z; `p.grad` is only read.
 
         Raises:
-            RuntimeError: in evaluation mode, where the parameters hold x: call `train()` first.
+            RuntimeError: in evaluation mode, where the parameters hold x: call `train()` first; or with sparse
+                gradients.
         """
         if not all(group["train_mode"] for group in self.param_groups):
             raise RuntimeError("step() in evaluation mode, where the parameters hold x: call optimizer.train() first.")
@@ -137,6 +138,9 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            if any(p.grad is not None and p.grad.layout is not torch.strided for p in group["params"]):
+                raise RuntimeError("RAdamScheduleFree does not support sparse gradients: use sparse=False layers.")
         folding, self.folding = self.folding, None
         for index, group in enumerate(self.param_groups):
             if not self.steps_by_parts:

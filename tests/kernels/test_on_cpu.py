@@ -74,11 +74,29 @@ def test_every_operation_is_rounded_by_itself():
     on_cpu.update(given, SCHEDULE_FREE)
     beta2, rest2, correction, eps, decay, c, y_rate, z_rate = map(np.float32, SCHEDULE_FREE.for_kernel())
     for n in range(len(SIZES)):
-        v_new = v[n] * beta2 + g[n] * g[n] * rest2
+        v_new = v[n] * beta2 + rest2 * g[n] * g[n]
         direction = g[n] / (np.sqrt(v_new * correction) + eps) + y[n] * decay
         expected = (y[n] + (z[n] - y[n]) * c + direction * y_rate, g[n], z[n] - direction * z_rate, v_new)
         for column, wanted in zip(given, expected, strict=True):
             assert np.array_equal(column[n].numpy(), wanted)
+
+
+def test_a_large_gradient_overflows_where_torchs_does():
+    """A gradient whose square is none of float32's, but (1 - beta2) of it is. Oracle: torch's `addcmul_`."""
+    given = [[torch.full((20,), value)] for value in (1.0, 1e20, 1.0, 1.0)]
+    on_cpu.update(given, SCHEDULE_FREE)
+    wanted = torch.tensor(0.99).addcmul_(torch.tensor(1e20), torch.tensor(1e20), value=1 - 0.99)
+    assert torch.isfinite(wanted) and torch.allclose(given[3][0], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.5, 0.9])
+def test_a_first_moment_moves_as_torchs(beta1):
+    """From a large gradient to a small one, of which an inexact difference would leave nothing. Oracle: `lerp_`."""
+    numbers = RAdamNumbers(lr=0.01, betas=(beta1, 0.99), eps=1e-6, weight_decay=0.0, factor=FACTOR, step=9)
+    given = [[torch.full((20,), value)] for value in (1.0, 1e-4, 1e4, 1.0)]
+    on_cpu.update(given, numbers)
+    wanted = torch.full((20,), 1e4).lerp_(torch.full((20,), 1e-4), 1 - beta1)
+    torch.testing.assert_close(given[2][0], wanted, rtol=1e-6, atol=0)
 
 
 FLUSHING = """

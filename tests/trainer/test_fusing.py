@@ -1,6 +1,5 @@
 """Whether a training fuses its updates: as asked for, or where it is possible, and measured to be faster."""
 
-import copy
 import os
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 from test_fused import OPTIONS, make, parameters
 from transformers import TrainerCallback
 
-from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, WeightAverage, kernels
+from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, kernels
 from hf_radam.sharding import LocalSharding
 from hf_radam.training.fusing import choose_fused
 
@@ -127,8 +126,7 @@ class Watch(TrainerCallback):
         self.moved = []
 
     def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        folding = self.trainer.average._folding
-        self.moved.append(0 if folding is None else len(folding.moved))
+        self.moved.append(len(self.trainer.average._foldings.moved))
         if self.meddles and state.global_step == 8:
             with torch.no_grad():
                 next(model.parameters()).mul_(0.5)
@@ -209,44 +207,3 @@ def test_evaluating_between_a_folded_update_and_its_average_changes_nothing(tmp_
         assert watch.losses["eval_loss"] > 0
         ends.append((tiny.parameters(trainer.model), trainer.average.averaged_state_dict(), trainer.average.counters()))
     assert tiny.same(ends[0][0], ends[1][0]) and tiny.same(ends[0][1], ends[1][1]) and ends[0][2] == ends[1][2]
-
-
-def test_a_folding_that_was_not_used_moves_nothing_later():
-    """As after an update that a gradient scaler skips. Oracle: the same loop without folding."""
-    ends = []
-    for folded in (True, False):
-        given = parameters()
-        optimizer = make(RAdam, given, fused=True)
-        average = WeightAverage(((str(n), p) for n, p in enumerate(given)), decay=0.9)
-        for step in range(1, 20):
-            for n, p in enumerate(given):
-                p.grad = torch.full_like(p, 0.1 * step + n)
-            if folded and step < 15:
-                average.fold_into(optimizer, step)
-            if step != 14:
-                optimizer.step()
-            average.update(step)
-        ends.append(average.averaged_state_dict())
-    assert tiny.same(*ends)
-
-
-def test_a_state_that_is_loaded_is_all_there_is():
-    """Also right after a reader had a folded update averaged early. Oracle: the loop that did not read."""
-    ends = []
-    for reads in (True, False):
-        given = parameters()
-        optimizer = make(RAdam, given, fused=True)
-        average = WeightAverage(((str(n), p) for n, p in enumerate(given)), decay=0.9)
-        for step in range(1, 10):
-            for p in given:
-                p.grad = torch.full_like(p, 0.1 * step)
-            average.fold_into(optimizer, step)
-            optimizer.step()
-            if step == 8:
-                kept = copy.deepcopy(average.state_dict()) if reads else None
-                if reads:
-                    kept["last_step"], kept["num_averaged"] = 7, 7
-                    average.load_state_dict(kept)
-            assert average.update(step)
-        ends.append((average.num_averaged, average.last_step))
-    assert ends == [(9, 9)] * 2
