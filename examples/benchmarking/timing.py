@@ -67,8 +67,8 @@ def table(
         growing: only the rows that are measured at several sizes.
 
     Returns:
-        For JSON: the size, and of each row the seconds of each round, their median, and its ratio to the time that
-        the row's bytes take at the bandwidth of the first row, a plain `lerp_`.
+        For JSON: the size, and of each row the seconds of each round, their median, and the median of their ratios to
+        the time that the row's bytes take at the bandwidth of the first row, a plain `lerp_`, in the same round.
     """
     rows = [limit_of(sizes, device), *(row for row in ROWS[what]() if row.grows or not growing)]
     running = [Running(row, sizes, device) for row in rows]
@@ -79,7 +79,6 @@ def table(
     for _ in range(rounds):
         for each in orders.sample(running, len(running)):
             each.seconds.append(each.once())
-    bandwidth = rows[0].traffic / statistics.median(running[0].seconds)
     return {
         "what": what,
         "parameters": size_of(sizes),
@@ -89,12 +88,18 @@ def table(
                 "name": each.row.name,
                 "bytes_per_parameter": each.row.traffic,
                 "seconds": statistics.median(each.seconds),
-                "to_limit": statistics.median(each.seconds) * bandwidth / each.row.traffic,
+                "to_limit": to_limit(each, running[0]),
                 "rounds": each.seconds,
             }
             for each in running
         ],
     }
+
+
+def to_limit(one: Running, limit: Running) -> float:
+    """Median over the rounds of the ratio to the limit: machines change their pace, mostly slower than rounds do."""
+    ratios = [mine / bound for mine, bound in zip(one.seconds, limit.seconds, strict=True)]
+    return statistics.median(ratios) * limit.row.traffic / one.row.traffic
 
 
 def intervals(sizes: list[tuple[int, ...]], device: torch.device, *, every: list[int], rounds: int) -> dict[str, Any]:

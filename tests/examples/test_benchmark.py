@@ -35,8 +35,9 @@ def check(data):
         assert limit["bytes_per_parameter"] == 12 and limit["to_limit"] == pytest.approx(1) and len(others) >= 3
         for row in table["rows"]:
             assert len(row["rounds"]) == data["rounds"] and row["seconds"] == pytest.approx(middle(row["rounds"]))
-            rate, best = (each["bytes_per_parameter"] / middle(each["rounds"]) for each in (row, limit))
-            assert row["to_limit"] == pytest.approx(best / rate)
+            rounds = zip(row["rounds"], limit["rounds"], strict=True)
+            times = middle([own * 12 / (bound * row["bytes_per_parameter"]) for own, bound in rounds])
+            assert row["to_limit"] == pytest.approx(times)
     for row in data["every"]["rows"]:
         assert row["seconds"] == pytest.approx(middle(row["rounds"]))
     for measured in data["trainers"]:
