@@ -46,27 +46,27 @@ def assert_same(one, other):
         assert tiny.same(a, b) if isinstance(a, dict) and a and hasattr(next(iter(a.values())), "shape") else a == b
 
 
-def test_wsd_of_400_updates_extended_to_800_is_the_run_of_800_up_to_its_decay_and_after(tmp_path):
-    run(tmp_path / "short", **WSD, max_steps=400)
-    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD, max_steps=800)
-    planned = run(tmp_path / "planned", **WSD, max_steps=800)
+def test_wsd_of_200_updates_extended_to_400_is_the_run_of_400_up_to_its_decay_and_after(tmp_path):
+    run(tmp_path / "short", **WSD, max_steps=200)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD, max_steps=400)
+    planned = run(tmp_path / "planned", **WSD, max_steps=400)
     assert_same(extended, planned)
     for folder in ("extended", "planned"):
-        assert os.listdir(tmp_path / folder / "_pre_decay") == ["checkpoint-720"]
-    at_720 = [
-        run(tmp_path / name, until=720, source=source, **WSD, max_steps=800)
+        assert os.listdir(tmp_path / folder / "_pre_decay") == ["checkpoint-360"]
+    at_360 = [
+        run(tmp_path / name, until=360, source=source, **WSD, max_steps=400)
         for name, source in (("a", tmp_path / "short"), ("b", None))
     ]
-    assert_same(*at_720)
+    assert_same(*at_360)
 
 
-def test_wsd_s_in_one_piece_is_400_extended_to_800(tmp_path):
-    whole = run(tmp_path / "whole", **WSD_S, budgets=[400], max_steps=800)
-    run(tmp_path / "short", **WSD_S, max_steps=400)
-    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD_S, max_steps=800)
+def test_wsd_s_in_one_piece_is_200_extended_to_400(tmp_path):
+    whole = run(tmp_path / "whole", **WSD_S, budgets=[200], max_steps=400)
+    run(tmp_path / "short", **WSD_S, max_steps=200)
+    extended = run(tmp_path / "extended", source=tmp_path / "short", **WSD_S, max_steps=400)
     assert_same(whole, extended)
-    assert sorted(os.listdir(tmp_path / "whole" / "_budgets")) == ["checkpoint-400", "checkpoint-800"]
-    for update in (400, 800):
+    assert sorted(os.listdir(tmp_path / "whole" / "_budgets")) == ["checkpoint-200", "checkpoint-400"]
+    for update in (200, 400):
         manifests = [read_manifest(tmp_path / run / f"_budgets/checkpoint-{update}") for run in ("whole", "extended")]
         weights = [manifest["files"]["model.safetensors"] for manifest in manifests]
         assert weights[0] == weights[1]
