@@ -13,6 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_radam import argument_checks
+from hf_radam.inherited_fields import keep_declared_fields
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_wsd, check_wsd_s, count_from_ratio, wsd, wsd_s
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
@@ -126,6 +127,11 @@ class RAdamTrainingArguments(TrainingArguments):
     # What an extended run keeps of the schedule it goes on with (`go_on_with_schedule`): no flags.
     _kept_warmup_steps: int | None = field(default=None, init=False, repr=False)
     _passed_budgets: dict[int, int] = field(default_factory=dict, init=False, repr=False)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Keep the defaults of a dataclass that this is combined with, such as TRL's `SFTConfig`."""
+        super().__init_subclass__(**keywords)
+        keep_declared_fields(cls)
 
     def __post_init__(self) -> None:
         """Resolve names, let upstream check its part with stand-ins for ours, then check ours."""

@@ -238,3 +238,51 @@ def test_fused_updates_that_cannot_be(optim, wanted, words, tmp_path):
 @pytest.mark.parametrize("given", [True, "true", "True"])
 def test_a_yaml_file_may_give_a_boolean(given, tmp_path):
     assert RAdamTrainingArguments(tmp_path, optim="radam", fused_optimizer=given).fused_optimizer == "true"
+
+
+@dataclass
+class Further(TrainingArguments):
+    """As another library's configuration: a field of its own, and defaults of upstream's that it changes."""
+
+    learning_rate: float = 2e-5
+    logging_steps: float = 10
+    rounds: int = 3
+
+
+@dataclass
+class OursFirst(RAdamTrainingArguments, Further):
+    """In both orders each default is that of the class that declares it."""
+
+
+@dataclass
+class OursLast(Further, RAdamTrainingArguments):
+    """Likewise."""
+
+
+@dataclass
+class Again(OursFirst):
+    """And what it declares itself is its own."""
+
+    logging_steps: float = 20
+
+
+@pytest.mark.parametrize("kind", [OursFirst, OursLast, Again])
+def test_defaults_beside_those_of_another_dataclass(tmp_path, kind):
+    args = kind(str(tmp_path), optim="radam", ewa=True)
+    assert (args.learning_rate, args.rounds, args.lr_scheduler_type) == (2e-5, 3, "constant")
+    assert args.logging_steps == (20 if kind is Again else 10)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    assert "radam_schedulefree" in fields["optim"].metadata["help"]
+    assert kind(str(tmp_path), learning_rate=1.0).learning_rate == 1.0
+    parser = HfArgumentParser([kind])
+    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--ewa", "--optim", "radam"])
+    assert (parsed.learning_rate, parsed.rounds, parsed.lr_scheduler_type) == (2e-5, 3, "constant")
+
+
+def test_a_dataclass_without_defaults_of_its_own_is_left_as_it_was():
+    @dataclass
+    class Both(RAdamTrainingArguments, Seq2SeqTrainingArguments):
+        pass
+
+    ours = {field.name: field for field in dataclasses.fields(RAdamTrainingArguments)}
+    assert all(field is ours[field.name] for field in dataclasses.fields(Both) if field.name in ours)
