@@ -66,7 +66,7 @@ clean: ## remove the environments and caches; runs/ stays
 
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned packages into .venv (minutes on the first run)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots,test,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots,test,trl,dev]"
 	@touch $@
 
 # timm's average needs only torch, but `import timm` a torchvision that fits the build of torch: it comes alone.

@@ -23,8 +23,10 @@ from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.around_update import tell_of_updates
 from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
+from hf_radam.training.collected import collected_apart
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.fusing import check_folded, choose_fused
+from hf_radam.training.given import with_our_arguments
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
@@ -39,31 +41,24 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
     """Our methods for any subclass of `Trainer`: `class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
-        model: as for `Trainer`.
-        args: a `RAdamTrainingArguments` (for a subclass of `Trainer` with arguments of its own, a dataclass derived
-            from both); `Trainer`'s own arguments are refused.
-        *others: as for the trainer that this is mixed into.
+        *positional: as for the trainer that this is mixed into; `args` is a `RAdamTrainingArguments` (for a subclass of
+            `Trainer` with arguments of its own, a dataclass derived from both).
         **keywords: likewise.
 
     Attributes:
         average: the `WeightAverage` that `--ewa` keeps, from the start of training; else None.
 
     Raises:
-        TypeError: if `args` are not ours.
+        TypeError: if `args` are not ours, or not also those of the trainer that this is mixed into.
         ValueError: for a set-up in which the weights evaluated or saved would not be the right ones.
     """
 
-    def __init__(self, model: Any = None, args: Any = None, *others: Any, **keywords: Any):
-        if args is None:
-            args = RAdamTrainingArguments(output_dir="tmp_trainer")
-        if not isinstance(args, RAdamTrainingArguments):
-            raise TypeError(
-                f"{type(self).__name__} got {type(args).__name__}: make the arguments with RAdamTrainingArguments, "
-                "which takes every upstream field (for a trainer with arguments of its own: a dataclass derived from "
-                "RAdamTrainingArguments and them)."
-            )
+    def __init__(self, *positional: Any, **keywords: Any):
+        classes = type(self).__mro__
+        bases = classes[classes.index(RAdamTrainerMixin) + 1 :]
+        given, named = with_our_arguments(type(self).__name__, bases, positional, keywords)
         self.average: WeightAverage | None = None
-        super().__init__(model, args, *others, **keywords)
+        super().__init__(*given, **named)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
         if self._active:
@@ -232,7 +227,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
             batch_size=batch_size,
             collate_fn=self._get_collator_with_removed_columns(self.data_collator, description="training"),
         )
-        with preserved_random_state(self.args.seed), self.compute_loss_context_manager():
+        with preserved_random_state(self.args.seed), self.compute_loss_context_manager(), collected_apart(self):
             batches = (self._prepare_inputs(batch) for batch in loader)
             recalibrate_batch_norm(self._bare_model, batches, forward=self.compute_loss)
 
@@ -262,9 +257,11 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
                 output = super().evaluation_loop(dataloader, description, *rest, metric_key_prefix)
             # Upstream's name for `evaluate()`, as against `predict()`, whose predictions are asked for once.
             if self.args.ewa_eval_raw and description == "Evaluation":
-                with self._evaluation.training_weights():
-                    raw = super().evaluation_loop(dataloader, description, *rest, f"{metric_key_prefix}_raw")
-                output = output._replace(metrics={**(output.metrics or {}), **(raw.metrics or {})})
+                prefix = f"{metric_key_prefix}_raw"
+                with self._evaluation.training_weights(), collected_apart(self) as collected:
+                    raw = super().evaluation_loop(dataloader, description, *rest, prefix)
+                of_raw = (raw.metrics or {}) | {f"{prefix}_{name}": mean for name, mean in collected.items()}
+                output = output._replace(metrics=(output.metrics or {}) | of_raw)
         return output
 
 

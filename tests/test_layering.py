@@ -161,6 +161,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("training", "backends"),
         ANY,
     ),
+    "training.given": ({"training_args"}, {"transformers"}),
+    "training.collected": (set(), set()),
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
     "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
@@ -210,7 +212,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
-            "training", "support backends fusing evaluation attempts just_in_time saving resuming search around_update"
+            "training",
+            "support given collected backends fusing evaluation attempts just_in_time saving resuming search "
+            "around_update",
         ),
         ANY,
     ),

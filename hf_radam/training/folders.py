@@ -32,7 +32,7 @@ class FoldersMixin(PartsMixin):
         model_folders.save_surroundings(
             folder,
             self._bare_model,
-            processing_class=self._tokenizer,
+            processing_class=self._tokenizer_to_save,
             in_float32=False,
         )
         if self.args.should_save:
@@ -45,19 +45,19 @@ class FoldersMixin(PartsMixin):
     def _save_folder(self, folder: Path, weights: Weights, *, in_float32: bool = True, sharded: bool = False) -> None:
         if sharded:
             model_folders.save_sharded_folder(
-                folder, self._bare_model, weights, processing_class=self._tokenizer, in_float32=in_float32
+                folder, self._bare_model, weights, processing_class=self._tokenizer_to_save, in_float32=in_float32
             )
             return
         model_folders.save_model_folder(
             folder,
             self._bare_model,
             weights,
-            processing_class=self._tokenizer,
+            processing_class=self._tokenizer_to_save,
             in_float32=in_float32,
         )
 
     @property
-    def _tokenizer(self) -> Any:
+    def _tokenizer_to_save(self) -> Any:
         """What upstream saves beside a model."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 

@@ -50,6 +50,11 @@ def check_supported(trainer: Any) -> None:
                 "begin anew with it. Set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
             )
     own_weights = args.ewa or schedule_free or (args.uses_hf_radam and args.load_best_model_at_end)
+    if own_weights and getattr(args, "use_vllm", False):  # TRL's GRPOTrainer and RLOOTrainer have it
+        raise ValueError(
+            "use_vllm with averaged weights: after an evaluation vLLM would go on generating with those, not with the "
+            "weights that train. Leave use_vllm out."
+        )
     if own_weights and is_peft(trainer.model):
         check_adapter(trainer.model)
 

@@ -1,0 +1,311 @@
+"""TRL's `SFTTrainer` with our mixin does what `RAdamTrainer` does, and with none of our flags what it does alone.
+
+The oracles: losses, accuracies and entropies of the weights that ship, without a trainer (`sft.measured`); stock
+`SFTTrainer`; uninterrupted twins and runs that were planned longer, bit for bit; DPO's loss written out.
+"""
+
+import dataclasses
+import inspect
+import re
+
+import peft
+import pytest
+import sft
+import tiny
+import torch
+import trl
+from datasets import Dataset
+from torch.nn import functional
+from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments
+
+from hf_radam import RAdamTrainerMixin, RAdamTrainingArguments, load_evaluation_model
+from hf_radam.checkpoints.manifest import read_manifest
+
+CLOSE = 2e-6  # as in test_evaluation_weights.py
+SAVING = {"save_strategy": "steps", "save_steps": 5}
+PACKED = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "eval_packing": False}
+KINDS = {"texts": {}, "completions": {"completion": True}, "packed": PACKED}
+
+
+def lora(folder):
+    """An adapter as `SFTTrainer` makes it, on a base model that lies in `folder`."""
+    if not (folder / "base").is_dir():
+        sft.llama().save_pretrained(folder / "base")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
+    return {"model": LlamaForCausalLM.from_pretrained(folder / "base"), "peft_config": config}
+
+
+def state(trainer):
+    """Everything that training would go on with."""
+    optimizer = trainer._bare_optimizer.state_dict()["state"]
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, entry in optimizer.items() for k, v in entry.items()}
+    average = {} if trainer.average is None else trainer.average.averaged_state_dict()
+    return tiny.parameters(trainer._bare_model) | moments | {f"average.{k}": v for k, v in average.items()}
+
+
+def finished(trainer, resume=None):
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+# ---- What is evaluated is what ships ----
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("method", ["wsd", "ewa", "schedule_free"])
+def test_evaluate_is_what_ships(tmp_path, method, kind):
+    completion = kind == "completions"
+    trainer = finished(sft.trainer(tmp_path / "run", **KINDS[kind], **tiny.METHODS[method], **SAVING))
+    before = tiny.parameters(trainer.model)
+    metrics = trainer.evaluate()
+    shipped = sft.measured(load_evaluation_model(tmp_path / "run"), completion=completion)  # the newest checkpoint
+    for name, value in shipped.items():
+        assert metrics[f"eval_{name}"] == pytest.approx(value, abs=CLOSE), name
+    assert tiny.same(before, tiny.parameters(trainer.model))
+    trainer.save_model()
+    saved = sft.measured(LlamaForCausalLM.from_pretrained(tmp_path / "run"), completion=completion)
+    assert saved == pytest.approx(shipped, abs=CLOSE)
+    trained = sft.measured(trainer.model, completion=completion)
+    root = sft.measured(LlamaForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-20"), completion=completion)
+    assert root == pytest.approx(trained, abs=CLOSE)
+    assert (abs(trained["loss"] - shipped["loss"]) > 10 * CLOSE) == (method != "wsd")
+    for folder in [tmp_path / "run", *(tmp_path / "run" / "checkpoint-20").glob("*/")]:
+        assert (folder / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["wsd", "ewa", "schedule_free"])
+def test_an_adapter_made_by_the_trainer(tmp_path, method):
+    trainer = finished(sft.trainer(tmp_path / "run", **lora(tmp_path), **tiny.METHODS[method], **SAVING))
+    loss = trainer.evaluate()["eval_loss"]
+    shipped = load_evaluation_model(tmp_path / "run")
+    assert isinstance(shipped, peft.PeftModelForCausalLM)
+    assert sft.measured(shipped)["loss"] == pytest.approx(loss, abs=CLOSE)
+    source = read_manifest(tmp_path / "run" / "checkpoint-20")["evaluation"]["folder"]
+    assert source == {"wsd": None, "ewa": "ewa/adapter", "schedule_free": "schedule_free/adapter"}[method]
+    trainer.save_model()
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    saved = peft.PeftModel.from_pretrained(base, tmp_path / "run")
+    assert sft.measured(saved)["loss"] == pytest.approx(loss, abs=CLOSE)
+
+
+def test_metrics_of_both_evaluations_are_apart(tmp_path):
+    """TRL's trainer collects accuracies and entropies while it computes losses, and logs what it has collected."""
+    logging = {"logging_strategy": "steps", "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 7}
+    trainer = finished(sft.trainer(tmp_path, **tiny.METHODS["ewa"], **logging, ewa_eval_raw=True))
+    metrics = trainer.evaluate()
+    with trainer.evaluation_weights():
+        averaged = sft.measured(trainer.model)
+    raw = sft.measured(trainer.model)
+    for name in averaged:
+        assert metrics[f"eval_{name}"] == pytest.approx(averaged[name], abs=CLOSE)
+        assert metrics[f"eval_raw_{name}"] == pytest.approx(raw[name], abs=CLOSE)
+        assert abs(raw[name] - averaged[name]) > 10 * CLOSE
+    assert metrics["eval_num_tokens"] > 0 and "eval_raw_num_tokens" not in metrics
+    assert trainer.state.log_history[-1].items() >= metrics.items()
+    # Evaluating changed nothing that is logged of training
+    logging["eval_strategy"] = "no"
+    alone = finished(sft.trainer(tmp_path / "alone", **tiny.METHODS["ewa"], **logging))
+    logged = [
+        [{k: v for k, v in line.items() if k in ("loss", "entropy", "mean_token_accuracy", "num_tokens", "grad_norm")}
+         for line in one.state.log_history if "loss" in line]
+        for one in (trainer, alone)
+    ]  # fmt: skip
+    assert logged[0] == logged[1] and len(logged[0]) == 4 and len(logged[0][0]) == 5
+
+
+def test_the_best_model_is_the_best_evaluated_one(tmp_path):
+    best = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True} | SAVING
+    trainer = finished(sft.trainer(tmp_path, **tiny.METHODS["ewa"], **best))
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert len(losses) == 4 and trainer.state.best_metric == min(losses)
+    assert sft.measured(trainer.model)["loss"] == pytest.approx(min(losses), abs=CLOSE)
+
+
+# ---- Resumed and extended ----
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        *((method, "texts") for method in tiny.METHODS),
+        ("ewa", "packed"),
+        ("ewa", "adapter"),
+        ("schedule_free", "adapter"),
+    ],
+)
+def test_resuming_is_bitwise(tmp_path, method, kind):
+    def make(name):
+        more = lora(tmp_path) if kind == "adapter" else KINDS[kind]
+        return sft.trainer(tmp_path / name, **more, **tiny.METHODS[method], **SAVING)
+
+    twin = finished(make("run"))
+    again = finished(make("again"), resume=tmp_path / "run" / "checkpoint-5")
+    assert tiny.same(state(twin), state(again))
+    assert len(state(twin)) > len(tiny.parameters(twin.model))
+
+
+@pytest.mark.parametrize("method", ["wsd", "wsd_s", "ewa", "schedule_free"])
+def test_an_extended_run_is_the_one_planned_longer(tmp_path, method):
+    options = tiny.METHODS[method] | SAVING
+    options |= {"budgets": [20]} if method == "wsd_s" else {}
+    first = options if method != "wsd_s" else options | {"budgets": None}
+    finished(sft.trainer(tmp_path / "short", **first))
+    longer = options | {"max_steps": 40}
+    extended = finished(sft.trainer(tmp_path / "extended", **longer, extend_from=str(tmp_path / "short")))
+    planned = finished(sft.trainer(tmp_path / "planned", **longer))
+    assert tiny.same(state(extended), state(planned))
+
+
+# ---- With none of ours, and the arguments ----
+
+
+def test_with_none_of_our_flags_it_is_the_stock_trainer(tmp_path):
+    logged = {"logging_strategy": "steps", "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 10}
+    runs = [
+        finished(sft.trainer(tmp_path / name, kinds=kinds, **logged))
+        for name, kinds in (("ours", (sft.SFT, sft.SFTArguments)), ("stock", (trl.SFTTrainer, trl.SFTConfig)))
+    ]
+    assert tiny.same(*(tiny.parameters(one.model) for one in runs))
+    timeless = [
+        [{k: v for k, v in line.items() if "second" not in k and "runtime" not in k} for line in one.state.log_history]
+        for one in runs
+    ]
+    assert timeless[0] == timeless[1] and len(timeless[0]) > 4
+
+
+@dataclasses.dataclass
+class OtherOrder(trl.SFTConfig, RAdamTrainingArguments):
+    """The bases the other way round."""
+
+
+@pytest.mark.parametrize("kind", [sft.SFTArguments, OtherOrder])
+def test_each_default_is_that_of_the_class_that_declares_it(tmp_path, kind):
+    ours, theirs, upstream, combined = (
+        {field.name: field.default for field in dataclasses.fields(one)}
+        for one in (RAdamTrainingArguments, trl.SFTConfig, TrainingArguments, kind)
+    )
+    changed = {name for name in theirs if name in upstream and theirs[name] is not upstream[name]}
+    assert {"learning_rate", "logging_steps", "bf16"} <= changed and "lr_scheduler_type" not in changed
+    assert combined == theirs | {name: default for name, default in ours.items() if name not in changed}
+    args = kind(str(tmp_path), use_cpu=True, optim="radam", ewa=True)
+    assert (args.learning_rate, args.logging_steps, args.bf16) == (2e-5, 10, True)
+    assert args.lr_scheduler_type == "constant"
+    (parsed,) = HfArgumentParser([kind]).parse_args_into_dataclasses(
+        ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "radam", "--decay_steps", "5", "--packing"]
+    )
+    assert (parsed.learning_rate, parsed.decay_steps, parsed.packing) == (2e-5, 5, True)
+
+
+def test_arguments_that_are_not_of_both_are_refused(tmp_path):
+    both = "make the arguments with a dataclass derived from RAdamTrainingArguments and SFTConfig"
+    stock = sft.arguments(tmp_path, trl.SFTConfig)
+    for args, given in (
+        (None, "no arguments"),
+        (tiny.arguments(tmp_path), "RAdamTrainingArguments"),
+        (stock, "SFTConfig"),
+    ):
+        with pytest.raises(TypeError, match=f"SFT got {given}: {both}"):
+            sft.SFT(sft.llama(), args, train_dataset=sft.dataset(sft.TRAIN))
+    with pytest.raises(TypeError, match="DPO got no arguments: .* RAdamTrainingArguments and DPOConfig"):
+        DPO(sft.llama(), sft.llama(), train_dataset=preferences(sft.TRAIN))
+    with pytest.raises(ValueError, match="radam_schedulefree would lose every small update"):
+        sft.trainer(tmp_path, sft.llama().bfloat16(), optim="radam_schedulefree")
+
+
+def test_a_model_named_by_its_folder(tmp_path):
+    sft.llama().save_pretrained(tmp_path / "base")
+    sft.tokenizer().save_pretrained(tmp_path / "base")
+    args = sft.arguments(tmp_path / "run", **tiny.METHODS["ewa"])
+    named = finished(sft.SFT(str(tmp_path / "base"), args, train_dataset=sft.dataset(sft.TRAIN)))
+    given = finished(sft.trainer(tmp_path / "given", **tiny.METHODS["ewa"]))
+    assert tiny.same(state(named), state(given))
+
+
+def test_our_names_are_not_those_of_trls_trainers():
+    """TRL's trainers set attributes of themselves, which must not be names of ours."""
+    ours = set()
+    for base in RAdamTrainerMixin.__mro__:
+        if base.__module__.startswith("hf_radam"):
+            ours |= {*vars(base), *re.findall(r"self\.(\w+)\b[^=\n]* = ", inspect.getsource(base))}
+    ours = {name for name in ours if not name.startswith("__")}
+    assert {"average", "_evaluation", "_tokenizer_to_save"} <= ours
+    for theirs in (trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.KTOTrainer):
+        set_there = set(re.findall(r"self\.(\w+)\b[^=\n]* = ", inspect.getsource(theirs)))
+        assert "_metrics" in set_there
+        assert not ours & set_there, theirs
+
+
+def test_vllm_would_go_on_with_the_weights_that_were_evaluated(tmp_path):
+    @dataclasses.dataclass
+    class Generating(sft.SFTArguments):  # as GRPOConfig has it
+        use_vllm: bool = True
+
+    for method in ("ewa", "schedule_free"):
+        with pytest.raises(ValueError, match="vLLM would go on generating with those"):
+            sft.trainer(tmp_path, kinds=(sft.SFT, Generating), **tiny.METHODS[method])
+    sft.trainer(tmp_path, kinds=(sft.SFT, Generating), **tiny.METHODS["wsd"])
+
+
+# ---- Preferences ----
+
+
+@dataclasses.dataclass
+class DPOArguments(RAdamTrainingArguments, trl.DPOConfig):
+    """What a user writes."""
+
+
+class DPO(RAdamTrainerMixin, trl.DPOTrainer):
+    """What a user writes."""
+
+
+def preferences(rows):
+    return Dataset.from_dict(
+        {
+            "prompt": [prompt for prompt, _ in rows],
+            "chosen": [rest for _, rest in rows],
+            "rejected": [" " + " ".join(reversed(rest.split())) for _, rest in rows],
+        }
+    )
+
+
+def dpo(folder, **options):
+    args = sft.arguments(folder, DPOArguments, **options)
+    train, evaluation = preferences(sft.TRAIN), preferences(sft.EVAL)
+    reference = sft.llama().eval()  # TRL leaves its dropout as it is; here it comes second, before the arguments
+    return DPO(sft.llama(), reference, args, None, train, evaluation, processing_class=sft.tokenizer())
+
+
+@torch.no_grad()
+def log_probability(model, prompt, rest):
+    ids = torch.tensor(sft.tokenizer()(prompt + rest)["input_ids"] + [sft.tokenizer().eos_token_id])
+    first = len(sft.tokenizer()(prompt)["input_ids"])
+    logits = model(input_ids=ids[None]).logits[0, first - 1 : -1].double()
+    return logits.log_softmax(-1).gather(1, ids[first:, None]).sum()
+
+
+def dpo_loss(model):
+    """-log sigmoid(0.1 (difference of log p of chosen and rejected, less that of the reference)): arXiv:2305.18290."""
+    losses, reference = [], sft.llama().eval()
+    for row in preferences(sft.EVAL):
+        ratios = [
+            log_probability(model, row["prompt"], row[which]) - log_probability(reference, row["prompt"], row[which])
+            for which in ("chosen", "rejected")
+        ]
+        losses.append(-functional.logsigmoid(0.1 * (ratios[0] - ratios[1])))
+    return float(torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+def test_preferences(tmp_path, method):
+    options = tiny.METHODS[method] | SAVING | {"ewa_eval_raw": method == "ewa"}
+    trainer = finished(dpo(tmp_path / "run", **options))
+    metrics = trainer.evaluate()
+    shipped = dpo_loss(load_evaluation_model(tmp_path / "run"))
+    assert metrics["eval_loss"] == pytest.approx(shipped, abs=CLOSE)
+    raw = dpo_loss(trainer.model.eval())
+    assert abs(raw - shipped) > 10 * CLOSE
+    if method == "ewa":
+        assert metrics["eval_raw_loss"] == pytest.approx(raw, abs=CLOSE)
+        assert metrics["eval_raw_rewards/margins"] != metrics["eval_rewards/margins"]
+    again = finished(dpo(tmp_path / "again", **options), resume=tmp_path / "run" / "checkpoint-5")
+    assert tiny.same(state(trainer), state(again))
