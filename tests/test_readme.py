@@ -4,6 +4,7 @@ Run as a script, this file writes the flag table into the README.
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -13,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -47,9 +50,17 @@ def test_the_flag_table_is_the_codes():
     assert TABLE.search(README).group(2) == flag_table(), "write it anew: python tests/test_readme.py"
 
 
-@pytest.mark.parametrize("block", blocks("python"), ids=["trainer", "plain loop"])
+@pytest.mark.parametrize(
+    "block",
+    blocks("python"),
+    ids=["trainer", "plain loop", "loop that is resumed", "schedule-free loop", "SFTTrainer"],
+)
 def test_python_blocks_run(block, tmp_path):
-    assert block.count("\n") < 20
+    assert block.count("\n") < 40
+    if "from trl" in block:
+        sft = pytest.importorskip("sft")
+        sft.llama().save_pretrained(tmp_path / "runs" / "quickstart")
+        sft.tokenizer().save_pretrained(tmp_path / "runs" / "quickstart")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
@@ -59,6 +70,11 @@ def test_python_blocks_run(block, tmp_path):
     assert numbers, done.stdout
     if "runs/readme" in block:
         assert (tmp_path / "runs/readme/checkpoint-60/ewa/model.safetensors").is_file()
+    if "uninterrupted" in block:
+        assert numbers == [0.0], "the resumed loop is not the uninterrupted one"
+    if "evaluating()" in block:  # what is to ship and what is to be gone on from are different weights
+        shipped, kept = (torch.load(tmp_path / name) for name in ("model.pt", "checkpoint.pt"))
+        assert all(not torch.equal(value, kept["model"][name]) for name, value in shipped.items())
 
 
 def commands() -> list[list[str]]:
@@ -69,7 +85,8 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_parse(command, monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "runs" / "radam_wsd").mkdir(parents=True)  # the run that is extended
+    for run in ("radam_wsd", "radam_ewa/checkpoint-500"):  # what is extended
+        (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     if "examples/run_clm.py" in command:
         import clm_arguments
@@ -85,11 +102,30 @@ def test_commands_parse(command, monkeypatch, tmp_path):
 
         arguments = benchmark.parse_arguments(command[2:])
         assert all((ROOT / path).is_file() for path in (arguments.json or arguments.from_json, *arguments.document))
+    elif command[0] == "lm_eval":
+        options = dict(zip(command[1::2], command[2::2], strict=True))
+        assert set(options) <= set("--model --model_args --tasks --include_path --device --batch_size".split())
+        assert re.fullmatch(r"pretrained=runs/radam_ewa/checkpoint-1000(/ewa)?", options["--model_args"])
+    elif command[:2] == ["transformers", "serve"]:
+        from transformers.cli.serve import Serve
+
+        model, flag, _ = command[2:]
+        assert model.endswith("/ewa") and {"force_model", flag.removeprefix("--")} <= {
+            *inspect.signature(Serve).parameters
+        }
+    elif command[0] == "curl":
+        assert json.loads(command[command.index("-d") + 1])["model"] == "runs/radam_ewa/checkpoint-1000/ewa"
     else:
         import evaluate_clm
 
         assert command[:2] == ["python", "examples/evaluate_clm.py"]
         evaluate_clm.parse_arguments(command[2:])
+
+
+def test_the_task_for_lm_eval_is_one():
+    (task,) = map(yaml.safe_load, blocks("yaml"))
+    assert f"--tasks {task['task']} --include_path" in DOCS["guide.md"]
+    assert {"dataset_path", "test_split", "output_type", "doc_to_target", "metric_list"} <= task.keys()
 
 
 def test_the_cost_of_a_save_has_been_measured():
