@@ -16,7 +16,7 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(le
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak benchmark lint format clean
+.PHONY: help quickstart test soak benchmark compare lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
@@ -38,6 +38,10 @@ soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=..., SOAK_ARGS="-
 BENCHMARK_FLAGS ?=
 benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings beside other packages (BENCHMARK_FLAGS="--quick")
 	.venv-benchmark/bin/python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
+
+COMPARE_FLAGS ?=
+compare: .venv/.compare ## train AdamW with a cosine and five ways of RAdam, rates tuned (90 minutes; COMPARE_FLAGS="--quick": 8)
+	$(BIN)/python examples/compare_methods.py $(COMPARE_FLAGS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .
@@ -62,6 +66,11 @@ clean: ## remove the environments and caches; runs/ stays
 .venv/.examples: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned packages into .venv (minutes on the first run)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples]"
+	@touch $@
+
+.venv/.compare: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing the pinned packages into .venv (minutes on the first run)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots]"
 	@touch $@
 
 .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 import hf_radam
+import marked_tables
 from benchmarking import figure, memory, report, rows, timing
 
 QUICK: dict[str, Any] = {
@@ -156,7 +157,7 @@ def main() -> int:
     if arguments.figure:
         figure.draw(data, arguments.figure)
     for document in arguments.document:
-        report.write_document(document, data)
+        marked_tables.write_document(document, "benchmark", report.PARTS, data)
     return 0
 
 

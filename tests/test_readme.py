@@ -160,16 +160,19 @@ def test_the_file_trees_are_complete():
     folder = ROOT / "examples"
     modules = [path.relative_to(folder).parts for path in folder.rglob("[!_]*.py")]
     named = {" " * (4 + 2 * len(parts)) + parts[-1] for parts in modules}
-    assert entries(examples) == named | {"      benchmarking/"}
+    assert entries(examples) == named | {"      benchmarking/", "      comparing/"}
 
 
 def test_the_measured_tables_are_those_of_the_numbers():
+    import marked_tables
     from benchmarking import report
 
     data = json.loads((ROOT / "docs" / "benchmark.json").read_text(encoding="utf-8"))
     for text in (README, DOCS["speed.md"]):
-        assert report.written(text, data) == text, "write them anew with the command in docs/speed.md"
-    found = {name for text in (README, DOCS["speed.md"]) for _, name, _, _ in report.MARKED.findall(text)}
+        assert marked_tables.written(text, "benchmark", report.PARTS, data) == text, (
+            "write them anew with the command in docs/speed.md"
+        )
+    found = {name for text in (README, DOCS["speed.md"]) for name in marked_tables.names(text, "benchmark")}
     assert found == set(report.PARTS)
 
 

@@ -1,19 +1,12 @@
-"""The measurements as Markdown: the tables that are printed, and those between two marks in the documents.
-
-<!-- benchmark: updates, written by `python examples/benchmark.py --from_json FILE --document DOCUMENT` -->
-...
-<!-- end of benchmark -->
-"""
+"""The measurements as Markdown: the tables that are printed, and written into documents."""
 
 from __future__ import annotations
 
-import re
 import statistics
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-MARKED = re.compile(r"(<!-- benchmark: (\w+)[^>]*-->\n)(.*?)(<!-- end of benchmark -->)", re.DOTALL)
+from marked_tables import Parts, markdown
+
 Data = dict[str, Any]
 
 
@@ -25,12 +18,6 @@ def millions(count: int) -> str:
 def milliseconds(seconds: float) -> str:
     """Three digits, or as many as there are before the point."""
     return f"{1e3 * seconds:.{0 if seconds >= 0.1 else 1 if seconds >= 0.01 else 2}f}"
-
-
-def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A table."""
-    lines = [f"| {' | '.join(cells)} |" for cells in [head, *rows]]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
 def largest_table(data: Data, what: str) -> Data:
@@ -154,7 +141,7 @@ SUMMARY = {
     "trainers": ("Trainer, adamw_torch_fused", "RAdamTrainer, radam + EWA every update"),
 }
 """Rows of the short table."""
-PARTS: dict[str, Callable[[Data], str]] = {
+PARTS: Parts = {
     "machine": machine,
     "updates": lambda data: costs(data, "updates"),
     "averaging": lambda data: costs(data, "averaging"),
@@ -169,31 +156,3 @@ PARTS: dict[str, Callable[[Data], str]] = {
 def whole(data: Data) -> str:
     """Everything, as it is printed."""
     return "\n".join(part(data) for name, part in PARTS.items() if name != "summary")
-
-
-def written(text: str, data: Data) -> str:
-    """A document's text with what stands between its marks written anew.
-
-    Raises:
-        ValueError: if it has no such marks, or one of an unknown name.
-    """
-    names = [match.group(2) for match in MARKED.finditer(text)]
-    if not names:
-        raise ValueError("There is no <!-- benchmark: NAME --> ... <!-- end of benchmark --> in it to write between.")
-    for name in names:
-        if name not in PARTS:
-            raise ValueError(f"<!-- benchmark: {name} --> is none of {', '.join(PARTS)}.")
-    return MARKED.sub(lambda match: match.group(1) + PARTS[match.group(2)](data) + match.group(4), text)
-
-
-def write_document(path: Path, data: Data) -> None:
-    """Write the tables into a document.
-
-    Raises:
-        ValueError: if there is no place for them in it.
-    """
-    try:
-        text = written(path.read_text(encoding="utf-8"), data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    path.write_text(text, encoding="utf-8")

@@ -130,16 +130,6 @@ def test_the_shapes_are_about_as_large_as_asked(millions):
     assert 0.75 * millions < count / 1e6 < 1.25 * millions
 
 
-def test_a_document_without_a_place_for_tables_says_so(tmp_path):
-    document = tmp_path / "text.md"
-    document.write_text("Nothing.\n")
-    with pytest.raises(ValueError, match=r"text.md: There is no <!-- benchmark: NAME --> \.\.\. "):
-        report.write_document(document, {})
-    document.write_text("<!-- benchmark: speed -->\n<!-- end of benchmark -->\n")
-    with pytest.raises(ValueError, match=r"text.md: <!-- benchmark: speed --> is none of machine, updates, "):
-        report.write_document(document, {})
-
-
 def test_the_numbers_in_the_documents_hold_together(tmp_path):
     data = json.loads(COMMITTED.read_text(encoding="utf-8"))
     check(data)

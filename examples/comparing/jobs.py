@@ -1,0 +1,163 @@
+"""The trainings of a comparison, each a command line of `run_clm.py`.
+
+The runs of RAdam at a constant rate are trunks: their raw weights and their average are read at every horizon, and runs
+with WSD branch from their checkpoints with `--extend_from`, only to decay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .settings import DECAY, Settings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training.
+
+    Attributes:
+        name: path of its folder, below that of the comparison.
+        flags: what `run_clm.py` is told, besides what all jobs are told.
+        ends: number of its last update.
+        begins: number of updates that were done before, by the run that it branches from.
+        trunk: the job that it branches from.
+    """
+
+    name: str
+    flags: tuple[tuple[str, Any], ...]
+    ends: int
+    begins: int = 0
+    trunk: str | None = None
+
+    @property
+    def cost(self) -> int:
+        """Updates that it makes itself."""
+        return self.ends - self.begins
+
+
+def _job(name: str, ends: int, *, begins: int = 0, trunk: str | None = None, **flags: Any) -> Job:
+    return Job(name, tuple({"max_steps": ends, **flags}.items()), ends, begins, trunk)
+
+
+def cosine(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
+    """AdamW with warm-up and a cosine to zero at a horizon, which it must know."""
+    return _job(
+        f"adamw_cosine/{horizon}/rate_{rate:g}/seed_{seed}",
+        horizon,
+        optim="adamw_torch_fused",
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(settings.warmup * horizon)),
+        learning_rate=rate,
+        seed=seed,
+        save_strategy="no",
+    )
+
+
+def trunk(settings: Settings, rate: float, seed: int) -> Job:
+    """RAdam at a constant rate, with the average; checkpoints where a decay may begin."""
+    return _job(
+        f"radam_constant/rate_{rate:g}/seed_{seed}",
+        settings.updates,
+        optim="radam",
+        lr_scheduler_type="constant",
+        ewa=True,
+        ewa_eval_raw=True,
+        learning_rate=rate,
+        seed=seed,
+        save_strategy="steps",
+        save_steps=branching(settings, settings.horizons[0]),
+    )
+
+
+def branching(settings: Settings, horizon: int) -> int:
+    """Update at which the decay to a horizon begins."""
+    return horizon - round(DECAY * horizon)
+
+
+def branch(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
+    """The decay of WSD to a horizon, from a checkpoint of the trunk."""
+    begin, source = branching(settings, horizon), trunk(settings, rate, seed)
+    return _job(
+        f"radam_wsd/{horizon}/rate_{rate:g}/seed_{seed}",
+        horizon,
+        begins=begin,
+        trunk=source.name,
+        optim="radam",
+        lr_scheduler_type="wsd",
+        decay_steps=horizon - begin,
+        ewa=True,
+        ewa_eval_raw=True,
+        learning_rate=rate,
+        seed=seed,
+        save_strategy="no",
+    )
+
+
+def several_budgets(settings: Settings, rate: float, seed: int) -> Job:
+    """WSD-S: one run that decays to every horizon and goes on."""
+    return _job(
+        f"radam_wsd_s/rate_{rate:g}/seed_{seed}",
+        settings.updates,
+        optim="radam",
+        lr_scheduler_type="wsd_s",
+        budgets=settings.horizons[:-1],
+        decay_steps=DECAY,
+        learning_rate=rate,
+        seed=seed,
+        save_strategy="no",
+    )
+
+
+def schedule_free(settings: Settings, rate: float, seed: int) -> Job:
+    """RAdamScheduleFree: one run at a constant rate, evaluated at x."""
+    return _job(
+        f"radam_schedulefree/rate_{rate:g}/seed_{seed}",
+        settings.updates,
+        optim="radam_schedulefree",
+        lr_scheduler_type="constant",
+        learning_rate=rate,
+        seed=seed,
+        save_strategy="no",
+    )
+
+
+def command(job: Job, settings: Settings, folder: str) -> list[str]:
+    """The flags of `run_clm.py` for a job, whose folder lies below `folder`."""
+    overrides = {
+        "hidden_size": settings.width,
+        "intermediate_size": settings.width * 8 // 3 // 4 * 4,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": "true",
+    }
+    told: dict[str, Any] = {
+        "model_type": "llama",
+        "config_overrides": ",".join(f"{name}={value}" for name, value in overrides.items()),
+        "vocab_size": settings.vocabulary,
+        "block_size": settings.block,
+        "max_eval_samples": settings.evaluated,
+        "per_device_train_batch_size": settings.sequences,
+        "per_device_eval_batch_size": 50,
+        "weight_decay": settings.weight_decay,
+        "adam_beta2": settings.beta2,
+        "eval_strategy": "steps",
+        "eval_steps": settings.interval,
+        "logging_steps": settings.interval,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": settings.device == "cpu",
+        "bf16": settings.bf16,
+        "output_dir": f"{folder}/{job.name}",
+        **dict(job.flags),
+    }
+    if settings.train_file is not None:
+        told["train_file"] = settings.train_file
+    if job.trunk is not None:
+        told["extend_from"] = f"{folder}/{job.trunk}/checkpoint-{job.begins}"
+    words = []
+    for name, value in told.items():
+        words.append(f"--{name}")
+        words += [str(each) for each in (value if isinstance(value, tuple) else (value,))]
+    return words

@@ -1,0 +1,93 @@
+"""A comparison as Markdown tables."""
+
+from __future__ import annotations
+
+import statistics
+
+from marked_tables import Parts, markdown
+
+from .results import Results
+
+
+def table(results: Results) -> str:
+    """Loss of every arm at every horizon: mean over the seeds, and half their range; learning rate; updates."""
+    losses = [f"loss at {horizon}" for horizon in results["horizons"]]
+    head = ["method", *losses, "learning rate", "updates for all three", "updates to tune"]
+    rows = []
+    for arm in results["arms"]:
+        cells = [f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}" for values in arm["losses"]]
+        rates = ", ".join(f"{rate:g}" for rate in (arm["rates"] if len(set(arm["rates"])) > 1 else arm["rates"][:1]))
+        rows.append([arm["name"], *cells, rates, str(arm["updates_to_serve"]), str(arm["updates_to_tune"])])
+    return markdown(head, rows)
+
+
+def claims(results: Results) -> str:
+    """Every claim, the difference at every horizon, and whether it holds there."""
+    head = ["claim", *(f"at {horizon}" for horizon in results["horizons"]), "here"]
+    rows = []
+    for claim in results["claims"]:
+        cells = [
+            f"{mean:+.1f} % ({min(values):+.1f} to {max(values):+.1f})"
+            for mean, values in zip(claim["differences"], claim["by_seed"], strict=True)
+        ]
+        rows.append([claim["words"], *cells, _verdict(claim["holds"])])
+    return markdown(head, rows)
+
+
+def _verdict(holds: list[bool]) -> str:
+    if all(holds):
+        return "holds"
+    if not any(holds):
+        return "does not hold"
+    return f"holds at {sum(holds)} of {len(holds)}"
+
+
+def grids(results: Results) -> str:
+    """Loss of the first seed at every learning rate that was tried."""
+    rates = sorted({rate for arm in results["arms"] for grid in arm["grids"] for rate in grid["rates"]})
+    rows = []
+    for arm in results["arms"]:
+        for grid in arm["grids"]:
+            by_rate = dict(zip(grid["rates"], grid["losses"], strict=True))
+            best = min(by_rate.values())
+            shown = {rate: f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for rate, loss in by_rate.items()}
+            rows.append([f"{arm['name']}, {grid['horizon']} updates", *(shown.get(rate, "") for rate in rates)])
+    return markdown(["learning rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def setting(results: Results) -> str:
+    """What was trained, in a sentence or two."""
+    made = results["settings"]
+    horizons = ", ".join(map(str, results["horizons"]))
+    ratios = ", ".join(f"{value:.1f}" for value in results["tokens_per_parameter"])
+    return (
+        f"A llama of {results['parameters']:,} parameters (width {made['width']}, {made['layers']} layers, "
+        f"{made['vocabulary']} tokens), {results['tokens_of_an_update']} tokens an update; horizons of {horizons} "
+        f"updates, which are {ratios} tokens per parameter; {len(made['seeds'])} seeds; "
+        f"{len(results['trained'])} trainings, {results['updates_in_all']} updates in all.\n"
+    )
+
+
+def first_budget(results: Results) -> str:
+    """WSD-S and WSD at the first horizon, with one rate and seed."""
+    found = results["same_at_first_budget"]
+    if found is None:
+        return "No learning rate was tried with both.\n"
+    return (
+        f"At {results['horizons'][0]} updates and a learning rate of {found['rate']:g}, first seed: WSD-S "
+        f"{found['wsd_s']:.6f}, WSD {found['wsd']:.6f}.\n"
+    )
+
+
+PARTS: Parts = {
+    "setting": setting,
+    "table": table,
+    "claims": claims,
+    "grids": grids,
+    "first_budget": first_budget,
+}
+
+
+def whole(results: Results) -> str:
+    """Everything, as it is printed."""
+    return "\n".join(part(results) for part in PARTS.values())

@@ -1,0 +1,258 @@
+"""What a comparison trains, chooses and says, in a world whose losses are known; and one real comparison, made tiny.
+
+Oracles: the best learning rate of each arm is put into that world; sums of updates are counted here by hand.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from compare_methods import keep_settings, parse_arguments
+from comparing import figures, jobs, planning, report, results
+from comparing.reading import Curves, is_finished
+from comparing.running import JobError, Runner
+from comparing.settings import HORIZONS, Settings
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = "--updates 20 --sequences 2 --block 32 --vocabulary 300 --width 16 --layers 1 --evaluated 4 --seeds 0".split()
+TINY += [word for arm in ("adamw", "radam", "radam_schedulefree") for word in ("--rates", arm, "1e-4", "1e-2", "10")]
+SETTINGS = Settings(updates=400)
+BEST = {"adamw_torch_fused": 2.0**-9, "radam": 2.0**-5, "radam_schedulefree": 2.0**-6}
+RATES = {name: (2.0**-7, 2.0**-6, 2.0**-5) for name in ("adamw", "radam", "radam_schedulefree")}
+
+
+def loss(job, step, *, raw):
+    """Parabola in the logarithm of the rate around a best one; less with more updates and more seed; raw is worse."""
+    flags = dict(job.flags)
+    best = BEST[flags["optim"]]
+    away = math.log2(flags["learning_rate"] / best)
+    return 2 + 0.1 * away**2 + 40 / step + 0.01 * flags["seed"] + (0.2 if raw else 0)
+
+
+def world(settings, *, diverges=lambda job: False):
+    """Train in that world all that is needed; the batches of jobs in their order."""
+    known, batches = {}, []
+    while batch := planning.needed(settings, known):
+        assert len(batches) < 50
+        batches.append(batch)
+        for job in batch:
+            steps = range(job.begins + settings.interval, job.ends + 1, settings.interval)
+            values = [
+                {step: math.inf if diverges(job) else loss(job, step, raw=raw) for step in steps}
+                for raw in (False, True)
+            ]
+            known[job.name] = Curves(*values, {}, {}, 1.0)
+    return known, batches
+
+
+@pytest.mark.parametrize("rates", [RATES, {name: (2.0**-5, 2.0**-4, 2.0**-3) for name in RATES}])
+def test_every_grid_grows_until_its_best_is_inside(rates):
+    settings = dataclasses.replace(SETTINGS, rates=rates)
+    known, _ = world(settings)
+    for arm in planning.arms(settings):
+        grid = planning.grid(settings, arm, settings.updates, known)
+        (optimizer,) = {dict(arm.reading(400, 0.1, 0).job.flags)["optim"]}
+        assert grid.best == BEST[optimizer] and min(grid.losses) < grid.best < max(grid.losses)
+        for seed in settings.seeds:
+            for horizon in settings.horizons:
+                assert arm.reading(horizon, grid.best, seed).loss(known) is not None
+
+
+def test_a_grid_that_does_not_end_is_an_error():
+    settings = dataclasses.replace(SETTINGS, rates={name: (1e6, 2e6, 4e6) for name in RATES})
+    with pytest.raises(planning.NoBestRate, match="AdamW, cosine: of 9 learning rates from 15625 to .* at an end"):
+        world(settings)
+
+
+def test_a_rate_that_diverges_is_the_worst():
+    settings = dataclasses.replace(SETTINGS, rates=RATES)
+    known, _ = world(settings, diverges=lambda job: dict(job.flags)["learning_rate"] > 2.0**-5)
+    arm = next(arm for arm in planning.arms(settings) if arm.family == "radam")
+    assert planning.grid(settings, arm, settings.updates, known).best == 2.0**-5
+
+
+def test_decays_branch_from_the_checkpoints_of_their_trunk():
+    known, batches = world(dataclasses.replace(SETTINGS, rates=RATES))
+    seen = set()
+    for job in [job for batch in batches for job in batch]:
+        if job.trunk is not None:
+            assert job.trunk in seen
+            trunk = next(j for batch in batches for j in batch if j.name == job.trunk)
+            flags = dict(trunk.flags)
+            assert job.begins % flags["save_steps"] == 0 and job.begins + dict(job.flags)["decay_steps"] == job.ends
+            words = jobs.command(job, SETTINGS, "folder")
+            assert words[words.index("--extend_from") + 1] == f"folder/{job.trunk}/checkpoint-{job.begins}"
+        seen.add(job.name)
+    assert len(seen) == len(known) and not planning.needed(dataclasses.replace(SETTINGS, rates=RATES), known)
+
+
+def test_what_it_takes_to_serve_all_horizons():
+    """By hand, for 400 updates: horizons 100, 200, 400 and decays of 20, 40, 80."""
+    counts = {arm.name: arm.to_serve() for arm in planning.arms(SETTINGS)}
+    assert counts == {
+        "AdamW, cosine": 700,
+        "RAdam, constant, raw": 400,
+        "RAdam + EWA": 400,
+        "RAdam + WSD": 320 + 20 + 40 + 80,
+        "RAdam + WSD-S": 400,
+        "RAdamScheduleFree": 400,
+    }
+    assert SETTINGS.horizons == tuple(round(ratio * 400) for ratio in HORIZONS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"updates": 401}, "updates=401 must be a multiple of 20"),
+        ({"width": 66}, "width=66 must be a multiple of 4"),
+        ({"seeds": ()}, "seeds is empty"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, reason):
+    with pytest.raises(ValueError, match=reason):
+        dataclasses.replace(SETTINGS, **change)
+
+
+# ---- What is told ----
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """Results of that world, as they are in the file, and their settings."""
+    settings = dataclasses.replace(SETTINGS, rates=RATES)
+    known, _ = world(settings)
+    save_file({"one": np.zeros((4, 5)), "two": np.zeros(3)}, tmp_path / "model.safetensors")
+    found = results.collect(settings, known, tmp_path)
+    return json.loads(json.dumps(found)), settings
+
+
+def test_the_numbers_are_those_of_the_world(compared):
+    """By hand: means over three seeds, 0.01 apart; raw weights are 0.2 worse; all are at their best rate."""
+    found, settings = compared
+    assert found["parameters"] == 23 and found["horizons"] == [100, 200, 400]
+    assert found["tokens_per_parameter"][-1] == pytest.approx(400 * settings.sequences * settings.block / 23)
+    by_name = {arm["name"]: arm for arm in found["arms"]}
+    assert by_name[results.EWA]["mean"] == pytest.approx([2.41, 2.21, 2.11])
+    assert by_name[results.RAW]["mean"] == by_name[results.WSD]["mean"] == pytest.approx([2.61, 2.41, 2.31])
+    assert by_name[results.WSD]["losses"][0] == pytest.approx([2.6, 2.61, 2.62])
+    assert by_name[results.COSINE]["rates"] == [2.0**-9] * 3 and by_name[results.EWA]["rates"] == [2.0**-5] * 3
+    # Exponents tried: cosine -7, -6, -5, then -8, -9, -10, everywhere; RAdam also -4; schedule-free no others.
+    tuned = {name: arm["updates_to_tune"] for name, arm in by_name.items()}
+    assert tuned == {
+        results.COSINE: 6 * 700,
+        results.RAW: 4 * 400,
+        results.EWA: 4 * 400,
+        results.WSD: 4 * (400 + 80),
+        results.WSD_S: 4 * 400,
+        results.FREE: 3 * 400,
+    }
+    claims = {claim["words"]: claim for claim in found["claims"]}
+    better = claims["The average is at least 2 % better than the weights it is of"]
+    assert better["differences"][0] == pytest.approx(100 * (2.41 - 2.61) / 2.61, abs=0.01) and all(better["holds"])
+    decay = claims["A decay gains at least 3 %"]
+    assert decay["differences"] == [0, 0, 0] and not any(decay["holds"])
+
+
+def test_tables_and_figures_say_the_numbers(compared, tmp_path):
+    found, _ = compared
+    printed = report.whole(found)
+    assert "| RAdam + EWA | 2.410 ± 0.010 | 2.210 ± 0.010 | 2.110 ± 0.010 | 0.03125 | 400 | 1600 |" in printed
+    assert "| A decay gains at least 3 % | +0.0 % (+0.0 to +0.0) |" in printed and "| does not hold |" in printed
+    assert "| RAdamScheduleFree, 400 updates |  |  |  | 2.200 | **2.100** | 2.200 |  |" in printed
+    assert "23 parameters" in printed
+    drawn = figures.draw(found, tmp_path / "figures")
+    assert [path.stem for path in drawn] == ["losses", "learning_rates", "tuning", "updates_to_serve"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_folder_holds_one_comparison(tmp_path):
+    keep_settings(SETTINGS, tmp_path)
+    keep_settings(dataclasses.replace(SETTINGS, seeds=(0, 1, 2, 3), rates=RATES), tmp_path)
+    with pytest.raises(ValueError, match="holds a comparison with weight_decay=0.1: give another --folder"):
+        keep_settings(dataclasses.replace(SETTINGS, weight_decay=0.2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        ("--updates 401", "updates=401 must be a multiple of 20"),
+        ("--device tpu", "device=tpu must be cpu or cuda"),
+        ("--rates radam 1e-3 2e-3", "at least three learning rates"),
+        ("--rates sgd 1 2 3", "--rates wants one of adamw, radam, radam_schedulefree"),
+        ("--workers 0", "--workers and --threads must be at least 1"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused(words, reason, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(words.split())
+    assert reason in capsys.readouterr().err
+
+
+# ---- Real trainings ----
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(
+        "\n".join(" ".join(draw.choices("def return class self value name".split(), k=12)) for _ in range(900))
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped(text, tmp_path_factory):
+    """The folder of a comparison that was asked to end after its first training, by the command line."""
+    folder = tmp_path_factory.mktemp("compare")
+    command = [sys.executable, "-u", EXAMPLES / "compare_methods.py", "--folder", folder, "--train_file", text, *TINY]
+    process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first = process.stdout.readline()
+    assert "adamw_cosine/5/rate_0.0001/seed_0" in first and "after 5 updates in" in first, process.stderr.read()
+    process.terminate()
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130 and "The same command goes on from there" in said
+    return folder
+
+
+def test_a_comparison_that_is_stopped_leaves_nothing_running(stopped):
+    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            assert str(stopped).encode() not in arguments.read_bytes()
+
+
+def test_it_goes_on_with_what_is_missing(stopped, text, monkeypatch):
+    """Only WSD's arm is trained to its end here: trunks, and decays from their checkpoints."""
+    arguments = parse_arguments(["--folder", str(stopped), "--train_file", str(text), *TINY])
+    keep_settings(arguments.settings, stopped)  # the same
+    arms = planning.arms(arguments.settings)
+    first, wsd = arms[0].reading(5, 1e-4, 0).job, arms[3]
+    runner = Runner(arguments.settings, stopped, workers=1, threads=1)
+    assert is_finished(stopped, first) and first.name not in [job.name for job in runner.wanted()]
+    monkeypatch.setattr(planning, "arms", lambda settings: [wsd])
+    known = runner.run()
+    best = planning.grid(arguments.settings, wsd, 20, known).best
+    assert best == 1e-2
+    for horizon in (5, 10, 20):
+        reading = wsd.reading(horizon, best, 0)
+        state = json.loads((stopped / reading.job.name / "trainer_state.json").read_text())
+        (last,) = [e["eval_raw_loss"] for e in state["log_history"] if "eval_raw_loss" in e and e["step"] == horizon]
+        assert reading.loss(known) == last
+        rates = {e["step"]: e["learning_rate"] for e in state["log_history"] if "learning_rate" in e}
+        begin = reading.job.begins  # its first update still has the peak; the decay is 1 - sqrt
+        assert rates[horizon] == pytest.approx(best * (1 - ((horizon - 1 - begin) / (horizon - begin)) ** 0.5))
+
+
+def test_a_training_that_fails_says_where_its_output_is(tmp_path):
+    arguments = parse_arguments(["--folder", str(tmp_path), "--train_file", str(tmp_path / "none.txt"), *TINY])
+    with pytest.raises(JobError, match=r"(?s)seed_0 failed \(exit code \d\); its output is in .*log.txt:\n.*none.txt"):
+        Runner(arguments.settings, tmp_path, workers=1, threads=1).run()
