@@ -23,7 +23,7 @@ from typing import Any
 import marked_tables
 from comparing import figures, report, results
 from comparing.planning import NoBestRate
-from comparing.running import JobError, Runner
+from comparing.running import JobError, Runner, Stopped
 from comparing.settings import QUICK, Settings
 
 KIND = "comparison"
@@ -112,13 +112,18 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 2
         runner = Runner(arguments.settings, folder, arguments.workers, arguments.threads)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # stops what it has started, as Ctrl-C does
+
+        def stop(*_: Any) -> None:
+            runner.stopping = True
+
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
         try:
             found = results.collect(arguments.settings, runner.run(), folder)
         except (JobError, NoBestRate) as error:
             print(error, file=sys.stderr)
             return 1
-        except KeyboardInterrupt:
+        except Stopped:
             print("Stopped; what is finished stays. The same command goes on from there.", file=sys.stderr)
             return 130
         found = json.loads(json.dumps(found))  # as it will be read again

@@ -18,11 +18,14 @@ from .settings import Settings
 
 SCRIPT = Path(__file__).parents[1] / "run_clm.py"
 LOG = "log.txt"
-NOT_FINISHED = ".part"
 
 
 class JobError(RuntimeError):
     """A training that failed; says where its output is."""
+
+
+class Stopped(Exception):
+    """The comparison was asked to end."""
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Runner:
     threads: int
     say: Callable[[str], None] = print
     known: dict[str, Curves] = field(default_factory=dict)
+    stopping: bool = False
+    """Set it to end; a signal's handler may."""
     _running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = field(default_factory=dict)
     _made: int = 0
     _began: float = field(default_factory=time.monotonic)
@@ -56,6 +61,7 @@ class Runner:
         Raises:
             JobError: if one fails.
             planning.NoBestRate: if no grid of learning rates has its best inside.
+            Stopped: after `stopping` was set.
         """
         try:
             while True:
@@ -92,13 +98,15 @@ class Runner:
         target.mkdir(parents=True)
         words = [sys.executable, str(SCRIPT), *command(job, self.settings, str(self.folder))]
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
-        with open(target / LOG, "wb") as log:
-            process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        with open(target / LOG, "wb") as log:  # a session of its own: what it is told by Ctrl-C, it is told by us
+            process = subprocess.Popen(
+                words, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         self._running[job.name] = (job, process, time.monotonic())
 
     def _wait(self, wanted: list[Job]) -> None:
         """Until one has ended."""
-        while True:
+        while not self.stopping:
             for name, (job, process, begin) in [*self._running.items()]:
                 code = process.poll()
                 if code is None:
@@ -113,6 +121,7 @@ class Runner:
                 self._tell(job, time.monotonic() - begin, wanted)
                 return
             time.sleep(0.2)
+        raise Stopped
 
     def _tell(self, job: Job, seconds: float, wanted: list[Job]) -> None:
         left = sum(other.cost for other in wanted if other.name not in self.known)

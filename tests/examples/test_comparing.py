@@ -231,12 +231,17 @@ def test_a_comparison_that_is_stopped_leaves_nothing_running(stopped):
 
 
 def test_it_goes_on_with_what_is_missing(stopped, text, monkeypatch):
-    """Only WSD's arm is trained to its end here: trunks, and decays from their checkpoints."""
+    """Only WSD's arm with its best rate is trained here, told what the other rates gave."""
     arguments = parse_arguments(["--folder", str(stopped), "--train_file", str(text), *TINY])
     keep_settings(arguments.settings, stopped)  # the same
     arms = planning.arms(arguments.settings)
     first, wsd = arms[0].reading(5, 1e-4, 0).job, arms[3]
-    runner = Runner(arguments.settings, stopped, workers=1, threads=1)
+    worse = {
+        job.name: Curves({job.ends: 9.0}, {job.ends: 9.0}, {}, {}, 1.0)
+        for rate in (1e-4, 10.0)
+        for job in planning.with_trunk(arguments.settings, wsd.reading(20, rate, 0).job)
+    }
+    runner = Runner(arguments.settings, stopped, workers=1, threads=1, known=worse)
     assert is_finished(stopped, first) and first.name not in [job.name for job in runner.wanted()]
     monkeypatch.setattr(planning, "arms", lambda settings: [wsd])
     known = runner.run()
