@@ -36,12 +36,12 @@ class Settings:
         bf16: whether to compute in bf16.
     """
 
-    updates: int = 1200
+    updates: int = 1060
     sequences: int = 32
     block: int = 128
     vocabulary: int = 1024
     width: int = 64
-    layers: int = 4
+    layers: int = 3
     evaluated: int = 200
     rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
