@@ -15,7 +15,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import hf_radam
-import marked_tables
+import measured
 from benchmarking import figure, memory, report, rows, timing
 
 QUICK: dict[str, Any] = {
@@ -136,13 +135,6 @@ def versions() -> dict[str, str]:
     return own | {name: number for name, number in found.items() if number}
 
 
-def as_json(data: dict[str, Any]) -> str:
-    """JSON with the rounds of a row in one line."""
-    text = json.dumps(data, indent=1)
-    lists = re.compile(r"\[[-+.,e\d\s]+\]")
-    return lists.sub(lambda found: "[" + ", ".join(re.findall(r"[^\s,\[\]]+", found.group())) + "]", text) + "\n"
-
-
 def main() -> int:
     """Measure or read, then print, write and draw."""
     arguments = parse_arguments()
@@ -153,11 +145,11 @@ def main() -> int:
     print(report.whole(data))
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(as_json(data), encoding="utf-8")
+        arguments.json.write_text(measured.as_json(data), encoding="utf-8")
     if arguments.figure:
         figure.draw(data, arguments.figure)
     for document in arguments.document:
-        marked_tables.write_document(document, "benchmark", report.PARTS, data)
+        measured.write_document(document, "benchmark", report.PARTS, data)
     return 0
 
 

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import marked_tables
+import measured
 from comparing import figures, report, results
 from comparing.planning import NoBestRate
 from comparing.running import JobError, Runner, Stopped
@@ -126,14 +126,15 @@ def main() -> int:
         except Stopped:
             print("Stopped; what is finished stays. The same command goes on from there.", file=sys.stderr)
             return 130
-        found = json.loads(json.dumps(found))  # as it will be read again
+        text = measured.as_json(found)
         path = arguments.json or arguments.folder / "results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
+        found = json.loads(text)  # as it will be read again
     print(report.whole(found))
     figures.draw(found, arguments.figures or arguments.folder)
     for document in arguments.document:
-        marked_tables.write_document(document, KIND, report.PARTS, found)
+        measured.write_document(document, KIND, report.PARTS, found)
     return 0
 
 

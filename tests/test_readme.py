@@ -164,15 +164,15 @@ def test_the_file_trees_are_complete():
 
 
 def test_the_measured_tables_are_those_of_the_numbers():
-    import marked_tables
+    import measured
     from benchmarking import report
 
     data = json.loads((ROOT / "docs" / "benchmark.json").read_text(encoding="utf-8"))
     for text in (README, DOCS["speed.md"]):
-        assert marked_tables.written(text, "benchmark", report.PARTS, data) == text, (
+        assert measured.written(text, "benchmark", report.PARTS, data) == text, (
             "write them anew with the command in docs/speed.md"
         )
-    found = {name for text in (README, DOCS["speed.md"]) for name in marked_tables.names(text, "benchmark")}
+    found = {name for text in (README, DOCS["speed.md"]) for name in measured.names(text, "benchmark")}
     assert found == set(report.PARTS)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from marked_tables import Parts, markdown
+from measured import Parts, markdown
 
 Data = dict[str, Any]
 

@@ -144,7 +144,7 @@ def command(job: Job, settings: Settings, folder: str) -> list[str]:
         "adam_beta2": settings.beta2,
         "eval_strategy": "steps",
         "eval_steps": settings.interval,
-        "logging_steps": settings.interval,
+        "logging_steps": max(1, settings.interval // 5),
         "report_to": "none",
         "disable_tqdm": True,
         "use_cpu": settings.device == "cpu",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 
-from marked_tables import Parts, markdown
+from measured import Parts, markdown
 
 from .results import Results
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-import marked_tables
+import measured
 
-PARTS = {"small": lambda data: marked_tables.markdown(["n"], [[str(data)]]), "words": lambda data: f"{data} words\n"}
+PARTS = {"small": lambda data: measured.markdown(["n"], [[str(data)]]), "words": lambda data: f"{data} words\n"}
 DOCUMENT = """Before.
 
 <!-- kind: small, written by `a command` -->
@@ -20,18 +20,18 @@ After.
 def test_only_what_stands_between_marks_is_written(tmp_path):
     path = tmp_path / "text.md"
     path.write_text(DOCUMENT)
-    marked_tables.write_document(path, "kind", PARTS, 3)
+    measured.write_document(path, "kind", PARTS, 3)
     expected = DOCUMENT.replace("old\n", "| n |\n|---|\n| 3 |\n").replace("words -->\n", "words -->\n3 words\n")
     assert path.read_text() == expected
-    assert marked_tables.written(expected, "kind", PARTS, 3) == expected
-    assert marked_tables.names(DOCUMENT, "kind") == ["small", "words"]
+    assert measured.written(expected, "kind", PARTS, 3) == expected
+    assert measured.names(DOCUMENT, "kind") == ["small", "words"]
 
 
 def test_a_document_without_a_place_for_tables_says_so(tmp_path):
     path = tmp_path / "text.md"
     path.write_text("Nothing.\n")
     with pytest.raises(ValueError, match=r"text.md: There is no <!-- kind: NAME --> \.\.\. "):
-        marked_tables.write_document(path, "kind", PARTS, 3)
+        measured.write_document(path, "kind", PARTS, 3)
     path.write_text("<!-- kind: large -->\n<!-- end of kind -->\n")
     with pytest.raises(ValueError, match=r"text.md: <!-- kind: large --> is none of small, words"):
-        marked_tables.write_document(path, "kind", PARTS, 3)
+        measured.write_document(path, "kind", PARTS, 3)

@@ -1,4 +1,4 @@
-"""Tables in documents, written from measured numbers between two marks, so that a test can hold them to the numbers.
+"""Measured numbers: a JSON file of them, and tables made of them between two marks in documents.
 
 <!-- KIND: NAME, written by `...` -->
 ...
@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,18 @@ from typing import Any
 
 Parts = Mapping[str, Callable[[Any], str]]
 """What may stand between marks, by the name in the first of them: the text made of the numbers."""
+
+
+def as_json(data: Any) -> str:
+    """JSON with numbers that belong together in one line: lists of them, and objects with numbers for names."""
+    text = json.dumps(data, indent=1)
+    number = r"-?(?:[\d.]+(?:e[-+]?\d+)?|Infinity|NaN)"
+    together = re.compile(rf'\[(\s*{number},?)+\s*\]|\{{(\s*"\d+": {number},?)+\s*\}}', re.IGNORECASE)
+
+    def in_one_line(found: re.Match[str]) -> str:
+        return re.sub(r"\s+", " ", found.group()).replace("[ ", "[").replace(" ]", "]")
+
+    return together.sub(in_one_line, text) + "\n"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
