@@ -16,6 +16,8 @@ COLOURS = {
     WSD_S: "#2a9d5c",
     FREE: "#8e5bb5",
 }
+STYLES = {COSINE: "-", RAW: "-", EWA: "-", WSD: "--", WSD_S: "-.", FREE: "-"}
+"""Lines that lie on one another can be told apart."""
 SKIPPED = 0.1
 """Ratio of the longest run before which losses are left out: they would hide the differences at the end."""
 
@@ -39,85 +41,76 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Any, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels)
+    return figure, figure.subplots(rows, columns, **options)
 
 
-def _points(results: Results, curve: dict[str, Any]) -> dict[int, float]:
-    """Loss by update of a training, after that of its trunk."""
+def _joined(results: Results, curve: dict[str, Any], what: str) -> dict[int, float]:
+    """Numbers by update of a training, after those of its trunk."""
     found: dict[int, float] = {}
     for name in filter(None, (curve["trunk"], curve["training"])):
-        training = results["trained"][name]
-        values = training["raw"] if curve["raw"] else training["evaluated"]
         begins = results["trained"][curve["training"]]["begins"]
-        found |= {int(step): loss for step, loss in values.items() if name == curve["training"] or int(step) <= begins}
+        values = results["trained"][name][what]
+        found |= {
+            int(step): value for step, value in values.items() if name == curve["training"] or int(step) <= begins
+        }
     return dict(sorted(found.items()))
 
 
+def _curves(arm: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trainings that lead to an arm's losses, each once."""
+    return [*{curve["training"]: curve for curve in arm["curves"]}.values()]
+
+
 def losses(results: Results) -> Any:
-    """Validation loss of the first seed against updates; a dot at every horizon, with the range of the seeds."""
-    figure, panel = _figure(10, 6)
+    """Validation loss of the first seed against updates; and every seed at every horizon, against the cosine's mean."""
+    figure, (curves, ends) = _figure(14, 6, columns=2, width_ratios=(3, 2))
     first = SKIPPED * results["settings"]["updates"]
-    for arm in results["arms"]:
-        colour = COLOURS[arm["name"]]
-        drawn = set()
-        for curve in arm["curves"]:
-            if curve["training"] in drawn:
-                continue
-            drawn.add(curve["training"])
-            points = {step: loss for step, loss in _points(results, curve).items() if step >= first}
-            panel.plot(points.keys(), points.values(), color=colour, linewidth=1.2, alpha=0.75)
-        means = arm["mean"]
-        ends = [(min(values), max(values)) for values in arm["losses"]]
-        panel.errorbar(
-            results["horizons"],
-            means,
-            yerr=[
-                [m - low for m, (low, _) in zip(means, ends, strict=True)],
-                [high - m for m, (_, high) in zip(means, ends, strict=True)],
-            ],
-            color=colour,
-            fmt="o",
-            markersize=6,
-            capsize=3,
-            label=arm["name"],
-        )
+    (cosine,) = [arm for arm in results["arms"] if arm["name"] == COSINE]
+    for place, arm in enumerate(results["arms"]):
+        colour, label = COLOURS[arm["name"]], arm["name"]
+        for curve in _curves(arm):
+            points = _joined(results, curve, "raw" if curve["raw"] else "evaluated")
+            points = {step: loss for step, loss in points.items() if step >= first}
+            curves.plot(points.keys(), points.values(), STYLES[arm["name"]], color=colour, linewidth=1.3, label=label)
+            label = None
+        for number, (values, mean) in enumerate(zip(arm["losses"], cosine["mean"], strict=True)):
+            x = number + 0.12 * (place - (len(results["arms"]) - 1) / 2)
+            away = [100 * (value - mean) / mean for value in values]
+            ends.plot([x] * len(away), away, "o", color=colour, markersize=4, alpha=0.6)
+            ends.plot([x - 0.05, x + 0.05], [statistics.fmean(away)] * 2, color=colour, linewidth=2)
     for horizon in results["horizons"]:
-        panel.axvline(horizon, color="#cccccc", linewidth=0.8, zorder=0)
-    panel.set_xlabel("updates")
-    panel.set_ylabel("validation loss (nats per token)")
-    panel.set_title("Loss against updates: lines of one seed, dots the mean of all at each horizon, bars their range")
-    panel.grid(alpha=0.3)
-    panel.legend()
+        curves.axvline(horizon, color="#bbbbbb", linewidth=0.8, zorder=0)
+    curves.set_xlabel("updates")
+    curves.set_ylabel("validation loss (nats per token)")
+    curves.set_title("One seed of each method; the horizons are marked")
+    curves.grid(alpha=0.3)
+    curves.legend()
+    ends.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    ends.set_xticks(range(len(results["horizons"])), [f"{horizon} updates" for horizon in results["horizons"]])
+    ends.set_ylabel("loss, in % above the mean of AdamW with a cosine")
+    ends.set_title("All seeds at the horizons; a line is their mean")
+    ends.grid(axis="y", alpha=0.3)
     return figure
 
 
 def learning_rates(results: Results) -> Any:
-    """The learning rate of every training that leads to a horizon, as it was recorded."""
-    figure, panels = _figure(13, 6, 1)
-    panel = panels
-    for arm in results["arms"]:
-        if arm["name"] == EWA:
-            continue  # the run of the raw weights, at a rate of its own
-        label: str | None = arm["name"]
-        for curve in arm["curves"]:
-            points: dict[int, float] = {}
-            for name in filter(None, (curve["trunk"], curve["training"])):
-                begins = results["trained"][curve["training"]]["begins"]
-                rates = results["trained"][name]["rate"]
-                points |= {int(s): r for s, r in rates.items() if name == curve["training"] or int(s) <= begins}
-            points = dict(sorted(points.items()))
-            panel.plot(points.keys(), points.values(), color=COLOURS[arm["name"]], linewidth=1.4, label=label)
-            label = None
-    panel.set_xlabel("updates")
-    panel.set_ylabel("learning rate")
-    panel.set_yscale("log")
-    panel.set_title("Learning rates at the rates that were chosen, recorded at every evaluation")
-    panel.grid(alpha=0.3)
-    panel.legend()
+    """The learning rates of the trainings that lead to the horizons, as they were recorded; a panel for each method."""
+    figure, panels = _figure(13, 6.5, 2, 3, sharex=True)
+    for panel, arm in zip(panels.flat, results["arms"], strict=True):
+        for curve in _curves(arm):
+            points = _joined(results, curve, "rate")
+            panel.plot(points.keys(), points.values(), color=COLOURS[arm["name"]], linewidth=1.3)
+        panel.set_title(arm["name"])
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+    for panel in panels[-1]:
+        panel.set_xlabel("updates")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("learning rate")
     return figure
 
 
@@ -148,11 +141,11 @@ def updates_to_serve(results: Results) -> Any:
     counts = [arm["updates_to_serve"] for arm in results["arms"]]
     bars = panel.barh(names, counts, color=[COLOURS[name] for name in names])
     texts = [
-        f"{count} updates, loss {statistics.fmean(arm['losses'][-1]):.3f} at the last"
+        f"{count} updates; loss {statistics.fmean(arm['losses'][-1]):.3f} at the end"
         for count, arm in zip(counts, results["arms"], strict=True)
     ]
     panel.bar_label(bars, texts, padding=4, fontsize=9)
-    panel.set_xlim(0, 1.45 * max(counts))
+    panel.set_xlim(0, 1.6 * max(counts))
     panel.invert_yaxis()
     panel.set_xlabel(f"updates for models at {', '.join(map(str, results['horizons']))} updates, rates being known")
     panel.set_title("What it takes to have a model at every horizon")

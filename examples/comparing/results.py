@@ -47,6 +47,7 @@ def collect(settings: Settings, known: Known, folder: Path) -> Results:
     """Everything, for JSON."""
     made = {job.name: job for job in planning.jobs_of(settings, known)}
     compared = [_arm(settings, arm, known) for arm in planning.arms(settings)]
+    drawn = {curve[name] for arm in compared for curve in arm["curves"] for name in ("training", "trunk")}
     count, tokens = parameters(folder, settings), settings.sequences * settings.block
     return {
         "settings": settings.as_json(),
@@ -57,7 +58,7 @@ def collect(settings: Settings, known: Known, folder: Path) -> Results:
         "arms": compared,
         "claims": [_claim(words, one, other, limit, compared) for words, one, other, limit in CLAIMS],
         "same_at_first_budget": _same_at_first_budget(settings, known),
-        "trained": {name: _training(settings, made[name], known[name]) for name in sorted(made)},
+        "trained": {name: _training(settings, made[name], known[name], whole=name in drawn) for name in sorted(made)},
         "updates_in_all": sum(job.cost for job in made.values()),
     }
 
@@ -137,7 +138,8 @@ def _named(settings: Settings, name: str) -> Arm:
     return next(arm for arm in planning.arms(settings) if arm.name == name)
 
 
-def _training(settings: Settings, job: jobs.Job, curves: Curves) -> dict[str, Any]:
+def _training(settings: Settings, job: jobs.Job, curves: Curves, *, whole: bool) -> dict[str, Any]:
+    """A training's losses; training loss and learning rate, which have many records, only of the whole."""
     return {
         "command": " ".join(["python examples/run_clm.py", *command(job, settings, "FOLDER")]),
         "begins": job.begins,
@@ -145,6 +147,6 @@ def _training(settings: Settings, job: jobs.Job, curves: Curves) -> dict[str, An
         "seconds": curves.seconds,
         "evaluated": curves.evaluated,
         "raw": curves.raw,
-        "training": curves.training,
-        "rate": curves.rate,
+        "training": curves.training if whole else {},
+        "rate": curves.rate if whole else {},
     }
