@@ -97,6 +97,11 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         from hf_radam import cli
 
         cli.parse(command[1:])
+    elif command[:2] == ["python", "examples/compare_methods.py"]:
+        import compare_methods
+
+        arguments = compare_methods.parse_arguments(command[2:])
+        assert all((ROOT / path).is_file() for path in arguments.document)
     elif command[:2] == ["python", "examples/benchmark.py"]:
         import benchmark
 
