@@ -28,6 +28,7 @@ from hf_radam.windows import (
     check_averaging,
     fixed_decay_step_size,
     growing_window_step_size,
+    half_life_of,
 )
 
 
@@ -130,6 +131,17 @@ class WeightAverage:
             return fixed_decay_step_size(self.weight_sum, decay=self.decay, every=self.every)
         assert self.half_life_ratio is not None
         return growing_window_step_size(step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every)
+
+    @property
+    def half_life(self) -> float:
+        """How far back the average looks, as of the last averaging: its half-life in updates, 0 for a copy.
+
+        Raises:
+            RuntimeError: before the first averaging.
+        """
+        if not self.started:
+            raise RuntimeError("There is no average yet: ask `started` first.")
+        return half_life_of(1.0 / self.weight_sum, every=self.every)
 
     @torch.no_grad()
     def update(self, step: int, *, overlap: bool = False) -> bool:

@@ -43,6 +43,24 @@ def growing_window_step_size(elapsed: int, *, half_life_ratio: float, every: int
     return -math.expm1(-math.log(2.0) * every / (half_life_ratio * elapsed))
 
 
+def half_life_of(step_size: float, *, every: int) -> float:
+    """Updates over which an average forgets half of what it holds, at the step size with which it moves.
+
+    One averaging keeps `1 - step_size` of it, so it is `every * ln 2 / -ln(1 - step_size)`: `half_life_ratio * elapsed`
+    in the growing window; in a fixed one it rises towards `ln 2 / -ln(decay)`, as the bias correction has the first
+    points share the weight. 0 where the average is a copy (`step_size` 1).
+
+    Args:
+        step_size: the share that the newest point gets, in (0, 1].
+        every: updates between two averagings.
+
+    Example:
+        >>> half_life_of(growing_window_step_size(160, half_life_ratio=0.0625, every=4), every=4)
+        10.0
+    """
+    return 0.0 if step_size == 1.0 else -every * math.log(2.0) / math.log1p(-step_size)
+
+
 def check_averaging(
     *, decay: float | None, half_life_ratio: float | None, every: int, start_step: int, prefix: str = ""
 ) -> None:

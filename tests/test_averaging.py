@@ -93,6 +93,31 @@ def test_every_does_not_change_the_window():
         assert abs(lags[0] - lags[1]) < 10, options
 
 
+@pytest.mark.parametrize("start_step", [0, 7])
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("window", [{"decay": 0.9}, {"half_life_ratio": 0.0625}, {"half_life_ratio": 1.0}])
+def test_half_life_is_that_with_which_the_first_point_fades(window, every, start_step):
+    """Weights that are 1 at the first averaging and 0 from then on: the average is what is left of that point."""
+    parameter = nn.Parameter(torch.ones(1))
+    average = WeightAverage([("w", parameter)], every=every, start_step=start_step, **window)
+    left = None
+    for step in range(1, UPDATES + 1):
+        if not average.update(step):
+            continue
+        before, left = left, average.averages["w"].item()
+        if before is None:
+            assert average.half_life == 0.0 and step == start_step + every
+            parameter.data.zero_()
+            continue
+        faded = every / -math.log2(left / before)
+        assert average.half_life == pytest.approx(faded, rel=1e-5)  # of a float32 product
+        if "half_life_ratio" in window:
+            assert average.half_life == pytest.approx(window["half_life_ratio"] * (step - start_step), rel=1e-12)
+    if "decay" in window:  # within what is left of the bias correction
+        nominal = math.log(2) / -math.log(0.9)
+        assert nominal * 0.98 < average.half_life < nominal
+
+
 def test_a_bf16_parameter_has_an_average_that_moves():
     """With decay 0.9999 a bf16 accumulator would stay at 1.0 for ever (half a unit in the last place is 2^-9)."""
     parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
@@ -294,6 +319,13 @@ def test_host_memory_average_is_the_same():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         WeightAverage([("w", nn.Parameter(torch.zeros(1)))], **options)
+
+
+def test_before_the_first_averaging_there_is_no_half_life():
+    average = WeightAverage([("w", nn.Parameter(torch.ones(1)))], every=2)
+    average.update(1)
+    with pytest.raises(RuntimeError, match="There is no average yet"):
+        average.half_life  # noqa: B018
 
 
 def test_misuse_is_refused_and_changes_nothing():
