@@ -28,6 +28,7 @@ from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.fusing import check_folded, choose_fused
 from hf_radam.training.given import with_our_arguments
 from hf_radam.training.just_in_time import SaveBetweenUpdates
+from hf_radam.training.reporting import ReportingMixin
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
 from hf_radam.training.search import SearchMixin
@@ -37,7 +38,7 @@ from hf_radam.training_args import RAdamTrainingArguments
 logger = logging.get_logger(__name__)
 
 
-class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
+class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin):
     """Our methods for any subclass of `Trainer`: `class MyTrainer(RAdamTrainerMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -252,17 +253,24 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ResumingMixin):
         check_evaluable(self)
         if self.average is not None and not self.average.started:
             logger.warning(f"There is no average yet ({self.average}): evaluating without it.")
+        self._raw_metrics = {}
         with preserved_random_state():
             with self._evaluation.applied(exchange=True):
                 output = super().evaluation_loop(dataloader, description, *rest, metric_key_prefix)
             # Upstream's name for `evaluate()`, as against `predict()`, whose predictions are asked for once.
-            if self.args.ewa_eval_raw and description == "Evaluation":
+            if self.args.ewa_eval_raw and description == "Evaluation" and self._has_training_weights():
                 prefix = f"{metric_key_prefix}_raw"
                 with self._evaluation.training_weights(), collected_apart(self) as collected:
                     raw = super().evaluation_loop(dataloader, description, *rest, prefix)
                 of_raw = (raw.metrics or {}) | {f"{prefix}_{name}": mean for name, mean in collected.items()}
+                self._raw_metrics = {name: f"{metric_key_prefix}{name.removeprefix(prefix)}" for name in of_raw}
                 output = output._replace(metrics=(output.metrics or {}) | of_raw)
         return output
+
+    def _has_training_weights(self) -> bool:
+        if self._best_model_loaded:
+            logger.warning("The model holds the best evaluation weights: there are no training weights to evaluate.")
+        return not self._best_model_loaded
 
 
 class RAdamTrainer(RAdamTrainerMixin, Trainer):

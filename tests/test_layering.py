@@ -209,11 +209,13 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.around_update": (within("training", "parts"), {"transformers"}),
     "training.search": (within("training", "evaluation support parts"), ANY),
+    "training.curves": (set(), {"transformers"}),
+    "training.reporting": (within("training", "curves parts"), set()),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
-            "support given collected backends fusing evaluation attempts just_in_time saving resuming search "
+            "support given collected backends fusing evaluation attempts just_in_time saving reporting resuming search "
             "around_update",
         ),
         ANY,

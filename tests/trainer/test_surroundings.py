@@ -19,13 +19,14 @@ from transformers import (
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
 from hf_radam.checkpoints.manifest import read_manifest
+from hf_radam.training.reporting import ReportingMixin
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
 from hf_radam.training.search import SearchMixin
 
 
 def overrides():
-    for cls in (RAdamTrainerMixin, SearchMixin, SavingMixin, ResumingMixin):
+    for cls in (RAdamTrainerMixin, SearchMixin, SavingMixin, ReportingMixin, ResumingMixin):
         for name in vars(cls):
             if name != "__init__" and not name.startswith("__") and hasattr(Trainer, name):
                 yield cls, name
@@ -40,6 +41,7 @@ def test_overrides_have_upstreams_signature(cls, name):
 def test_all_the_overrides_are_looked_at():
     names = {name for _, name in overrides()}
     assert {"save_model", "evaluation_loop", "create_scheduler", "_load_best_model", "_prepare_for_training"} <= names
+    assert "log" in names
 
 
 @dataclass
