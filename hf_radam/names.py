@@ -22,6 +22,11 @@ class _OptimizerName(ExplicitEnum):
 
     __hash__ = ExplicitEnum.__hash__
 
+    def __format__(self, spec: str) -> str:
+        """Written as upstream's member is, where there is one: in a model card, for instance."""
+        known = self.value in {member.value for member in OptimizerNames}
+        return format(OptimizerNames(self.value) if known else str(self.value), spec)
+
 
 class _SchedulerName(ExplicitEnum):
     """Members hash by value, so that upstream's `SchedulerType(member)` finds its own."""

@@ -46,6 +46,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "inherited_fields": (set(), set()),
     "training_args": ({"schedules", "windows", "names", "argument_checks", "inherited_fields"}, ANY),
     "config_files": (set(), {"transformers", "yaml"}),
+    "model_card": ({"windows"}, {"yaml"}),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": ({"averaging", "sharding"} | within("checkpoints", "storage"), {"torch"}),
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
@@ -210,7 +211,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.around_update": (within("training", "parts"), {"transformers"}),
     "training.search": (within("training", "evaluation support parts"), ANY),
     "training.curves": (set(), {"transformers"}),
-    "training.reporting": (within("training", "curves parts"), set()),
+    "training.card_facts": (
+        {"describe", "model_card", "names", "windows"}
+        | within("checkpoints", "manifest runs loading")
+        | within("checkpoints.models", "adapters consolidation")
+        | within("training", "parts"),
+        {"transformers"},
+    ),
+    "training.reporting": ({"model_card"} | within("training", "card_facts curves parts"), set()),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
