@@ -275,3 +275,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
 
 class RAdamTrainer(RAdamTrainerMixin, Trainer):
     """`transformers.Trainer` with RAdamScheduleFree, WSD, WSD-S and EWA: see `RAdamTrainingArguments`."""
+
+    def __init__(
+        self, model: Any = None, args: RAdamTrainingArguments | None = None, *others: Any, **keywords: Any
+    ) -> None:
+        super().__init__(model, args, *others, **keywords)
