@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import fcntl
 import importlib.util
 import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    parser.add_argument("--folder", type=Path, default=Path("runs/compare"), help="where the trainings lie")
+    parser.add_argument("--folder", type=Path, help="where the trainings lie; default: runs/compare, or runs/quick")
     parser.add_argument("--quick", action="store_true", help="a tiny model and one seed: the numbers mean nothing")
     parser.add_argument("--workers", type=int, help="trainings at a time; default: one for each core, one on a GPU")
     parser.add_argument("--threads", type=int, default=1, help="threads of each")
@@ -69,12 +72,13 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     base = QUICK if arguments.quick else Settings()
     try:
         own = {arm: tuple(sorted(map(float, rates))) for arm, *rates in arguments.rates}
-        unknown = own.keys() - base.rates.keys()
-        if unknown or any(len(rates) < 3 for rates in own.values()):
-            raise ValueError(f"--rates wants one of {', '.join(base.rates)} and at least three learning rates.")
+        if own.keys() - base.rates.keys():
+            raise ValueError(f"--rates wants one of {', '.join(base.rates)} and learning rates.")
         arguments.settings = dataclasses.replace(base, **changes, rates=base.rates | own)
     except ValueError as error:
         parser.error(str(error))
+    if arguments.folder is None:
+        arguments.folder = Path("runs/quick" if arguments.quick else "runs/compare")
     if arguments.workers is None:
         arguments.workers = cores if arguments.settings.device == "cpu" else 1
     if min(arguments.workers, arguments.threads) < 1:
@@ -92,11 +96,29 @@ def keep_settings(settings: Settings, folder: Path) -> None:
     own = json.loads(json.dumps(settings.as_json()))
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        for name in own.keys() - {"rates", "seeds"}:
-            if own[name] != before[name]:
-                raise ValueError(f"{folder} holds a comparison with {name}={before[name]}: give another --folder.")
+        for name in (name for name in own if name not in ("rates", "seeds")):
+            if own[name] != before.get(name):
+                raise ValueError(f"{folder} holds a comparison with {name}={before.get(name)}: give another --folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    written = path.with_suffix(".new")
+    written.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
+    os.replace(written, path)  # whole, or as it was
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Context in which no other comparison trains in a folder.
+
+    Raises:
+        ValueError: if one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"Another comparison is being made in {folder}: wait for it.") from None
+        yield
 
 
 def main() -> int:
@@ -106,20 +128,20 @@ def main() -> int:
         found = json.loads(arguments.from_json.read_text(encoding="utf-8"))
     else:
         folder = arguments.folder.absolute()
-        try:
-            keep_settings(arguments.settings, folder)
-        except ValueError as error:
-            print(error, file=sys.stderr)
-            return 2
         runner = Runner(arguments.settings, folder, arguments.workers, arguments.threads)
 
         def stop(*_: Any) -> None:
             runner.stopping = True
 
-        signal.signal(signal.SIGINT, stop)
-        signal.signal(signal.SIGTERM, stop)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)
         try:
-            found = results.collect(arguments.settings, runner.run(), folder)
+            with alone(folder):
+                keep_settings(arguments.settings, folder)
+                found = results.collect(arguments.settings, runner.run(), folder)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
         except (JobError, NoBestRate) as error:
             print(error, file=sys.stderr)
             return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 
 from measured import Parts, markdown
@@ -15,10 +16,18 @@ def table(results: Results) -> str:
     head = ["method", *losses, "learning rate", "updates for all three", "updates to tune"]
     rows = []
     for arm in results["arms"]:
-        cells = [f"{statistics.fmean(values):.3f} ± {(max(values) - min(values)) / 2:.3f}" for values in arm["losses"]]
+        cells = [_mean(values) for values in arm["losses"]]
         rates = ", ".join(f"{rate:g}" for rate in (arm["rates"] if len(set(arm["rates"])) > 1 else arm["rates"][:1]))
         rows.append([arm["name"], *cells, rates, str(arm["updates_to_serve"]), str(arm["updates_to_tune"])])
     return markdown(head, rows)
+
+
+def _mean(losses: list[float]) -> str:
+    """Mean over the seeds and half their range, where there are several."""
+    if not all(map(math.isfinite, losses)):
+        return f"diverged ({sum(not math.isfinite(loss) for loss in losses)} of {len(losses)} seeds)"
+    spread = f" ± {(max(losses) - min(losses)) / 2:.3f}" if len(losses) > 1 else ""
+    return f"{statistics.fmean(losses):.3f}{spread}"
 
 
 def claims(results: Results) -> str:
@@ -26,20 +35,22 @@ def claims(results: Results) -> str:
     head = ["claim", *(f"at {horizon}" for horizon in results["horizons"]), "here"]
     rows = []
     for claim in results["claims"]:
-        cells = [
-            f"{mean:+.1f} % ({min(values):+.1f} to {max(values):+.1f})"
-            for mean, values in zip(claim["differences"], claim["by_seed"], strict=True)
-        ]
-        rows.append([claim["words"], *cells, _verdict(claim["holds"])])
+        cells = [_difference(*each) for each in zip(claim["differences"], claim["by_seed"], strict=True)]
+        rows.append([claim["words"], *cells, _verdict(claim["holds"], claim["holds_for_every_seed"])])
     return markdown(head, rows)
 
 
-def _verdict(holds: list[bool]) -> str:
-    if all(holds):
-        return "holds"
+def _difference(mean: float, by_seed: list[float]) -> str:
+    if not math.isfinite(mean):
+        return "diverged"
+    return f"{mean:+.1f} %" + (f" ({min(by_seed):+.1f} to {max(by_seed):+.1f})" if len(by_seed) > 1 else "")
+
+
+def _verdict(holds: list[bool], for_every_seed: list[bool]) -> str:
     if not any(holds):
         return "does not hold"
-    return f"holds at {sum(holds)} of {len(holds)}"
+    where = "holds" if all(holds) else f"holds at {sum(holds)} of {len(holds)}"
+    return where if holds == for_every_seed else f"{where}, on the mean of the seeds"
 
 
 def grids(results: Results) -> str:

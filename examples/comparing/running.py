@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,8 @@ from .settings import Settings
 
 SCRIPT = Path(__file__).parents[1] / "run_clm.py"
 LOG = "log.txt"
+PR_SET_PDEATHSIG = 1
+"""An option of `prctl`: which signal a process gets when the one that has begun it ends."""
 
 
 class JobError(RuntimeError):
@@ -26,6 +30,12 @@ class JobError(RuntimeError):
 
 class Stopped(Exception):
     """The comparison was asked to end."""
+
+
+def _die_with_the_parent() -> None:
+    """In a training, before it begins: have the kernel end it when the comparison is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @dataclass
@@ -94,13 +104,22 @@ class Runner:
 
     def _begin(self, job: Job) -> None:
         target = self.folder / job.name
+        if job.trunk is not None and not (self.folder / job.trunk / f"checkpoint-{job.begins}").is_dir():
+            raise JobError(f"{job.trunk} has no checkpoint-{job.begins} any more: remove the folder to train it anew.")
         shutil.rmtree(target, ignore_errors=True)  # of a call that was stopped: trainings here are short
         target.mkdir(parents=True)
         words = [sys.executable, str(SCRIPT), *command(job, self.settings, str(self.folder))]
         environment = os.environ | {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        if self.settings.device == "cuda":  # one GPU each: with more, Trainer would make larger batches
+            environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
         with open(target / LOG, "wb") as log:  # a session of its own: what it is told by Ctrl-C, it is told by us
             process = subprocess.Popen(
-                words, stdout=log, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+                words,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_die_with_the_parent,
             )
         self._running[job.name] = (job, process, time.monotonic())
 

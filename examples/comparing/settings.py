@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +30,7 @@ class Settings:
         rates: learning rates that each arm begins with; more are added until the best is not at an end.
         seeds: of weights and of the order of the data; the rates are chosen with the first.
         weight_decay: of every run.
-        beta2: of every run.
+        beta2: of every run; it also sets how long RAdam warms up, which must be short beside the first horizon.
         warmup: of AdamW, as a ratio of the run; RAdam has none.
         train_file: text to train on, as for `run_clm.py`; the source of the Python standard library if None.
         device: cpu, or cuda for what accelerate finds.
@@ -52,19 +53,27 @@ class Settings:
     )
     seeds: tuple[int, ...] = (0, 1, 2)
     weight_decay: float = 0.1
-    beta2: float = 0.99
+    beta2: float = 0.95
     warmup: float = 0.05
     train_file: str | None = None
     device: str = "cpu"
     bf16: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("updates", "sequences", "block", "vocabulary", "width", "layers", "evaluated"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.updates % EVALUATIONS:
             raise ValueError(f"updates={self.updates} must be a multiple of {EVALUATIONS}: every horizon is evaluated.")
         if self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of 4: the model has four heads.")
-        if not self.seeds:
-            raise ValueError("seeds is empty: give at least one.")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={self.seeds} must be one or more, each once.")
+        for arm, rates in self.rates.items():
+            if len(set(rates)) < max(3, len(rates)) or not all(0 < rate < math.inf for rate in rates):
+                raise ValueError(f"rates of {arm}, {rates}: give at least three learning rates above 0, each once.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay={self.weight_decay} must be 0 or more.")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device={self.device} must be cpu or cuda.")
 
