@@ -13,7 +13,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_radam import argument_checks
-from hf_radam.inherited_fields import keep_declared_fields
+from hf_radam.inherited_fields import check_decorated, keep_declared_fields
 from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
 from hf_radam.schedules import check_wsd, check_wsd_s, count_from_ratio, wsd, wsd_s
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
@@ -135,6 +135,7 @@ class RAdamTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Resolve names, let upstream check its part with stand-ins for ours, then check ours."""
+        check_decorated(type(self))
         optim, schedule = self._resolved_names()
         ours_optim, ours_schedule = optim in OPTIMIZERS, schedule in OUR_SCHEDULES
         self.optim = OptimizerNames.ADAMW_TORCH if ours_optim else optim.value

@@ -156,14 +156,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),
         ANY,
     ),
+    "training.collected": (set(), set()),
     "training.support": (
         {"optim", "names", "argument_checks"}
         | within("checkpoints.models", "adapters")
-        | within("training", "backends"),
+        | within("training", "backends collected"),
         ANY,
     ),
     "training.given": ({"training_args"}, {"transformers"}),
-    "training.collected": (set(), set()),
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
     "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (

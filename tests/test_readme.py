@@ -59,8 +59,8 @@ def test_python_blocks_run(block, tmp_path):
     assert block.count("\n") < 40
     if "from trl" in block:
         sft = pytest.importorskip("sft")
-        sft.llama().save_pretrained(tmp_path / "runs" / "quickstart")
-        sft.tokenizer().save_pretrained(tmp_path / "runs" / "quickstart")
+        sft.llama().save_pretrained(tmp_path / "runs" / "radam_ewa")
+        sft.tokenizer().save_pretrained(tmp_path / "runs" / "radam_ewa")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200

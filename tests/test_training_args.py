@@ -279,6 +279,18 @@ def test_defaults_beside_those_of_another_dataclass(tmp_path, kind):
     assert (parsed.learning_rate, parsed.rounds, parsed.lr_scheduler_type) == (2e-5, 3, "constant")
 
 
+def test_a_class_that_is_no_dataclass_but_needs_to_be_is_refused(tmp_path):
+    class Forgotten(RAdamTrainingArguments, Further):
+        pass
+
+    class Enough(Again):
+        """Has nothing that its one base does not have."""
+
+    with pytest.raises(TypeError, match="Forgotten has fields of several dataclasses: write @dataclass above it"):
+        Forgotten(str(tmp_path))
+    assert Enough(str(tmp_path)).logging_steps == 20
+
+
 def test_a_dataclass_without_defaults_of_its_own_is_left_as_it_was():
     @dataclass
     class Both(RAdamTrainingArguments, Seq2SeqTrainingArguments):

@@ -20,6 +20,11 @@ def is_of_trl(trainer: Any) -> bool:
     return any(base.__module__.partition(".")[0] == "trl" for base in type(trainer).__mro__)
 
 
+def keeps_metrics(trainer: Any) -> bool:
+    """Whether it is one that keeps them where TRL's own base class and `SFTTrainer` do."""
+    return is_of_trl(trainer) and hasattr(trainer, "_metrics") and hasattr(trainer, "_total_train_tokens")
+
+
 @contextmanager
 def collected_apart(trainer: Any) -> Iterator[dict[str, float]]:
     """Context in which the trainer collects for us; what it has collected before comes back at the end.
@@ -29,7 +34,7 @@ def collected_apart(trainer: Any) -> Iterator[dict[str, float]]:
         `{"mean_token_accuracy": 0.5, ...}`. It stays empty for trainers that collect nothing.
     """
     means: dict[str, float] = {}
-    if not is_of_trl(trainer):
+    if not keeps_metrics(trainer):
         yield means
         return
     before, tokens = trainer._metrics, trainer._total_train_tokens

@@ -12,6 +12,7 @@ from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerNa
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.checks import low_precision
 from hf_radam.training.backends import check_backend
+from hf_radam.training.collected import is_of_trl, keeps_metrics
 
 
 def given_optimizer_class(trainer: Any) -> type | None:
@@ -54,6 +55,11 @@ def check_supported(trainer: Any) -> None:
         raise ValueError(
             "use_vllm with averaged weights: after an evaluation vLLM would go on generating with those, not with the "
             "weights that train. Leave use_vllm out."
+        )
+    if args.ewa_eval_raw and is_of_trl(trainer) and not keeps_metrics(trainer):
+        raise ValueError(
+            f"ewa_eval_raw with {type(trainer).__name__}: what this trainer of TRL measures of the training weights "
+            "cannot be told from what it measures of the average. Leave ewa_eval_raw out."
         )
     if own_weights and is_peft(trainer.model):
         check_adapter(trainer.model)

@@ -246,6 +246,28 @@ def test_vllm_would_go_on_with_the_weights_that_were_evaluated(tmp_path):
     sft.trainer(tmp_path, kinds=(sft.SFT, Generating), **tiny.METHODS["wsd"])
 
 
+def test_raw_weights_are_not_evaluated_where_what_is_measured_of_them_cannot_be_kept_apart(tmp_path, monkeypatch):
+    """As in `ORPOTrainer`, which keeps its measurements elsewhere."""
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # it would warn that it may change
+    orpo = pytest.importorskip("trl.experimental.orpo")
+
+    @dataclasses.dataclass
+    class Arguments(RAdamTrainingArguments, orpo.ORPOConfig):
+        pass
+
+    class ORPO(RAdamTrainerMixin, orpo.ORPOTrainer):
+        pass
+
+    def make(**options):
+        args = sft.arguments(tmp_path, Arguments, **tiny.METHODS["ewa"], **options)
+        data = preferences(sft.TRAIN)
+        return ORPO(sft.llama(), args, train_dataset=data, eval_dataset=data, processing_class=sft.tokenizer())
+
+    with pytest.raises(ValueError, match="ewa_eval_raw with ORPO: what this trainer of TRL measures"):
+        make(ewa_eval_raw=True)
+    make()
+
+
 # ---- Preferences ----
 
 
