@@ -5,6 +5,7 @@ Pure functions from facts to text; `hf_radam.training.card_facts` finds the fact
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,10 @@ import yaml
 
 from hf_radam.windows import half_life_of
 
-HEADING = "\n## Model description\n"
-"""Upstream's heading, before which our part stands."""
+HEADINGS = ("\n## Model description\n", "\n## Training procedure\n")
+"""Headings of upstream and of TRL, before the first of which our part stands; without any, at the end."""
+BEGIN, END = "<!-- hf_radam -->\n", "<!-- hf_radam: end -->\n"
+"""Lines around our part that nobody sees, by which it is found again."""
 OWN_TAG = "hf_radam"
 TAGS = {"radam": "radam", "radam_schedulefree": "schedule-free", "wsd": "wsd", "wsd_s": "wsd-s", "ewa": "ewa"}
 """Tags of the methods, by the names that the flags have."""
@@ -26,7 +29,8 @@ KINDS = {
 }
 """Kinds of weights: those that train, and what evaluation uses instead, by its folder in a checkpoint."""
 VARIABLES = {TRAINING: "training", "ewa": "averaged", "schedule_free": "x"}
-NAMELESS = "is a fine-tuned version of [](https://huggingface.co/) on"
+NAMELESS = re.compile(r"is a fine-tuned version of \[(None)?\]\(https://huggingface\.co/(None)?\)")
+"""Of upstream, and of TRL."""
 
 
 @dataclass(frozen=True)
@@ -125,21 +129,31 @@ class Facts:
     checkpoint: Checkpoint | None
 
 
+def has_our_part(card: str) -> bool:
+    """Whether a card has a part of ours."""
+    return BEGIN in card and END in card
+
+
 def completed(card: str, facts: Facts) -> str:
-    """A card with our part and our tags.
+    """A card with our part, instead of the one that it has, and our tags.
 
     Args:
-        card: upstream's card or PEFT's, which begins with metadata in YAML.
+        card: upstream's card, PEFT's or TRL's, which begins with metadata in YAML.
         facts: what our part says.
     """
     _, metadata, text = card.split("---\n", 2)
     data: dict[str, Any] = yaml.safe_load(metadata)
     # Upstream takes over the tags of a card that is there, which may be of another method.
     data["tags"] = [tag for tag in data.get("tags") or () if tag not in (OWN_TAG, *TAGS.values())] + tags(facts)
-    # Remove when transformers does not name a base model that has no name.
-    text = text.replace(NAMELESS, "was trained from scratch on")
-    before, heading, after = text.partition(HEADING)
-    return f"---\n{yaml.dump(data, sort_keys=False)}---\n{before.rstrip()}\n\n{section(facts)}{heading}{after}"
+    # Remove when transformers and TRL do not name a base model that has no name.
+    text = NAMELESS.sub("was trained from scratch", text)
+    if has_our_part(text):
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2]
+    else:
+        at = min((place for heading in HEADINGS if (place := text.find(heading)) >= 0), default=len(text))
+        before, after = f"{text[:at].rstrip()}\n\n", text[at:]
+    return f"---\n{yaml.dump(data, sort_keys=False)}---\n{before}{BEGIN}{section(facts)}{END}{after}"
 
 
 def tags(facts: Facts) -> list[str]:

@@ -198,7 +198,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"names", "sharding"}
         | within("checkpoints", "storage manifest runs")
         | within("checkpoints.models", "adapters")
-        | within("training", "backends folders failures hub just_in_time"),
+        | within("training", "backends card folders failures hub just_in_time"),
         ANY,
     ),
     "training.resuming": (
@@ -218,7 +218,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("training", "parts"),
         {"transformers"},
     ),
-    "training.reporting": ({"model_card"} | within("training", "card_facts curves parts"), set()),
+    "training.card": ({"model_card"} | within("training", "card_facts parts"), set()),
+    "training.reporting": (within("training", "card curves parts"), set()),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(

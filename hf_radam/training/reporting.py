@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
-from hf_radam import model_card
-from hf_radam.training.card_facts import facts_of
+from hf_radam.training.card import write_our_part
 from hf_radam.training.curves import raw_curves, renamed
 from hf_radam.training.parts import PartsMixin
 
@@ -28,23 +27,11 @@ class ReportingMixin(PartsMixin):
         with renamed(self.callback_handler.callbacks, raw_curves(self._raw_metrics)):
             super().log(logs, start_time)
 
-    def create_model_card(
-        self,
-        language: str | None = None,
-        license: str | None = None,
-        tags: str | list[str] | None = None,
-        model_name: str | None = None,
-        finetuned_from: str | None = None,
-        tasks: str | list[str] | None = None,
-        dataset_tags: str | list[str] | None = None,
-        dataset: str | list[str] | None = None,
-        dataset_args: str | list[str] | None = None,
-    ) -> None:
-        """Add to upstream's card what it does not know: the method, which weights these are, how to load each kind."""
-        super().create_model_card(
-            language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-        )
+    def create_model_card(self, *positional: Any, **keywords: Any) -> None:
+        """Add to the card what upstream does not know: the method, which weights these are, how to load each kind.
+
+        The arguments are those of the class that this is mixed into: TRL's trainers take others than `Trainer`.
+        """
+        super().create_model_card(*positional, **keywords)
         if self._active and self.is_world_process_zero():
-            file = Path(str(self.args.output_dir), "README.md")
-            card = model_card.completed(file.read_text(encoding="utf-8"), facts_of(self))
-            file.write_text(card, encoding="utf-8")
+            write_our_part(self)

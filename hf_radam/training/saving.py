@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from hf_radam import __version__
@@ -22,6 +22,7 @@ from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
 from hf_radam.sharding.base import of_every_rank
 from hf_radam.training.backends import is_sharded
+from hf_radam.training.card import renew_our_part
 from hf_radam.training.failures import save_error
 from hf_radam.training.folders import FoldersMixin
 from hf_radam.training.hub import push_evaluation_weights
@@ -58,11 +59,14 @@ class SavingMixin(FoldersMixin):
                     "weights: save to another folder. (The checkpoint holds both.)"
                 )
             with self._evaluation.applied(exchange=True):
-                if not (self._active and is_sharded(self)):
+                gathered = self._active and is_sharded(self)
+                if gathered:
+                    self._save_gathered(Path(str(target)))
+                else:
                     super().save_model(output_dir, _internal_call)
-                    return
-                self._save_gathered(Path(str(target)))
-            if self.args.push_to_hub and not _internal_call:
+            if target is not None and Path(target) == Path(str(self.args.output_dir)):
+                renew_our_part(self)
+            if gathered and self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
             return
         assert output_dir is not None
@@ -119,9 +123,11 @@ class SavingMixin(FoldersMixin):
         if self._active:
             self.args.save_total_limit = None
         try:
-            return super()._finalize_training(trial, num_train_samples, start_time)
+            output = super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
+        renew_our_part(self)  # the best model may have been loaded
+        return output
 
     def _pinned_in(self) -> str | None:
         """The folder in which the state after the update just made is kept for good, if it is."""
@@ -177,6 +183,8 @@ class SavingMixin(FoldersMixin):
             raise
         self.accelerator.wait_for_everyone()
         self._last_saved = (step, at_root)
+        pushed = at_root and self.args.push_to_hub and self.args.hub_strategy != HubStrategy.END
+        renew_our_part(self, model_follows=pushed)  # the push puts a model beside the card first
         if at_root:
             self._push_and_rotate(run, run / name)
 

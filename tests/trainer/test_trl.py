@@ -15,6 +15,7 @@ import tiny
 import torch
 import trl
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from torch.nn import functional
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
@@ -331,3 +332,50 @@ def test_preferences(tmp_path, method):
         assert metrics["eval_raw_rewards/margins"] != metrics["eval_rewards/margins"]
     again = finished(dpo(tmp_path / "again", **options), resume=tmp_path / "run" / "checkpoint-5")
     assert tiny.same(state(trainer), state(again))
+
+
+# ---- The model card ----
+
+
+def test_the_card_of_a_run_names_its_last_checkpoint_and_its_model(tmp_path, monkeypatch):
+    """TRL writes the card before each checkpoint, of which one alone is kept here."""
+    run = tmp_path / "run"
+    trainer = finished(sft.trainer(run, **tiny.METHODS["ewa"], **SAVING, save_total_limit=1))
+    card = ModelCard.load(run / "README.md")
+    assert {"trl", "sft", "hf_radam", "radam", "ewa"} <= set(card.data.tags)
+    assert "This model was trained from scratch." in card.text and card.text.count("## Training method") == 1
+    assert "20 updates.\n" in card.text and "No model was beside this card yet." in card.text
+    assert set(re.findall(r"checkpoint-\d+", card.text)) == {"checkpoint-20"}
+    trainer.save_model()
+    card = ModelCard.load(run / "README.md").text
+    assert "This folder holds the **evaluation weights**: the average of the weights (EWA)." in card
+    assert card.count("## Training method") == 1 and card.index("## Weights") < card.index("## Training procedure")
+    monkeypatch.chdir(run)
+    loaded = []
+    for block in re.findall(r"```python\n(.*?)```", card, re.DOTALL):
+        if "radam" in block or "AutoModel" in block:
+            names = {}
+            exec(block, names)
+            loaded.append({name: tiny.parameters(v) for name, v in names.items() if isinstance(v, torch.nn.Module)})
+    root, checkpoint, evaluation = loaded
+    averaged = trainer.average.averaged_state_dict()
+    for found in (root["model"], checkpoint["averaged"], evaluation["model"]):
+        assert tiny.same(found, averaged)
+    assert tiny.same(checkpoint["training"], tiny.parameters(trainer.model))
+
+
+def test_the_card_that_is_pushed_with_each_checkpoint_is_of_the_model_beside_it(tmp_path, monkeypatch):
+    sent = []
+    tiny.spy_on_hub(monkeypatch, lambda folder, path: sent.append((folder / "README.md").read_text("utf-8")))
+    finished(sft.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, push_to_hub=True, hub_strategy="every_save"))
+    assert len(sent) >= 1
+    assert all("This repository holds the **evaluation weights**" in card for card in sent)
+    assert "20 updates.\n" in sent[-1]
+
+
+def test_with_none_of_our_flags_the_card_is_trls(tmp_path):
+    cards = []
+    for name, kinds in (("ours", (sft.SFT, sft.SFTArguments)), ("stock", (trl.SFTTrainer, trl.SFTConfig))):
+        finished(sft.trainer(tmp_path / name / "run", kinds=kinds, **SAVING))
+        cards.append((tmp_path / name / "run" / "README.md").read_bytes())
+    assert cards[0] == cards[1] and b"hf_radam" not in cards[0]
