@@ -110,12 +110,6 @@ def check_ewa(args: Any) -> None:
         start_step=args.ewa_start_step,
         prefix="ewa_",
     )
-    metric = (args.metric_for_best_model or "").removeprefix("eval_")
-    if args.load_best_model_at_end and metric.startswith("raw_"):
-        raise ValueError(
-            f"metric_for_best_model={args.metric_for_best_model} is of the training weights, and "
-            "load_best_model_at_end loads the evaluation weights: choose by loss."
-        )
     if args.ewa_device is not None and args.ewa_device != "cpu":
         raise ValueError(f"ewa_device={args.ewa_device!r} must be cpu, or left out for the model's own device.")
 

@@ -28,6 +28,7 @@ from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.fusing import check_folded, choose_fused
 from hf_radam.training.given import with_our_arguments
 from hf_radam.training.just_in_time import SaveBetweenUpdates
+from hf_radam.training.raw_names import check_choice, check_names, prefixes
 from hf_radam.training.reporting import ReportingMixin
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
@@ -62,6 +63,9 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
         super().__init__(*given, **named)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
+        if self.args.ewa_eval_raw and self.args.load_best_model_at_end and self.args.metric_for_best_model:
+            raw_losses = [f"{prefix}_raw_loss" for prefix in prefixes(self.eval_dataset)]
+            check_choice(self.args.metric_for_best_model, raw_losses)  # other names are known when they are measured
         if self._active:
             SaveBetweenUpdates.install(self)
 
@@ -254,23 +258,32 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
         if self.average is not None and not self.average.started:
             logger.warning(f"There is no average yet ({self.average}): evaluating without it.")
         self._raw_metrics = {}
+        # Upstream's name for `evaluate()`, as against `predict()`, whose predictions are asked for once.
+        with_raw = self.args.ewa_eval_raw and description == "Evaluation" and self._has_training_weights()
         with preserved_random_state():
             with self._evaluation.applied(exchange=True):
                 output = super().evaluation_loop(dataloader, description, *rest, metric_key_prefix)
-            # Upstream's name for `evaluate()`, as against `predict()`, whose predictions are asked for once.
-            if self.args.ewa_eval_raw and description == "Evaluation" and self._has_training_weights():
+            if with_raw:
                 prefix = f"{metric_key_prefix}_raw"
                 with self._evaluation.training_weights(), collected_apart(self) as collected:
                     raw = super().evaluation_loop(dataloader, description, *rest, prefix)
                 of_raw = (raw.metrics or {}) | {f"{prefix}_{name}": mean for name, mean in collected.items()}
                 self._raw_metrics = {name: f"{metric_key_prefix}{name.removeprefix(prefix)}" for name in of_raw}
+                check_names(output.metrics or {}, self._raw_metrics)
+                if self.args.load_best_model_at_end and self.args.metric_for_best_model is not None:
+                    check_choice(self.args.metric_for_best_model, of_raw)
                 output = output._replace(metrics=(output.metrics or {}) | of_raw)
         return output
 
     def _has_training_weights(self) -> bool:
         if self._best_model_loaded:
             logger.warning("The model holds the best evaluation weights: there are no training weights to evaluate.")
-        return not self._best_model_loaded
+        elif self._evaluation.inside:
+            logger.warning(
+                "The model holds the evaluation weights here (evaluation_weights()): evaluate outside for the metrics "
+                "of the training weights."
+            )
+        return not (self._best_model_loaded or self._evaluation.inside)
 
 
 class RAdamTrainer(RAdamTrainerMixin, Trainer):

@@ -194,6 +194,15 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"sharding"} | within("checkpoints.models", "adapters model_folders") | within("training", "backends parts"),
         ANY,
     ),
+    "training.raw_names": (set(), set()),
+    "training.card_facts": (
+        {"describe", "model_card", "names", "windows"}
+        | within("checkpoints", "manifest runs loading")
+        | within("checkpoints.models", "adapters consolidation")
+        | within("training", "parts raw_names"),
+        {"transformers"},
+    ),
+    "training.card": ({"model_card"} | within("training", "card_facts parts"), set()),
     "training.saving": (
         {"names", "sharding"}
         | within("checkpoints", "storage manifest runs")
@@ -209,23 +218,15 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.around_update": (within("training", "parts"), {"transformers"}),
-    "training.search": (within("training", "evaluation support parts"), ANY),
+    "training.search": (within("training", "evaluation support parts raw_names"), ANY),
     "training.curves": (set(), {"transformers"}),
-    "training.card_facts": (
-        {"describe", "model_card", "names", "windows"}
-        | within("checkpoints", "manifest runs loading")
-        | within("checkpoints.models", "adapters consolidation")
-        | within("training", "parts"),
-        {"transformers"},
-    ),
-    "training.card": ({"model_card"} | within("training", "card_facts parts"), set()),
     "training.reporting": (within("training", "card curves parts"), set()),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
             "support given collected backends fusing evaluation attempts just_in_time saving reporting resuming search "
-            "around_update",
+            "around_update raw_names",
         ),
         ANY,
     ),

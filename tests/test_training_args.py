@@ -152,16 +152,6 @@ REFUSED = [
         "decay_steps=0.2 has no effect with",
     ),
     ({"optim": "radam", "lr_scheduler_kwargs": {"a": 1}}, "lr_scheduler_kwargs={'a': 1} has no effect with wsd"),
-    (
-        {
-            "ewa": True,
-            "ewa_eval_raw": True,
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "raw_loss",
-            "eval_strategy": "steps",
-        },
-        "metric_for_best_model=raw_loss is of the training weights",
-    ),
     ({"ewa_decay": 0.9}, "ewa_decay=0.9 has no effect without ewa: set --ewa"),
     ({"ewa_eval_raw": True}, "ewa_eval_raw=True has no effect without ewa"),
     ({"ewa": True, "ewa_decay": 0.9, "ewa_half_life_ratio": 0.1}, "two windows for one average"),

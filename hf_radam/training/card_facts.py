@@ -19,11 +19,10 @@ from hf_radam.describe import describe_schedule
 from hf_radam.model_card import TRAINING, Averaging, Best, Checkpoint, Evaluation, Facts, Loader
 from hf_radam.names import SchedulerName
 from hf_radam.training.parts import PartsMixin
+from hf_radam.training.raw_names import prefixes, raw_twins
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
 NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time", "_jit_compilation_time")
-RAW = "_raw"
-"""What stands after the prefix of a metric of the training weights."""
 
 
 def facts_of(trainer: PartsMixin) -> Facts:
@@ -36,6 +35,7 @@ def facts_of(trainer: PartsMixin) -> Facts:
     update = best.update if best is not None and best.loaded else None
     model, run = trainer._bare_model, Path(str(args.output_dir))
     loader, evaluation_loader = loaders(model)
+    raw_prefixes = prefixes(trainer.eval_dataset) if args.ewa_eval_raw else []
     return Facts(
         version=__version__,
         optimizer=trainer._optimizer_name,
@@ -46,7 +46,7 @@ def facts_of(trainer: PartsMixin) -> Facts:
         updates=state.global_step,
         averaging=_averaging(trainer, state.global_step if update is None else update),
         kind=_kind(trainer),
-        evaluation=last_evaluation(state.log_history, update=update, with_raw=args.ewa_eval_raw),
+        evaluation=last_evaluation(state.log_history, update=update, raw_prefixes=raw_prefixes),
         best=best,
         repository=trainer.hub_model_id,
         holds_model=holds_model(run),
@@ -106,14 +106,16 @@ def _checkpoint(run: Path, model: Any) -> Checkpoint | None:
 # ---- Evaluation ----
 
 
-def last_evaluation(history: Sequence[Mapping[str, Any]], *, update: int | None, with_raw: bool) -> Evaluation | None:
+def last_evaluation(
+    history: Sequence[Mapping[str, Any]], *, update: int | None, raw_prefixes: Sequence[str]
+) -> Evaluation | None:
     """What a trainer's history says of its last evaluation.
 
     Args:
         history: the records, each with its `step`.
         update: after which the weights were those to speak of. Later records of that update may be of other weights, so
             the first of each metric counts. None: the last evaluation, of which the last of each metric counts.
-        with_raw: whether the training weights were evaluated, too: every metric is then there twice.
+        raw_prefixes: prefixes of the evaluations in which the training weights were evaluated, too.
     """
     records = [(record["step"], metrics) for record in history if (metrics := _metrics(record))]
     if not records:
@@ -123,10 +125,24 @@ def last_evaluation(history: Sequence[Mapping[str, Any]], *, update: int | None,
     raw: dict[str, float] = {}
     for step, metrics in records if update is None else reversed(records):
         if step == at:
-            twins = raw_twins(metrics) if with_raw else {}
-            found |= {name: value for name, value in metrics.items() if name not in twins}
+            twins = raw_twins(metrics, raw_prefixes)
+            collected = _collected(metrics, twins, raw_prefixes)
+            found |= {collected.get(name, name): value for name, value in metrics.items() if name not in twins}
             raw |= {twin: metrics[name] for name, twin in twins.items()}
     return Evaluation(at, found, raw) if found else None
+
+
+def _collected(metrics: Mapping[str, float], twins: Mapping[str, str], raw_prefixes: Sequence[str]) -> dict[str, str]:
+    """Metrics that TRL names without the data set that they are of, with the names of the others of that data set.
+
+    Each record is of one data set: `eval_entropy` beside `eval_a_raw_entropy` is that of `a`.
+    """
+    names = {}
+    for twin in twins.values():
+        if twin not in metrics:
+            short = next(twin.removeprefix(f"{prefix}_") for prefix in raw_prefixes if twin.startswith(f"{prefix}_"))
+            names[f"eval_{short}"] = twin
+    return names
 
 
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
@@ -134,21 +150,6 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
         name: value
         for name, value in record.items()
         if name.startswith("eval_") and not name.endswith(NOT_METRICS) and isinstance(value, int | float)
-    }
-
-
-def raw_twins(metrics: Mapping[str, float]) -> dict[str, str]:
-    """The metrics of the training weights in the record of an evaluation of both, with those of the evaluation weights.
-
-    Example:
-        >>> raw_twins({"eval_a_loss": 1.0, "eval_a_raw_loss": 2.0, "eval_a_raw_x": 3.0, "eval_a_raw_raw_x": 4.0})
-        {'eval_a_raw_loss': 'eval_a_loss', 'eval_a_raw_raw_x': 'eval_a_raw_x'}
-    """
-    return {
-        name: twin
-        for name in metrics
-        for at in range(len(name))
-        if name.startswith(f"{RAW}_", at) and (twin := name[:at] + name[at + len(RAW) :]) in metrics
     }
 
 

@@ -10,6 +10,7 @@ from transformers.trainer_utils import default_compute_objective
 
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
+from hf_radam.training.raw_names import prefixes, raw_twins
 from hf_radam.training.support import check_supported
 
 
@@ -41,9 +42,9 @@ class SearchMixin(PartsMixin):
         hp_name: Callable[[Any], str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Search as upstream does, by default for the loss of the evaluation weights, `ewa_eval_raw` or not.
+        """Search as upstream does, by default for what it would search for without `ewa_eval_raw`.
 
-        Upstream's default objective is the sum of all metrics but the loss where there are any, and `eval_raw_loss`
+        Upstream's default objective is the loss, or the sum of all other metrics where there are any; `eval_raw_loss`
         would be one.
         """
         objective = self._objective if compute_objective is None else compute_objective
@@ -51,5 +52,6 @@ class SearchMixin(PartsMixin):
 
     def _objective(self, metrics: dict[str, float]) -> float:
         if self.args.ewa_eval_raw:
-            metrics = {name: value for name, value in metrics.items() if not name.startswith("eval_raw_")}
+            raw = raw_twins(metrics, prefixes(self.eval_dataset))
+            metrics = {name: value for name, value in metrics.items() if name not in raw}
         return default_compute_objective(metrics)

@@ -167,3 +167,51 @@ def test_the_best_model_has_no_training_weights_to_report(tmp_path, caplog):
     metrics = ours.evaluate()
     assert metrics["eval_loss"] == pytest.approx(ours.state.best_metric, abs=2e-6) and "eval_raw_loss" not in metrics
     assert len(events(tmp_path)["eval_raw/loss"]) == 2 and len(events(tmp_path)["eval/loss"]) == 3
+
+
+def test_inside_of_the_evaluation_weights_there_are_no_training_weights_to_report(tmp_path, caplog):
+    ours = trainer(tmp_path, **tiny.METHODS["ewa"], ewa_eval_raw=True, datasets=tiny.EVAL)
+    ours.train()
+    outside = ours.evaluate()
+    with ours.evaluation_weights():
+        inside = ours.evaluate()
+    assert "evaluate outside for the metrics of the training weights" in caplog.text
+    assert inside["eval_loss"] == outside["eval_loss"] and inside["eval_raw_score"] == outside["eval_raw_score"]
+    assert {"eval_raw_loss", "eval_raw_raw_score"} <= outside.keys() - inside.keys()
+
+
+def test_a_metric_with_the_name_of_another_of_the_training_weights_is_refused(tmp_path):
+    ours = trainer(tmp_path, **tiny.METHODS["ewa"], ewa_eval_raw=True)
+    ours.compute_metrics = lambda prediction: {"x": 1.0, "raw_x": 2.0}
+    with pytest.raises(
+        ValueError, match="eval_a_raw_x is a metric of yours, .* of eval_a_x .*: rename yours, or leave"
+    ):
+        ours.evaluate()
+    ours.args.ewa_eval_raw = False
+    assert ours.evaluate()["eval_a_raw_x"] == 2.0
+
+
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 10}
+
+
+@pytest.mark.parametrize("metric", ["raw_score", "eval_a_raw_score"])
+def test_the_best_model_is_chosen_by_a_metric_of_the_users_that_is_called_raw(tmp_path, metric):
+    datasets = tiny.EVAL if metric == "raw_score" else BOTH
+    for both in (False, True):
+        options = BEST | {"metric_for_best_model": metric, "ewa_eval_raw": both}
+        ours = trainer(tmp_path / str(both), **tiny.METHODS["ewa"], datasets=datasets, **options)
+        ours.train()
+        name = f"eval_{metric.removeprefix('eval_')}"
+        assert ours.state.best_metric == max(value for _, value in recorded(ours, name))
+
+
+def test_the_best_model_is_not_chosen_by_the_training_weights(tmp_path):
+    refused = "is of the training weights, and load_best_model_at_end loads the evaluation weights"
+    for metric, datasets in (("raw_loss", tiny.EVAL), ("eval_a_raw_loss", BOTH)):
+        options = BEST | {"metric_for_best_model": metric, "ewa_eval_raw": True}
+        with pytest.raises(ValueError, match=f"metric_for_best_model={metric} {refused}"):
+            trainer(tmp_path, **tiny.METHODS["ewa"], datasets=datasets, **options)
+    options = BEST | {"metric_for_best_model": "raw_raw_score", "ewa_eval_raw": True}
+    late = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=tiny.EVAL, **options)
+    with pytest.raises(ValueError, match=f"metric_for_best_model=raw_raw_score {refused}"):
+        late.train()

@@ -129,15 +129,16 @@ def test_the_last_of_several_evaluations_is_told_with_the_twin_of_each_metric():
         {"step": 9, "eval_raw_loss": 5.0, "eval_raw_raw_loss": 6.0, "eval_raw_runtime": 1.0},  # of a data set "raw"
         {"step": 9, "loss": 7.0},
     ]
-    last = last_evaluation(history, update=None, with_raw=True)
+    both = ["eval_a", "eval_raw"]
+    last = last_evaluation(history, update=None, raw_prefixes=both)
     assert last.metrics == {"eval_a_loss": 1.0, "eval_a_raw_x": 3, "eval_raw_loss": 5.0}
     assert last.raw == {"eval_a_loss": 2.0, "eval_a_raw_x": 4, "eval_raw_loss": 6.0} and last.update == 9
-    alone = last_evaluation(history[1:2], update=None, with_raw=False)
+    alone = last_evaluation(history[1:2], update=None, raw_prefixes=[])
     assert alone.raw == {} and len(alone.metrics) == 4
-    first = last_evaluation([{"step": 9, "eval_a_loss": 0.5}, *history], update=9, with_raw=True)
+    first = last_evaluation([{"step": 9, "eval_a_loss": 0.5}, *history], update=9, raw_prefixes=both)
     assert first.metrics["eval_a_loss"] == 0.5
-    assert last_evaluation(history[-1:], update=None, with_raw=True) is None
-    assert last_evaluation(history, update=7, with_raw=True) is None
+    assert last_evaluation(history[-1:], update=None, raw_prefixes=both) is None
+    assert last_evaluation(history, update=7, raw_prefixes=both) is None
 
 
 def test_before_the_first_averaging_and_before_anything_is_saved(tmp_path):

@@ -100,6 +100,18 @@ def test_the_objective_is_the_loss_of_the_evaluation_weights(tmp_path, options):
     assert abs(best.objective - tiny.loss_of(raw)) > 1e-3
 
 
+def test_the_objective_is_what_it_is_without_the_raw_evaluation(tmp_path):
+    """Of several data sets it is upstream's sum; a metric of the user's called raw counts."""
+    objectives = []
+    for raw in (False, True):
+        ours = trainer(tmp_path / str(raw), optim="radam", ewa=True, ewa_eval_raw=raw, max_steps=2)
+        ours.eval_dataset = {"a": tiny.EVAL, "b": tiny.EVAL[:4]}
+        ours.compute_metrics = lambda prediction: {"raw_score": float(abs(prediction.predictions).mean())}
+        _, best = search(ours, {"learning_rate": [1e-3]})
+        objectives.append(best.objective)
+    assert objectives[0] == objectives[1] > 0
+
+
 def test_an_objective_of_the_users_gets_every_metric(tmp_path):
     ours = trainer(tmp_path, optim="radam", ewa=True, ewa_eval_raw=True, max_steps=2)
     _, best = search(ours, {"learning_rate": [1e-3]}, compute_objective=lambda metrics: metrics["eval_raw_loss"])

@@ -24,7 +24,6 @@ from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
 from hf_radam.training.search import SearchMixin
 
-
 PASSED_ON = "create_model_card"
 """Takes whatever there is, and passes it on: its arguments are others in TRL's trainers."""
 

@@ -379,3 +379,24 @@ def test_with_none_of_our_flags_the_card_is_trls(tmp_path):
         finished(sft.trainer(tmp_path / name / "run", kinds=kinds, **SAVING))
         cards.append((tmp_path / name / "run" / "README.md").read_bytes())
     assert cards[0] == cards[1] and b"hf_radam" not in cards[0]
+
+
+def test_the_table_has_what_trl_collects_of_each_data_set(tmp_path):
+    trainer = sft.trainer(tmp_path, **tiny.METHODS["ewa"], ewa_eval_raw=True)
+    whole = trainer.eval_dataset
+    trainer.eval_dataset = {"a": whole, "b": whole.select(range(4))}
+    finished(trainer)
+    trainer.evaluate()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md").text
+    table = {}
+    for row in re.findall(r"^\|.*\|$", card, re.MULTILINE):
+        name, *values = [cell.strip() for cell in row.strip("|").split("|")]
+        table[name] = values
+    assert not any("raw" in name for name in table)
+    with trainer.evaluation_weights():
+        averaged = sft.measured(trainer.model)
+    raw = sft.measured(trainer.model)
+    for name in averaged:
+        assert [float(value) for value in table[f"a_{name}"]] == pytest.approx([averaged[name], raw[name]], abs=1e-4)
+        assert f"b_{name}" in table and name not in table
