@@ -85,11 +85,13 @@ class Checkpoint:
         path: its path from there.
         folders: path of the folder with each kind of weights in it, a key of `KINDS`.
         sharded: whether its weights are in shards, which must be put together first.
+        best: whether it is that of the best weights, which were loaded.
     """
 
     path: str
     folders: Mapping[str, str]
     sharded: bool
+    best: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Facts:
         holds_model: whether there is a model beside the card.
         loader: for any model folder of the run; None for an adapter that does not name its base model.
         evaluation_loader: for a checkpoint, of which it takes the evaluation weights.
-        checkpoint: the newest one, or None.
+        checkpoint: the best one where it was loaded, else the newest, or None.
     """
 
     version: str
@@ -141,7 +143,7 @@ def completed(card: str, facts: Facts) -> str:
         card: upstream's card, PEFT's or TRL's, which begins with metadata in YAML.
         facts: what our part says.
     """
-    _, metadata, text = card.split("---\n", 2)
+    _, metadata, text = re.split(r"^---\n", card, maxsplit=2, flags=re.MULTILINE)  # a name may end so
     data: dict[str, Any] = yaml.safe_load(metadata)
     # Upstream takes over the tags of a card that is there, which may be of another method.
     data["tags"] = [tag for tag in data.get("tags") or () if tag not in (OWN_TAG, *TAGS.values())] + tags(facts)
@@ -198,7 +200,7 @@ def _evaluation(facts: Facts) -> str:
         return ""
     metrics, raw = facts.evaluation.metrics, facts.evaluation.raw
     rows = [["metric", "evaluation weights"], ["---", "---"]]
-    rows += [[name.removeprefix("eval_"), _number(value)] for name, value in metrics.items()]
+    rows += [[name.removeprefix("eval_").replace("|", "\\|"), _number(value)] for name, value in metrics.items()]
     if raw:
         beside = [_number(raw[name]) if name in raw else "" for name in metrics]
         rows = [[*row, cell] for row, cell in zip(rows, ["training weights", "---", *beside], strict=True)]
@@ -231,9 +233,10 @@ def _checkpoint(facts: Facts) -> str:
     checkpoint = facts.checkpoint
     if checkpoint is None or facts.loader is None:
         return ""
+    which = "The best" if checkpoint.best else "A"
     text = (
-        "A checkpoint of the run has the **training weights** at its root and the others beside them. It lies in the "
-        "folder of the run; on the hub only with `--hub_strategy checkpoint` (as `last-checkpoint`) or "
+        f"{which} checkpoint of the run has the **training weights** at its root and the others beside them. It lies "
+        "in the folder of the run; on the hub only with `--hub_strategy checkpoint` (as `last-checkpoint`) or "
         "`all_checkpoints`."
     )
     if checkpoint.sharded:

@@ -220,7 +220,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.around_update": (within("training", "parts"), {"transformers"}),
     "training.search": (within("training", "evaluation support parts raw_names"), ANY),
     "training.curves": (set(), {"transformers"}),
-    "training.reporting": (within("training", "card curves parts"), set()),
+    "training.reporting": (within("training", "card card_facts curves parts"), set()),
     "trainer": (
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(

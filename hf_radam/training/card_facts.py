@@ -52,7 +52,7 @@ def facts_of(trainer: PartsMixin) -> Facts:
         holds_model=holds_model(run),
         loader=loader,
         evaluation_loader=evaluation_loader,
-        checkpoint=_checkpoint(run, model),
+        checkpoint=_checkpoint(trainer, run, model),
     )
 
 
@@ -94,13 +94,16 @@ def _averaging(trainer: PartsMixin, update: int) -> Averaging | None:
     )
 
 
-def _checkpoint(run: Path, model: Any) -> Checkpoint | None:
-    place = next((place.path for place in checkpoints(run) if (place.path / MANIFEST_NAME).is_file()), None)
+def _checkpoint(trainer: PartsMixin, run: Path, model: Any) -> Checkpoint | None:
+    ours = [place.path for place in checkpoints(run) if (place.path / MANIFEST_NAME).is_file()]
+    loaded = trainer.state.best_model_checkpoint if trainer._best_model_loaded else None
+    best = [place for place in ours if loaded is not None and place.resolve() == Path(loaded).resolve()]
+    place = next(iter([*best, *ours]), None)
     if place is None:
         return None
     folders = {TRAINING: place} | {kind: place / evaluation_subfolder(kind, model) for kind in EVALUATION_FOLDERS}
     there = {kind: folder.relative_to(run).as_posix() for kind, folder in folders.items() if folder.is_dir()}
-    return Checkpoint(there[TRAINING], there, sharded=is_sharded_alone(place))
+    return Checkpoint(there[TRAINING], there, sharded=is_sharded_alone(place), best=bool(best))
 
 
 # ---- Evaluation ----
@@ -145,6 +148,12 @@ def _collected(metrics: Mapping[str, float], twins: Mapping[str, str], raw_prefi
     return names
 
 
+def told_of_best(history: Sequence[dict[str, Any]], update: int) -> list[dict[str, Any]]:
+    """A history in which upstream's summary, which tells the last evaluation, finds the one after an update instead."""
+    best = next((record for record in history if record["step"] == update and "eval_loss" in record), None)
+    return [*history, *([] if best is None else [best])]
+
+
 def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
@@ -159,7 +168,8 @@ def _metrics(record: Mapping[str, Any]) -> dict[str, float]:
 def loaders(model: Any) -> tuple[Loader | None, Loader]:
     """How the model folders of a run are loaded, and the evaluation weights of its checkpoints.
 
-    Of an adapter that does not name its base model there is no way for the first.
+    Of an adapter that does not name its base model there is no way for the first. A class of the training script cannot
+    be imported elsewhere, which a comment says.
     """
     ours = "from hf_radam import load_evaluation_model"
     if is_peft(model):
@@ -181,10 +191,14 @@ def loaders(model: Any) -> tuple[Loader | None, Loader]:
 
 def _class_of(model: Any) -> tuple[str, str, bool]:
     """Import and name of the class that loads a model, and whether transformers has it."""
-    name = type(model).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
-    own = next(kind for kind in type(model).__mro__ if kind.__name__ == name)
-    if getattr(transformers, name, None) is not own:
-        return f"from {own.__module__} import {name}", name, False
-    if name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        name = "AutoModelForCausalLM"
-    return f"from transformers import {name}", name, True
+    own = type(model)
+    unwrapped = own.__name__.removeprefix("FSDP")  # which FSDP2 puts before it
+    own = next((kind for kind in own.__mro__ if kind.__name__ == unwrapped), own)
+    name = own.__name__
+    if getattr(transformers, name, None) is own:
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type) == name:
+            name = "AutoModelForCausalLM"
+        return f"from transformers import {name}", name, True
+    if own.__module__ == "__main__":
+        return f"# {name} is a class of the training script: define it here first.", name, False
+    return f"from {own.__module__} import {name}", name, False

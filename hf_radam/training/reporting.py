@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from hf_radam.training.card import write_our_part
+from hf_radam.training.card_facts import told_of_best
 from hf_radam.training.curves import raw_curves, renamed
 from hf_radam.training.parts import PartsMixin
 
@@ -32,6 +33,12 @@ class ReportingMixin(PartsMixin):
 
         The arguments are those of the class that this is mixed into: TRL's trainers take others than `Trainer`.
         """
-        super().create_model_card(*positional, **keywords)
+        history = self.state.log_history
+        if self._best_model_loaded and self.state.best_global_step is not None:
+            self.state.log_history = told_of_best(history, self.state.best_global_step)
+        try:
+            super().create_model_card(*positional, **keywords)
+        finally:
+            self.state.log_history = history
         if self._active and self.is_world_process_zero():
             write_our_part(self)

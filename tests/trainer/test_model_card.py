@@ -13,10 +13,10 @@ import tiny
 import torch
 from huggingface_hub import ModelCard
 from test_peft import lora
-from transformers import LlamaForCausalLM, Trainer
+from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer
-from hf_radam.training.card_facts import last_evaluation
+from hf_radam.training.card_facts import last_evaluation, loaders
 
 SAVED = {"save_strategy": "steps", "save_steps": 10}
 CLOSE = 2e-6  # as in test_evaluation_weights.py
@@ -110,16 +110,23 @@ def test_of_the_best_model_the_card_tells_the_losses_when_it_was_best(tmp_path, 
     options = {"eval_strategy": "steps", "eval_steps": 10, "greater_is_better": True, "load_best_model_at_end": True}
     options |= {"metric_for_best_model": "loss", "logging_strategy": "steps", "logging_steps": 5}
     trainer = finished(tmp_path, **tiny.METHODS["ewa"], **SAVED, **options, ewa_eval_raw=True)
-    trainer.evaluate()
     history = [entry for entry in trainer.state.log_history if entry["step"] == 10 and "eval_loss" in entry]
+    known = list(trainer.state.log_history)
+    upstreams = card_of(trainer, tmp_path, tasks="text-generation", dataset_tags="me/data", dataset="data")
+    for name in ("loss", "raw_loss"):
+        assert f"- {name.title().replace('_', ' ')}: {history[0][f'eval_{name}']:.4f}\n" in upstreams
+    assert trainer.state.log_history == known
+    trainer.evaluate()
     card = card_of(trainer, tmp_path)
     ours = card.split("## Evaluation\n")[1].split("## Weights")[0]
     losses = [f"{history[0][key]:.4f}" for key in ("eval_loss", "eval_raw_loss")]
     assert "After update 10:" in ours and table(ours)[2:] == [["loss", *losses]]
     assert "the average of the weights (EWA) after update 10, the best by `eval_loss`" in card
     assert "; 0.625 updates after update 10\n" in card
-    root, *_ = ran(card, tmp_path, monkeypatch)
-    assert tiny.same(root["model"], tiny.parameters(trainer.model))
+    root, checkpoint, evaluation = ran(card, tmp_path, monkeypatch)
+    for found in (root["model"], checkpoint["averaged"], evaluation["model"]):
+        assert tiny.same(found, tiny.parameters(trainer.model))
+    assert "The best checkpoint of the run has" in card and "checkpoint-20" not in card
 
 
 def test_the_last_of_several_evaluations_is_told_with_the_twin_of_each_metric():
@@ -221,3 +228,38 @@ def test_without_our_methods_the_card_is_upstreams_byte_for_byte(tmp_path):
         cards.append((tmp_path / "run" / "README.md").read_bytes())
         shutil.rmtree(tmp_path / "run")
     assert cards[0] == cards[1] and b"hf_radam" not in cards[0]
+
+
+def test_names_that_a_card_could_break_at(tmp_path):
+    options = {"eval_strategy": "steps", "eval_steps": 10}
+    trainer = tiny.trainer(tmp_path / "run", **tiny.METHODS["ewa"], **options)
+    trainer.compute_metrics = lambda prediction: {"a|b": 0.25}
+    trainer.train()
+    trainer.create_model_card(model_name="mine---", tags=["tag---"])
+    file = tmp_path / "run" / "README.md"
+    before = file.read_text()
+    assert ModelCard.load(file).data.tags == ["tag---", "generated_from_trainer", *TAGS["ewa"]]
+    assert ModelCard.load(file).data.to_dict()["model-index"][0]["name"] == "mine---"
+    assert "| a\\|b | 0.2500 |\n" in before
+    trainer.save_model()  # writes our part again
+    assert file.read_text().count("## Training method") == 1 and "# mine---\n" in file.read_text()
+
+
+class FSDPMine(LlamaForCausalLM):
+    """A name that begins as those of FSDP2 do."""
+
+
+def test_the_class_that_loads_a_model():
+    config = tiny.llama().config
+    assert loaders(FSDPMine(config))[0].preamble == "from test_model_card import FSDPMine"
+    wrapped = type("FSDPLlamaForCausalLM", (LlamaForCausalLM,), {"__module__": "torch"})
+    assert loaders(wrapped(config))[0].call == "AutoModelForCausalLM.from_pretrained({})"
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    other = BertLMHeadModel(BertConfig(**sizes, intermediate_size=16, is_decoder=True))
+    other.config.model_type = "mine"  # for which the auto class has no model, or another
+    assert loaders(other)[0].call == "BertLMHeadModel.from_pretrained({})"
+    script = type("Script", (LlamaForCausalLM,), {"__module__": "__main__"})
+    plain, evaluation = loaders(script(config))
+    comment = "# Script is a class of the training script: define it here first."
+    assert plain.preamble == comment and evaluation.preamble.endswith(comment)
+    assert plain.call == "Script.from_pretrained({})"
