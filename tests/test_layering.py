@@ -203,11 +203,12 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"transformers"},
     ),
     "training.card": ({"model_card"} | within("training", "card_facts parts"), set()),
+    "training.final_uploads": (within("training", "backends parts"), {"transformers"}),
     "training.saving": (
         {"names", "sharding"}
         | within("checkpoints", "storage manifest runs")
         | within("checkpoints.models", "adapters")
-        | within("training", "backends card folders failures hub just_in_time"),
+        | within("training", "backends card failures final_uploads folders hub just_in_time"),
         ANY,
     ),
     "training.resuming": (

@@ -28,6 +28,13 @@ def is_sharded(trainer: Any) -> bool:
     return bool(trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or at_load)
 
 
+def is_sharded_in_forward(trainer: Any) -> bool:
+    """Whether a process holds only a part of the model itself: under ZeRO-1 and 2 it holds all of it."""
+    if trainer.is_deepspeed_enabled:
+        return bool(trainer.deepspeed.zero_optimization_stage() == 3)
+    return is_sharded(trainer)
+
+
 def gathers_weights(trainer: Any) -> bool:
     """Whether a checkpoint holds whole weights: the back-end may be told to keep them sharded."""
     if trainer.is_fsdp_enabled:

@@ -24,6 +24,7 @@ from hf_radam.sharding.base import of_every_rank
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.card import renew_our_part
 from hf_radam.training.failures import save_error
+from hf_radam.training.final_uploads import of_evaluation_weights
 from hf_radam.training.folders import FoldersMixin
 from hf_radam.training.hub import push_evaluation_weights
 from hf_radam.training.just_in_time import SaveBetweenUpdates
@@ -118,12 +119,16 @@ class SavingMixin(FoldersMixin):
             self._write_checkpoint(model, trial, at_root=False)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        """Keep the last checkpoint, to go on from: with a limit of 1 upstream now removes all but the best."""
+        """Keep the last checkpoint, to go on from, and have the evaluation weights uploaded as the final model.
+
+        With a limit of 1 upstream now removes all checkpoints but the best.
+        """
         limit = self.args.save_total_limit
         if self._active:
             self.args.save_total_limit = None
         try:
-            output = super()._finalize_training(trial, num_train_samples, start_time)
+            with of_evaluation_weights(self):
+                output = super()._finalize_training(trial, num_train_samples, start_time)
         finally:
             self.args.save_total_limit = limit
         renew_our_part(self)  # the best model may have been loaded

@@ -7,6 +7,7 @@ trackio's database by its own functions. Each runs in a process of the harness, 
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import tiny
 import torch.distributed as dist
 from processes import harness
+from safetensors.torch import load_file
 
 from hf_radam import RAdamTrainer, load_evaluation_model
 
@@ -121,6 +123,39 @@ def test_two_processes_report_once_and_by_the_same_names(tmp_path, monkeypatch):
             ["eval_raw/a_loss"],
             ["eval_raw/b_loss"],
         ]
+
+
+def upload(folder: Path) -> None:
+    """A training whose callback uploads the final model, and the weights before and after."""
+    os.environ["WANDB_LOG_MODEL"] = "end"
+    trainer = tiny.trainer(folder, **tiny.METHODS["schedule_free_ewa"], report_to="wandb", max_steps=6)
+    trainer.train()
+    assert not any("on_train_end" in vars(callback) for callback in trainer.callback_handler.callbacks)
+    trainer.save_model(str(folder / "shipped"))
+    trainer.model.save_pretrained(folder / "trained")
+    import wandb
+
+    wandb.finish()
+    wandb.teardown()
+
+
+def test_wandb_uploads_the_evaluation_weights_as_the_final_model(tmp_path, monkeypatch):
+    """Offline, the files of an artifact stay where wandb stages them."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for name in ("WANDB_DIR", "WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "wandb"))
+    harness.run(upload, tmp_path / "run", backend="one")
+    weights = {name: load_file(tmp_path / "run" / name / "model.safetensors") for name in ("shipped", "trained")}
+    assert not tiny.same(weights["shipped"], weights["trained"])
+    staged = [found for file in (tmp_path / "wandb").rglob("*") if (found := weights_in(file)) is not None]
+    assert len(staged) >= 1 and all(tiny.same(found, weights["shipped"]) for found in staged)
+
+
+def weights_in(file: Path) -> dict[str, Any] | None:
+    """What a file holds, if it is one of safetensors, whatever its name."""
+    if not file.is_file() or not file.read_bytes()[8:].startswith(b'{"'):
+        return None
+    return load_file(file)
 
 
 def write_card(folder: Path, backend: str) -> list[bool]:
