@@ -15,6 +15,9 @@ from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, P
 from hf_radam.checkpoints.runs import newest, recorded_step
 from hf_radam.checkpoints.storage import sha256
 
+LOSS = re.compile(r"eval_(.+_)?loss")
+"""The loss of an evaluation; between them stands the name of its data set, which may be any text."""
+
 
 @dataclass(frozen=True)
 class Series:
@@ -74,7 +77,7 @@ def read_training_log(path: PathLike) -> TrainingLog:
         source = folder if place is None or own is not None and own >= place.step else place.path
     state = _state(source)
     history = state["log_history"]
-    names = sorted({key for entry in history for key in entry if re.fullmatch(r"eval_(\w+_)?loss", key)}, key=_order)
+    names = sorted({key for entry in history for key in entry if LOSS.fullmatch(key)}, key=_order)
     log = TrainingLog(
         path=str(path),
         source=source / TRAINER_STATE_NAME,

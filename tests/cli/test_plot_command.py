@@ -107,6 +107,26 @@ def test_a_run_that_was_resumed_and_one_that_was_extended_are_drawn_as_recorded(
     assert lines["longer: loss"] == recorded(tmp_path / "longer/checkpoint-30/trainer_state.json", "loss")
 
 
+def written(folder, history):
+    """A run of which nothing is there but a state with this history."""
+    folder.mkdir(parents=True)
+    update = max(entry["step"] for entry in history)
+    state = {"global_step": update, "log_history": history}
+    (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+    return folder
+
+
+def test_data_sets_may_have_any_name(tmp_path):
+    names = ["eval_loss", "eval_raw_c4-en_loss", "eval_c4-en_loss", "eval_wiki.v2_loss", "eval_a b_loss", "eval_é_loss"]
+    others = ["eval_loss_scale", "eval_lossy", "eval_gloss", "eval_c4-en_accuracy", "test_c4-en_loss", "c4-en_loss"]
+    history = [{"step": 4, name: 2.0} for name in names + others]
+    log = read_training_log(written(tmp_path / "run", history))
+    assert list(log.evaluations)[0] == "eval_loss" and set(log.evaluations) == set(names)
+    assert all(series == Series([4], [2.0]) for series in log.evaluations.values())
+    alone = read_training_log(written(tmp_path / "alone", [{"step": 4, "eval_wiki.v2_loss": 3.0}]))
+    assert alone.evaluations == {"eval_wiki.v2_loss": Series([4], [3.0])}
+
+
 def test_the_command(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(runs)
     for file, magic in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF"), ("a.svg", b"<?xml")):
