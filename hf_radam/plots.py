@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,14 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from hf_radam.plot_parts import (
+    RAW_STYLE,
+    after_the_start,
+    fitted_legend,
+    loss_styles,
+    usual_limits,
+    words_outside,
+)
 from hf_radam.preview import DECAY, STABLE, WARM_UP, Preview
 from hf_radam.training_logs import TrainingLog, smoothed
 
@@ -27,7 +35,7 @@ HALF_LIFE_RATIO = 0.02
 """Half-life of the smoothed training loss, as a ratio of the updates so far."""
 PHASE_COLOURS = {WARM_UP: "#f4a582", STABLE: "#d9d9d9", DECAY: "#92c5de"}
 TITLE_WIDTH = 100  # characters
-STYLES: tuple[Any, ...] = ("-", "--", ":", "-.")
+WIDTH = 9.0  # inches
 
 
 def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
@@ -103,12 +111,15 @@ def runs_figure(
         logarithmic: whether the updates stand on a logarithmic axis.
 
     Raises:
-        ValueError: if `half_life_ratio` is not in [0, 1].
+        ValueError: if `half_life_ratio` is not in [0, 1], or all was logged at update 0 and the axis is logarithmic.
     """
     if not 0 <= half_life_ratio <= 1:
         raise ValueError(
             f"the half-life of the smoothed loss is a ratio of the updates, 0 to 1, not {half_life_ratio}."
         )
+    recorded = logs
+    if logarithmic:
+        logs = [after_the_start(log) for log in logs]
     drawn = [
         (height, draw)
         for height, draw, logged in (
@@ -118,8 +129,10 @@ def runs_figure(
         )
         if logged
     ]
+    if not drawn:
+        raise ValueError("all was logged at update 0, which a logarithmic axis does not have: draw it without --log_x.")
     heights = [height for height, _ in drawn]
-    figure = Figure(figsize=(9, sum(heights) + 0.8), dpi=DOTS_PER_INCH, layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.5), dpi=DOTS_PER_INCH, layout="constrained")
     panels = figure.subplots(len(drawn), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     names, colours = labels([log.path for log in logs]), _colours(len(logs))
     for axes, (_, draw) in zip(panels, drawn, strict=True):
@@ -129,10 +142,13 @@ def runs_figure(
         panels[-1].set_xscale("log")
     else:
         _whole_numbers(panels[-1])
-    panels[-1].set_xlabel("update (logarithmic)" if logarithmic else "update")
+    left_out = "" if list(logs) == list(recorded) else ", without update 0"
+    panels[-1].set_xlabel(f"update (logarithmic{left_out})" if logarithmic else "update")
     figure.align_ylabels(panels)
     handles = [Line2D([], [], color=colour, label=name) for name, colour in zip(names, colours, strict=True)]
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(len(logs), 4), frameon=False)
+    legend = fitted_legend(figure.legend, handles, width=0.98 * figure.bbox.width, loc="outside upper center")
+    own = [legend, *(axes.get_legend() for axes in panels if axes.get_legend() is not None)]
+    figure.set_figheight(figure.get_figheight() + sum(one.get_window_extent().height for one in own) / figure.dpi)
     return figure
 
 
@@ -161,24 +177,46 @@ def _training(axes: Any, logs: Sequence[TrainingLog], names: list[str], colours:
             mean = smoothed(log.loss, half_life_ratio=ratio)
             axes.plot(mean.updates, mean.values, color=colour, gid=f"{name}: smoothed loss")
     axes.set_ylabel("training loss")
+    logged = [log.loss for log in logs]
+    limits, lines = usual_limits(logged), []
+    if limits is not None:
+        margin = 0.05 * (limits[1] - limits[0] or abs(limits[1]) or 1.0)
+        axes.set_ylim(limits[0] - margin, limits[1] + margin)
+        lines.append(words_outside(logged, limits))
     if ratio:
-        text = f"faint: as logged; line: mean of the past, half-life {100 * ratio:g} % of the updates so far"
-        axes.set_title(text, fontsize="small", loc="right")
+        lines.append(f"faint: as logged; line: mean of the past, half-life {100 * ratio:g} % of the updates so far")
+    axes.set_title("\n".join(lines), fontsize="small", loc="right")
 
 
 def _evaluations(axes: Any, logs: Sequence[TrainingLog], names: list[str], colours: list[Any], ratio: float) -> None:
     kinds = list(dict.fromkeys(kind for log in logs for kind, series in log.evaluations.items() if series))
     kinds.sort(key=lambda kind: (kind != "eval_loss", kind != "eval_raw_loss"))
-    styles = {kind: STYLES[index % len(STYLES)] for index, kind in enumerate(kinds)}
+    styles = loss_styles(kinds)
     for log, name, colour in zip(logs, names, colours, strict=True):
         for kind, series in log.evaluations.items():
-            options = {"color": colour, "linestyle": styles[kind], "marker": "o", "markersize": 3}
-            axes.plot(series.updates, series.values, gid=f"{name}: {kind}", **options)
+            if series:
+                axes.plot(series.updates, series.values, color=colour, gid=f"{name}: {kind}", **styles[kind])
     axes.set_ylabel("evaluation loss" if len(kinds) > 1 else kinds[0])
     if len(kinds) > 1:
-        handles = [Line2D([], [], color="black", linestyle=styles[kind], label=kind) for kind in kinds]
         place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
-        axes.legend(handles=handles, ncols=min(len(kinds), 4), frameon=False, fontsize="small", handlelength=3, **place)
+        options = place | {"fontsize": "small", "handlelength": 3}
+        fitted_legend(axes.legend, _kinds(kinds, styles), width=0.88 * axes.figure.bbox.width, **options)
+
+
+def _kinds(kinds: Sequence[str], styles: Mapping[str, Any]) -> list[Line2D]:
+    """What the legend says of losses: each of them if they are of one data set, else each data set and both lines."""
+    if len({styles[kind]["marker"] for kind in kinds}) == 1:
+        return [Line2D([], [], color="black", label=kind, **styles[kind]) for kind in kinds]
+    raw = any(styles[kind]["linestyle"] == RAW_STYLE for kind in kinds)
+    handles = [
+        Line2D([], [], color="black", label=kind, **styles[kind] | ({"linestyle": "none"} if raw else {}))
+        for kind in kinds
+        if styles[kind]["linestyle"] != RAW_STYLE
+    ]
+    if raw:
+        handles.append(Line2D([], [], color="black", label="evaluation weights"))
+        handles.append(Line2D([], [], color="black", label="training weights (raw)", linestyle=RAW_STYLE))
+    return handles
 
 
 def _learning_rates(axes: Any, logs: Sequence[TrainingLog], names: list[str], colours: list[Any], ratio: float) -> None:

@@ -114,7 +114,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"torch", "transformers"},
     ),
     "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
-    "plots": ({"preview", "training_logs"}, {"matplotlib"}),
+    "plot_parts": ({"training_logs"}, set()),
+    "plots": ({"preview", "training_logs", "plot_parts"}, {"matplotlib"}),
     "merging.coefficients": ({"schedules", "windows"}, set()),
     "merging.sources": (
         within("checkpoints", "manifest integrity runs loading")

@@ -16,7 +16,7 @@ from test_schedule_command import check_layout
 
 from hf_radam import cli
 from hf_radam.plots import labels, runs_figure, save_figure
-from hf_radam.training_logs import Series, read_training_log, smoothed
+from hf_radam.training_logs import Series, TrainingLog, read_training_log, smoothed
 
 OPTIONS = {"logging_strategy": "steps", "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 5}
 OPTIONS |= {"save_strategy": "steps", "save_steps": 6}
@@ -117,7 +117,7 @@ def written(folder, history):
 
 
 def test_data_sets_may_have_any_name(tmp_path):
-    names = ["eval_loss", "eval_raw_c4-en_loss", "eval_c4-en_loss", "eval_wiki.v2_loss", "eval_a b_loss", "eval_é_loss"]
+    names = ["eval_loss", "eval_c4-en_raw_loss", "eval_c4-en_loss", "eval_wiki.v2_loss", "eval_a b_loss", "eval_é_loss"]
     others = ["eval_loss_scale", "eval_lossy", "eval_gloss", "eval_c4-en_accuracy", "test_c4-en_loss", "c4-en_loss"]
     history = [{"step": 4, name: 2.0} for name in names + others]
     log = read_training_log(written(tmp_path / "run", history))
@@ -156,6 +156,77 @@ def test_many_runs_fit(runs, tmp_path):
     colours = [line.get_color() for line in figure.axes[-1].lines]
     assert len(set(colours)) == 13
     save_figure(figure, tmp_path / "many.png")
+    check_layout(figure)
+
+
+def made_up(path, *, kinds=("eval_loss",), start=5, values=None):
+    """A log of 100 training losses and some evaluations."""
+    updates = list(range(5, 505, 5))
+    losses = values or [3 + 30 / update for update in updates]
+    at = [start, *range(50, 501, 50)]
+    evaluations = {kind: Series(at, [3.0 + n + 1 / (u + 1) for u in at]) for n, kind in enumerate(kinds)}
+    log = TrainingLog(path, Path(path), 500, Series(updates, losses), evaluations, Series(updates, [0.001] * 100))
+    return log
+
+
+@pytest.mark.parametrize("count", [4, 12])
+def test_no_name_is_cut_off(tmp_path, count):
+    for width in (8, 45, 300):
+        logs = [made_up(f"{'n' * width}{number}", kinds=("eval_loss", "eval_raw_loss")) for number in range(count)]
+        figure = runs_figure(logs)
+        save_figure(figure, tmp_path / "runs.png")
+        check_layout(figure)
+        texts = [text.get_text().replace("\n", "") for text in figure.legends[0].get_texts()]
+        assert texts == [log.path for log in logs]
+        heights = [axes.bbox.height / figure.dpi for axes in figure.axes]
+        assert min(heights) > 1.2  # inches: a long legend takes nothing from the panels
+
+
+def test_a_marker_is_a_data_set_and_a_dashed_line_the_training_weights(tmp_path):
+    names = [f"set-{number}" for number in range(15)]
+    kinds = [kind for name in names for kind in (f"eval_{name}_loss", f"eval_{name}_raw_loss")] + ["eval_only_raw_loss"]
+    figure = runs_figure([made_up("a", kinds=kinds), made_up("b", kinds=kinds[:3])])
+    lines = {line.get_gid(): line for line in figure.axes[1].lines}
+    markers = {name: lines[f"a: eval_{name}_loss"].get_marker() for name in names}
+    assert len(set(markers.values())) == 15
+    for name in names:
+        assert lines[f"a: eval_{name}_raw_loss"].get_marker() == markers[name]
+        assert lines[f"a: eval_{name}_loss"].get_linestyle() == "-"
+        assert lines[f"a: eval_{name}_raw_loss"].get_linestyle() == "--"
+    assert lines["a: eval_only_raw_loss"].get_linestyle() == "-"  # a data set of this name
+    assert lines["b: eval_set-0_loss"].get_marker() == markers["set-0"]
+    texts = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    wanted = [f"eval_{name}_loss" for name in names] + ["eval_only_raw_loss"]
+    assert sorted(texts[:-2]) == sorted(wanted)
+    assert texts[-2:] == ["evaluation weights", "training weights (raw)"]
+    save_figure(figure, tmp_path / "sets.png")
+    check_layout(figure)
+
+
+def test_a_logarithmic_axis_has_no_update_0():
+    log = made_up("a", start=0)
+    plain, logarithmic = (runs_figure([log], logarithmic=choice) for choice in (False, True))
+    points = drawn(plain)["a: eval_loss"]
+    assert points[0][0] == 0 and drawn(logarithmic)["a: eval_loss"] == points[1:]
+    assert logarithmic.axes[-1].get_xlabel() == "update (logarithmic, without update 0)"
+    assert runs_figure([made_up("a")], logarithmic=True).axes[-1].get_xlabel() == "update (logarithmic)"
+    nothing = Series([], [])
+    at_0 = TrainingLog("a", Path("a"), 0, nothing, {"eval_loss": Series([0], [5.0])}, nothing)
+    with pytest.raises(ValueError, match="all was logged at update 0"):
+        runs_figure([at_0], logarithmic=True)
+
+
+def test_a_spike_does_not_flatten_the_rest(tmp_path):
+    values = [11.0, 6.0] + [3 + 1 / n for n in range(1, 99)]
+    calm = runs_figure([made_up("a", values=values)])
+    assert calm.axes[0].get_ylim()[1] > 11 and "outside" not in calm.axes[0].get_title(loc="right")
+    figure = runs_figure([made_up("a", values=[*values[:50], 1e6, *values[51:]]), made_up("b", values=values)])
+    low, high = figure.axes[0].get_ylim()
+    assert low < 3 and 11 < high < 12
+    title = figure.axes[0].get_title(loc="right").splitlines()
+    assert title[0].startswith("outside the panel, of 200 logged values: 1 above, up to 1e+06;")
+    assert (255, 1e6) in drawn(figure)["a: loss"]  # drawn all the same, beyond the edge
+    save_figure(figure, tmp_path / "spike.png")
     check_layout(figure)
 
 
