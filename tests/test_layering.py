@@ -123,10 +123,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("inspection", "phases pickled"),
         {"torch", "safetensors", "transformers"},
     ),
+    "merging.differences": (within("checkpoints", "manifest"), set()),
     "merging.folder": (
         within("checkpoints", "storage manifest layouts integrity")
         | within("checkpoints.models", "model_folders weight_files")
-        | within("merging", "coefficients sources"),
+        | within("merging", "coefficients differences sources"),
         {"torch", "transformers"},
     ),
     "cli.commands": (set(), set()),

@@ -24,6 +24,7 @@ from hf_radam.checkpoints.models.model_folders import say_float32
 from hf_radam.checkpoints.models.weight_files import Tensors, widened, write_weights
 from hf_radam.checkpoints.storage import flush
 from hf_radam.merging.coefficients import DECAY_SHAPES, coefficients
+from hf_radam.merging.differences import differences
 from hf_radam.merging.sources import Source, configuration, find_sources, is_statistic, not_constant
 
 RECORD_NAME = "hf_radam_average.json"
@@ -88,9 +89,7 @@ def merge(
         ValueError: if the checkpoints cannot be merged, or `into` is not empty.
         OSError: if the folder cannot be written; nothing is left of it.
     """
-    target = Path(into)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty: give a new folder.")
+    target = _place(into)
     if max_file_bytes is not None and max_file_bytes < 1:
         raise ValueError(f"a file of at most {max_file_bytes} bytes cannot hold weights: give 1 or more.")
     sources = find_sources(checkpoints)
@@ -110,6 +109,17 @@ def merge(
     return Merge(sources, shares, notes)
 
 
+def _place(into: PathLike) -> Path:
+    """Where the folder is made, behind links; `ValueError` if a folder that is whole cannot take that place."""
+    target = Path(into).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{into} is there already and not empty: give a new folder.")
+    if target.is_mount() or target == Path.cwd():
+        here = "the folder you are in" if target == Path.cwd() else "where a file system is mounted"
+        raise ValueError(f"{into} is {here}, which cannot be replaced as a whole: give a new folder.")
+    return target
+
+
 def _check_kind(newest: Source) -> None:
     if "quantization_config" in configuration(newest.path):
         raise ValueError(f"{newest.path} is quantized: its numbers cannot be averaged. Merge before quantizing.")
@@ -119,7 +129,8 @@ def _check_kind(newest: Source) -> None:
 
 
 def _notes(sources: Sequence[Source], weights: str) -> list[str]:
-    notes = [not_constant(sources)] if weights in DECAY_SHAPES else []
+    notes: list[str | None] = [*differences([source.path for source in sources])]
+    notes += [not_constant(sources)] if weights in DECAY_SHAPES else []
     if any(is_statistic(key) for key in sources[-1].like):
         notes.append(
             "the model has BatchNorm layers, whose statistics are those of the last checkpoint: take them again with "

@@ -5,6 +5,7 @@ Oracles: sums in float64 of the tensors as safetensors loads them; `from_pretrai
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -167,6 +168,33 @@ def test_statistics_and_masks_are_those_of_the_last_checkpoint(tmp_path, capsys)
     assert torch.equal(merged["mask"], last["mask"])
     for key in ("layers.0.weight", "layers.1.bias"):
         torch.testing.assert_close(merged[key], (first[key] + last[key]) / 2)
+
+
+def test_different_methods_and_runs_are_noted(checkpoints, tmp_path, capsys):
+    logs = {"logging_strategy": "steps", "logging_steps": 2}
+    one = train(tmp_path / "one", tiny.llama(), **logs)
+    same = train(tmp_path / "same", tiny.llama(), **logs)
+    other = train(tmp_path / "other", tiny.llama(), learning_rate=0.02, **logs)
+    free = train(tmp_path / "free", tiny.llama(), optim="radam_schedulefree", **logs)
+
+    def notes(*folders):
+        words = ["average", *map(str, folders), "--weights", "uniform", "-o", str(tmp_path / "merged")]
+        capsys.readouterr()
+        assert cli.main(words) == 0
+        shutil.rmtree(tmp_path / "merged")
+        return capsys.readouterr().err.splitlines()
+
+    assert notes(*one) == [] and notes(*checkpoints) == []
+    assert notes(one[0], same[1]) == []  # nobody could tell them apart
+    (note,) = notes(one[0], other[1])
+    assert f"note: {one[0]} and {other[1]} are not of one run: the training losses that they logged at update " in note
+    (note,) = notes(*free)
+    assert note.endswith("are of a schedule-free run: merged is y, which trains, not x, which is an average already.")
+    methods, y, runs = notes(one[0], free[1])
+    words = "optim={}, lr_scheduler_type=constant, ewa=False"
+    both = words.format("radam"), words.format("radam_schedulefree")
+    assert f"{one[0]} was trained with {both[0]}, {free[1]} with {both[1]}: " in methods
+    assert f"{free[1]} is of a schedule-free run" in y and "are not of one run" in runs
 
 
 def test_a_decay_on_top_of_a_decay_is_noted(tmp_path):

@@ -95,6 +95,21 @@ def test_another_configuration_is_another_model(tmp_path, capsys, key):
     assert words in refused(["average", *map(str, folders), *end], capsys, 2)
 
 
+def test_a_place_that_cannot_be_taken_is_told_before_merging(checkpoints, tmp_path, capsys, monkeypatch):
+    words = ["average", *map(str, checkpoints[:2]), "--weights", "linear", "-o"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", str(tmp_path / "here"), "../here/"):
+        assert "is the folder you are in, which cannot be replaced" in refused([*words, name], capsys, 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    (tmp_path / "nowhere").symlink_to(tmp_path / "new")
+    for link, folder in (("link", "empty"), ("nowhere", "new")):
+        assert cli.main([*words, f"../{link}"]) == 0
+        assert (tmp_path / link).is_symlink() and (tmp_path / folder / "model.safetensors").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "here", "link", "new", "nowhere"]
+
+
 def test_damage_is_told_with_code_1_and_nothing_is_left(checkpoints, tmp_path, capsys):
     run = Path(shutil.copytree(checkpoints[0].parent, tmp_path / "run"))
     flip(run / "checkpoint-12/model.safetensors")
