@@ -152,7 +152,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("cli", "commands drawing"),
         set(),
     ),
-    "cli": (within("cli", "commands inspecting consolidating scheduling plotting averaging"), set()),
+    "cli.stopping": (set(), set()),
+    "cli": (within("cli", "commands stopping inspecting consolidating scheduling plotting averaging"), set()),
     "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": (
         {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hf_radam.cli import averaging, consolidating, inspecting, plotting, scheduling
 from hf_radam.cli.commands import printable
+from hf_radam.cli.stopping import Stop
 
 
 def parser() -> argparse.ArgumentParser:
@@ -45,15 +46,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: its arguments; those of the process when not given.
 
     Returns:
-        0; 1 if anything is damaged. A wrong argument leaves the process with 2 (`SystemExit`).
+        0; 1 if anything is damaged; 128 and the number of the signal that ended it (Ctrl-C: 130, SIGTERM: 143). A
+        wrong argument leaves the process with 2 (`SystemExit`).
     """
     arguments = parse(argv)
+    with Stop() as stop:
+        arguments.stop = stop
+        try:
+            return _run(arguments)
+        except BaseException:
+            if stop.signal is None:
+                raise
+            # Whatever a signal's exception has become on its way, this is what happened.
+            print(f"{arguments.prog}: ended by {stop.signal.name}", file=sys.stderr)
+            return stop.code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         output, code = arguments.run(arguments)
     except ValueError as error:
+        arguments.stop.check()
         arguments.refuse(printable(" ".join(str(error).split())))
         raise  # not reached: it ends the process
     except OSError as error:
+        arguments.stop.check()
         arguments.refuse(f"a file cannot be read or written: {error}")
         raise
     sys.stdout.write(output)

@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
             max_file_bytes=arguments.max_file_size,
         )
     except (CheckpointError, OSError) as error:
+        arguments.stop.check()
         print(f"hf-radam average: {error}", file=sys.stderr)
         return "", 1
     for note in done.notes:

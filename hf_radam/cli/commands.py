@@ -39,7 +39,7 @@ def add_command(
         allow_abbrev=False,
         **options,
     )
-    parser.set_defaults(run=run, refuse=parser.error)
+    parser.set_defaults(run=run, refuse=parser.error, prog=parser.prog)
     return parser
 
 

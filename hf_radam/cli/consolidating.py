@@ -51,5 +51,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
         trust = arguments.trust_remote_code or None
         return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
     except (OSError, ValueError) as error:
+        arguments.stop.check()
         print(f"hf-radam consolidate: {error}", file=sys.stderr)
         return "", 1

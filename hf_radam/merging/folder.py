@@ -6,10 +6,11 @@ file that is written (`max_file_bytes` or `weight_files.MAX_FILE_BYTES`), and of
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from hf_radam.merging.sources import Source, configuration, find_sources, is_sta
 
 RECORD_NAME = "hf_radam_average.json"
 """In the model folder: which checkpoints it is made of, and how much each counts."""
+ASIDE = ".averaging-"
+"""How the name of a folder begins in which a merge is written, beside the one that it becomes."""
 CHUNK = 2**20
 """Elements that are merged at once."""
 NOT_OF_THE_MODEL = frozenset(
@@ -98,7 +101,11 @@ def merge(
     shares = coefficients(updates, weights=weights, decay=decay, half_life_ratio=half_life_ratio)
     notes = _notes(sources, weights)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".averaging-", dir=target.parent) as aside:
+    notes += [
+        f"{folder} is what a merge that was killed has left, or of one that is running: remove it if none is."
+        for folder in sorted(target.parent.glob(f"{ASIDE}*"))
+    ]
+    with _aside(target.parent) as aside:
         made = Path(aside, "model")  # the folder around it is closed to others
         made.mkdir()
         _write(made, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
@@ -107,6 +114,20 @@ def merge(
         made.rename(target)
         flush(target.parent)
     return Merge(sources, shares, notes)
+
+
+@contextlib.contextmanager
+def _aside(parent: Path) -> Iterator[Path]:
+    """A folder that is removed on the way out, also where that is interrupted itself."""
+    folder = Path(tempfile.mkdtemp(prefix=ASIDE, dir=parent))
+    try:
+        yield folder
+    finally:
+        try:
+            shutil.rmtree(folder)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def _place(into: PathLike) -> Path:

@@ -1,0 +1,84 @@
+"""Commands that are asked to end: one line, the exit code of shells, nothing left.
+
+Oracle: the folder as it was, and a process of its own that is really sent a signal while it writes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_radam import cli
+from hf_radam.checkpoints.models.weight_files import Tensors, write_weights
+from hf_radam.merging.sources import Source
+
+ROOT = Path(__file__).parents[2]
+ROWS = 2**19  # 8 tensors of 8 MB in a checkpoint: time to be stopped in
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """Two checkpoints of a model without a class."""
+    folders = [tmp_path_factory.mktemp("large") / f"checkpoint-{number}" for number in (1, 2)]
+    like = {f"{number:02d}": torch.empty(ROWS, 4, device="meta") for number in range(8)}
+    for number, folder in enumerate(folders, 1):
+        folder.mkdir()
+        state = {"global_step": number, "log_history": []}
+        (folder / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
+        tensors = Tensors(like, lambda key, number=number: torch.full((ROWS, 4), float(number)))
+        write_weights(folder, None, tensors, writes=True)
+    return folders
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
+    words = ["average", *map(str, large), "--weights", "uniform", "--max_file_size", "9MB", "-o", str(tmp_path / "m")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    call = [sys.executable, "-m", "hf_radam.cli", *words]
+    process = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not any(tmp_path.glob(".averaging-*/model/*.safetensors")):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.001)
+    process.send_signal(number)
+    process.send_signal(number)  # somebody in a hurry
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (128 + number, "")
+    assert errors == f"hf-radam average: ended by {number.name}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, KeyboardInterrupt])
+def test_what_a_signal_becomes_on_its_way_is_not_told(checkpoints, tmp_path, capsys, monkeypatch, error):
+    """Rust and C that call Python may make any error of what a signal raises there: so this one is made here."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def read(self, key):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise error("could not determine the shape of object type") from None
+
+    monkeypatch.setattr(Source, "read", read)
+    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(tmp_path / "merged")]
+    capsys.readouterr()
+    assert cli.main(words) == 143
+    assert capsys.readouterr() == ("", "hf-radam average: ended by SIGTERM\n")
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_what_a_killed_merge_has_left_is_named(checkpoints, tmp_path, capsys):
+    (tmp_path / ".averaging-abc").mkdir()
+    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(tmp_path / "merged")]
+    capsys.readouterr()
+    assert cli.main(words) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"hf-radam average: note: {tmp_path / '.averaging-abc'} is what a merge that was killed")
+    assert (tmp_path / ".averaging-abc").is_dir()
