@@ -25,6 +25,13 @@ def decay_at(schedule: Mapping[str, Any] | None, step: int) -> tuple[int, int] |
     return next(((start, end) for start, end in decays(schedule) if start < step <= end and not at_budget), None)
 
 
+def warning_of_decays(schedule: Mapping[str, Any] | None) -> str | None:
+    """A sentence if a decay of the schedule has no effect; None if each has one."""
+    if all(end - start != 1 for start, end in decays(schedule)):
+        return None
+    return "A decay of 1 update has no effect: its only update still has the peak. Use 2 or more."
+
+
 def describe_schedule(schedule: Mapping[str, Any] | None, *, name: str, total_steps: int | None) -> str:
     """One line that says what a schedule does from the first update to the last.
 

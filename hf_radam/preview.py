@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder
-from hf_radam.describe import decays, describe_schedule
+from hf_radam.describe import decays, describe_schedule, warning_of_decays
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import radam, schedule_free
 from hf_radam.optim.rectification import rectification
@@ -65,6 +65,7 @@ class Preview:
         factors: RAdam's rectification of every update, None where it is undefined; None for another optimizer.
         optim: the optimizer, by its name.
         average: the window of the average in a line, or None.
+        warning: what training would warn of in the schedule, or None.
     """
 
     words: str
@@ -73,6 +74,7 @@ class Preview:
     factors: list[float | None] | None
     optim: str
     average: str | None
+    warning: str | None
 
 
 def preview(args: RAdamTrainingArguments) -> Preview:
@@ -99,6 +101,7 @@ def preview(args: RAdamTrainingArguments) -> Preview:
         factors=_factors(args, total),
         optim=OptimizerName(args.optim).value,
         average=_average(args, total),
+        warning=warning_of_decays(keywords),
     )
 
 

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
+from hf_radam.describe import warning_of_decays
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
@@ -86,9 +87,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
         """
         schedule = self.args.schedule(num_training_steps)
         if schedule is not None and self.lr_scheduler is None:
-            decays = schedule.keywords["decay_steps"]
-            if 1 in (decays if isinstance(decays, list) else [decays]):
-                logger.warning("A decay of 1 update has no effect: its only update still has the peak. Use 2 or more.")
+            if (warning := warning_of_decays(schedule.keywords)) is not None:
+                logger.warning(warning)
             scheduled = self.optimizer if optimizer is None else optimizer
             assert scheduled is not None, "upstream makes the optimizer first"
             self.lr_scheduler = LambdaLR(scheduled, schedule)

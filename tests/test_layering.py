@@ -226,7 +226,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.curves": (set(), {"transformers"}),
     "training.reporting": (within("training", "card card_facts curves parts"), set()),
     "trainer": (
-        {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
+        {"averaging", "optim", "batch_norm", "describe", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
             "support given collected backends fusing evaluation attempts just_in_time saving reporting resuming search "

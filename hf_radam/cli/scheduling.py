@@ -115,4 +115,6 @@ def report(resolved: Preview, args: RAdamTrainingArguments, *, width: int, ascii
     for label, text in (("RAdam's factor", factors), ("average (EWA)", resolved.average)):
         if text is not None:
             lines += ["", *textwrap.wrap(text, width, initial_indent=label.ljust(16), subsequent_indent=" " * 16)]
+    if resolved.warning is not None:
+        lines += ["", *textwrap.wrap(f"Warning: {resolved.warning}", width)]
     return [*lines, "", *curve(resolved.rates, width=width, ascii_only=ascii_only)]

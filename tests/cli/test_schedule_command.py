@@ -65,6 +65,19 @@ def test_flags_win_over_the_file(capsys, monkeypatch):
     assert re.search(r"^stable +51-4500 +89.0 % +0.004 +_pre_decay/checkpoint-4500$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("budgets", [[], ["--budgets", "3", "10"]], ids=["wsd", "wsd_s"])
+def test_a_decay_without_an_effect_is_warned_of_as_in_training(budgets, tmp_path, capsys, monkeypatch, caplog):
+    kind = "wsd_s" if budgets else "wsd"
+    flags = ["--optim", "radam", "--lr_scheduler_type", kind, "--max_steps", "20", *budgets, "--decay_steps"]
+    text = printed([*flags, "0.01"], capsys, monkeypatch, columns=200)
+    assert re.search(r"^decay +20-20 ", text, re.MULTILINE)
+    (warning,) = re.findall(r"^Warning: (.*)$", text, re.MULTILINE)
+    assert "Warning" not in printed([*flags, "2"], capsys, monkeypatch, columns=200)
+    options = {"budgets": [3, 10]} if budgets else {}
+    tiny.trainer(tmp_path, optim="radam", lr_scheduler_type=kind, decay_steps=0.01, **options).train()
+    assert warning in [record.getMessage() for record in caplog.records]
+
+
 def test_several_values_and_no_file(capsys, monkeypatch):
     flags = ["--optim", "radam", "--lr_scheduler_type", "wsd_s", "--max_steps", "1000", "--budgets", "300", "700"]
     text = printed(flags, capsys, monkeypatch)
