@@ -1,7 +1,7 @@
 """Compare AdamW with a cosine and five ways of RAdam at three horizons, on the source of the Python standard library.
 
     python examples/compare_methods.py --quick --folder runs/quick    # minutes: to see that it runs
-    python examples/compare_methods.py                                # 1 to 2 hours on 2 CPU cores
+    python examples/compare_methods.py                                # hours on 2 CPU cores
 
 It may be stopped at any time: the same command goes on with what is missing. Every training is one command of
 `run_clm.py`. Each method has its learning rate from a grid that grows until the best is not at an end, and then three

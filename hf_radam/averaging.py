@@ -286,8 +286,8 @@ class WeightAverage:
 
     def _check_unwritten(self) -> None:
         """Make sure that weights that were averaged for a reader, before `update` was told, are the same now."""
-        for name, version in self._versions().items() if self._early else ():
-            if version != (self._early or {}).get(name, version):
+        for name, version in (self._early or {}).items():
+            if self.sharding.parameters[name]._version != version:
                 self._broken = str(WrittenError(name))
                 raise WrittenError(name)
 

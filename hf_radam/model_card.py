@@ -142,9 +142,15 @@ def completed(card: str, facts: Facts) -> str:
     Args:
         card: upstream's card, PEFT's or TRL's, which begins with metadata in YAML.
         facts: what our part says.
+
+    Raises:
+        ValueError: if it does not begin so.
     """
-    _, metadata, text = re.split(r"^---\n", card, maxsplit=2, flags=re.MULTILINE)  # a name may end so
-    data: dict[str, Any] = yaml.safe_load(metadata)
+    try:
+        _, metadata, text = re.split(r"^---\n", card, maxsplit=2, flags=re.MULTILINE)  # a name may end so
+        data: dict[str, Any] = dict(yaml.safe_load(metadata))
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        raise ValueError("The card does not begin with metadata in YAML between two lines of ---.") from error
     # Upstream takes over the tags of a card that is there, which may be of another method.
     data["tags"] = [tag for tag in data.get("tags") or () if tag not in (OWN_TAG, *TAGS.values())] + tags(facts)
     # Remove when transformers and TRL do not name a base model that has no name.

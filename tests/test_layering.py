@@ -205,7 +205,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("training", "parts raw_names"),
         {"transformers"},
     ),
-    "training.card": ({"model_card"} | within("training", "card_facts parts"), set()),
+    "training.card": ({"model_card"} | within("training", "card_facts parts"), {"transformers"}),
     "training.final_uploads": (within("training", "backends parts"), {"transformers"}),
     "training.saving": (
         {"names", "sharding"}

@@ -11,6 +11,8 @@ from typing import Any
 
 from .settings import DECAY, Settings
 
+AVERAGED = {"ewa": True, "ewa_eval_raw": True}
+
 
 @dataclass(frozen=True)
 class Job:
@@ -36,38 +38,26 @@ class Job:
         return self.ends - self.begins
 
 
-def _job(name: str, ends: int, *, begins: int = 0, trunk: str | None = None, **flags: Any) -> Job:
-    return Job(name, tuple({"max_steps": ends, **flags}.items()), ends, begins, trunk)
+def _job(
+    method: str, ends: int, rate: float, seed: int, *, begins: int = 0, trunk: str | None = None, **flags: Any
+) -> Job:
+    """A job whose folder is named after its method, learning rate and seed; without checkpoints unless flags ask."""
+    told = {"max_steps": ends, "learning_rate": rate, "seed": seed, "save_strategy": "no"} | flags
+    return Job(f"{method}/rate_{rate:g}/seed_{seed}", tuple(told.items()), ends, begins, trunk)
 
 
 def cosine(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
     """AdamW with warm-up and a cosine to zero at a horizon, which it must know."""
-    return _job(
-        f"adamw_cosine/{horizon}/rate_{rate:g}/seed_{seed}",
-        horizon,
-        optim="adamw_torch_fused",
-        lr_scheduler_type="cosine",
-        warmup_steps=max(1, round(settings.warmup * horizon)),
-        learning_rate=rate,
-        seed=seed,
-        save_strategy="no",
-    )
+    warmup = max(1, round(settings.warmup * horizon))
+    flags = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": warmup}
+    return _job(f"adamw_cosine/{horizon}", horizon, rate, seed, **flags)
 
 
 def trunk(settings: Settings, rate: float, seed: int) -> Job:
     """RAdam at a constant rate, with the average; checkpoints where a decay may begin."""
-    return _job(
-        f"radam_constant/rate_{rate:g}/seed_{seed}",
-        settings.updates,
-        optim="radam",
-        lr_scheduler_type="constant",
-        ewa=True,
-        ewa_eval_raw=True,
-        learning_rate=rate,
-        seed=seed,
-        save_strategy="steps",
-        save_steps=branching(settings, settings.horizons[0]),
-    )
+    saving = {"save_strategy": "steps", "save_steps": branching(settings, settings.horizons[0])}
+    flags = {"optim": "radam", "lr_scheduler_type": "constant", **AVERAGED, **saving}
+    return _job("radam_constant", settings.updates, rate, seed, **flags)
 
 
 def branching(settings: Settings, horizon: int) -> int:
@@ -78,48 +68,20 @@ def branching(settings: Settings, horizon: int) -> int:
 def branch(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
     """The decay of WSD to a horizon, from a checkpoint of the trunk."""
     begin, source = branching(settings, horizon), trunk(settings, rate, seed)
-    return _job(
-        f"radam_wsd/{horizon}/rate_{rate:g}/seed_{seed}",
-        horizon,
-        begins=begin,
-        trunk=source.name,
-        optim="radam",
-        lr_scheduler_type="wsd",
-        decay_steps=horizon - begin,
-        ewa=True,
-        ewa_eval_raw=True,
-        learning_rate=rate,
-        seed=seed,
-        save_strategy="no",
-    )
+    flags = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": horizon - begin, **AVERAGED}
+    return _job(f"radam_wsd/{horizon}", horizon, rate, seed, begins=begin, trunk=source.name, **flags)
 
 
 def several_budgets(settings: Settings, rate: float, seed: int) -> Job:
     """WSD-S: one run that decays to every horizon and goes on."""
-    return _job(
-        f"radam_wsd_s/rate_{rate:g}/seed_{seed}",
-        settings.updates,
-        optim="radam",
-        lr_scheduler_type="wsd_s",
-        budgets=settings.horizons[:-1],
-        decay_steps=DECAY,
-        learning_rate=rate,
-        seed=seed,
-        save_strategy="no",
-    )
+    budgets = {"budgets": settings.horizons[:-1], "decay_steps": DECAY}
+    return _job("radam_wsd_s", settings.updates, rate, seed, optim="radam", lr_scheduler_type="wsd_s", **budgets)
 
 
 def schedule_free(settings: Settings, rate: float, seed: int) -> Job:
     """RAdamScheduleFree: one run at a constant rate, evaluated at x."""
-    return _job(
-        f"radam_schedulefree/rate_{rate:g}/seed_{seed}",
-        settings.updates,
-        optim="radam_schedulefree",
-        lr_scheduler_type="constant",
-        learning_rate=rate,
-        seed=seed,
-        save_strategy="no",
-    )
+    flags = {"optim": "radam_schedulefree", "lr_scheduler_type": "constant"}
+    return _job("radam_schedulefree", settings.updates, rate, seed, **flags)
 
 
 def command(job: Job, settings: Settings, folder: str) -> list[str]:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from transformers.utils import logging
+
 from hf_radam import model_card
 from hf_radam.training.card_facts import facts_of
 from hf_radam.training.parts import PartsMixin
+
+logger = logging.get_logger(__name__)
 
 
 def write_our_part(trainer: PartsMixin, *, model_follows: bool = False) -> None:
@@ -30,8 +34,11 @@ def renew_our_part(trainer: PartsMixin, *, model_follows: bool = False) -> None:
     """
     if trainer._active and trainer.is_world_process_zero():
         file = _card_of(trainer)
-        if file.is_file() and model_card.has_our_part(file.read_text(encoding="utf-8")):
-            write_our_part(trainer, model_follows=model_follows)
+        try:
+            if file.is_file() and model_card.has_our_part(file.read_text(encoding="utf-8")):
+                write_our_part(trainer, model_follows=model_follows)
+        except (OSError, ValueError) as error:  # no reason to end a training, on one process of several
+            logger.warning(f"The model card {file} could not be brought up to date: {error}")
 
 
 def _card_of(trainer: PartsMixin) -> Path:

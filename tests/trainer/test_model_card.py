@@ -16,7 +16,8 @@ from test_peft import lora
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer
-from hf_radam.training.card_facts import last_evaluation, loaders
+from hf_radam.model_card import completed
+from hf_radam.training.card_facts import facts_of, last_evaluation, loaders
 
 SAVED = {"save_strategy": "steps", "save_steps": 10}
 CLOSE = 2e-6  # as in test_evaluation_weights.py
@@ -247,6 +248,21 @@ def test_names_that_a_card_could_break_at(tmp_path):
 
 class FSDPMine(LlamaForCausalLM):
     """A name that begins as those of FSDP2 do."""
+
+
+def test_a_card_that_was_edited_until_it_is_none_ends_no_training(tmp_path, caplog):
+    trainer = finished(tmp_path, **tiny.METHODS["ewa"])
+    trainer.create_model_card()
+    file = tmp_path / "README.md"
+    edited = file.read_text().replace("---\n", "")
+    file.write_text(edited)
+    caplog.clear()
+    with caplog.at_level("WARNING", logger="hf_radam"):
+        trainer.save_model()
+    assert "could not be brought up to date: The card does not begin with metadata in YAML" in caplog.text
+    assert file.read_text() == edited
+    with pytest.raises(ValueError, match="does not begin with metadata"):
+        completed("---\nkey: [\n---\ntext", facts_of(trainer))
 
 
 def test_the_class_that_loads_a_model():
