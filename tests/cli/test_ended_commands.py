@@ -41,7 +41,14 @@ def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
     words = ["average", *map(str, large), "--weights", "uniform", "--max_file_size", "9MB", "-o", str(tmp_path / "m")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     call = [sys.executable, "-m", "hf_radam.cli", *words]
-    process = subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        call,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background job is begun to ignore SIGINT
+    )
     end = time.monotonic() + 120
     while not any(tmp_path.glob(".averaging-*/model/*.safetensors")):
         assert process.poll() is None and time.monotonic() < end
