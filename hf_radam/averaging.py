@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hf_radam.host_average import AverageMover
-from hf_radam.kernels.folding import Folding, Foldings, WrittenError
+from hf_radam.kernels.folding import Folding, Foldings
 from hf_radam.kernels.plain import are_plain, sharing
 from hf_radam.sharding import LocalSharding, Sharding
 from hf_radam.windows import (
@@ -112,10 +112,6 @@ class WeightAverage:
         self._applied = False
         self._now: dict[str, Tensor] | None = None
         self._foldings = Foldings()
-        self._early: dict[str, int] | None = None
-        """The weights' versions when a reader had the last update averaged before `update` was told of it."""
-        self._broken: str | None = None
-        """Why what has moved is no average, if something has written to weights that it had moved with."""
         self._mover = AverageMover()
 
     @property
@@ -164,12 +160,10 @@ class WeightAverage:
         """
         if self._applied:
             raise RuntimeError("update() inside applied() would average the average: leave the context first.")
-        self._check_whole()
-        self._check_told(step, f"update({step})")
-        if self._early is not None and step == self.last_step:
-            self._check_unwritten()
+        self._foldings.check_told(step, f"update({step})")
+        if self._foldings.read and step == self.last_step:
+            self._foldings.check_read()
             self._foldings.end()
-            self._early = None
             return True
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
@@ -179,12 +173,11 @@ class WeightAverage:
             raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
         due = self._average(step, overlap=overlap)
         self._foldings.end()
-        self._early = None
         return due
 
     def _average(self, step: int, *, overlap: bool) -> bool:
         """Take in the weights after an update, but for those that an optimizer has averaged in its pass."""
-        moved = self._moved_already()
+        moved = self._foldings.settle()
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
@@ -223,11 +216,11 @@ class WeightAverage:
 
         Waits for one in host memory, and averages what is left of an update that has moved a part of it.
         """
-        self._check_whole()
+        self._foldings.check_whole()
         step = self._foldings.step
-        if step is not None and self._early is None and not self._applied:
+        if step is not None and not self._foldings.read and not self._applied:
             self._average(step, overlap=False)
-            self._early = self._versions()
+            self._note_read()
         self._mover.finish()
 
     # ---- In the optimizer's pass ----
@@ -248,8 +241,7 @@ class WeightAverage:
         Raises:
             RuntimeError: if `update` was not told of the last update that has moved the average.
         """
-        self._check_whole()
-        self._check_told(step, f"fold_into(optimizer, {step})")
+        self._foldings.check_told(step, f"fold_into(optimizer, {step})")
         optimizer.folding = None
         elapsed = step - self.start_step
         if self._applied or not self.started or step <= self.last_step or elapsed <= 0 or elapsed % self.every:
@@ -262,34 +254,9 @@ class WeightAverage:
         whole = {name: pair for name, pair in apart.items() if pair[0].shape == pair[1].shape and are_plain(pair[1])}
         self._foldings.begin(optimizer, Folding(step, self.step_size(step), whole))
 
-    def _moved_already(self) -> set[str]:
-        """The names of the parameters that an optimizer has averaged in the update that is averaged now."""
-        try:
-            return self._foldings.settle()
-        except WrittenError as error:
-            self._broken = str(error)
-            raise
-
-    def _check_whole(self) -> None:
-        """Raise what was raised when the average was found to be none."""
-        if self._broken is not None:
-            raise RuntimeError(self._broken)
-
-    def _check_told(self, step: int, call: str) -> None:
-        """Make sure that `update` is told of an update that has moved a part of the average before another one is."""
-        begun = self._foldings.step
-        if begun is not None and begun != step:
-            raise RuntimeError(f"{call} without update({begun}), which has moved the average already: call it first.")
-
-    def _versions(self) -> dict[str, int]:
-        return {name: self.sharding.parameters[name]._version for name in self._averages}
-
-    def _check_unwritten(self) -> None:
-        """Make sure that weights that were averaged for a reader, before `update` was told, are the same now."""
-        for name, version in (self._early or {}).items():
-            if self.sharding.parameters[name]._version != version:
-                self._broken = str(WrittenError(name))
-                raise WrittenError(name)
+    def _note_read(self) -> None:
+        """Take down the weights as they are, which are averaged before `update` was told of them."""
+        self._foldings.note_read({name: self.sharding.parameters[name] for name in self._averages})
 
     @contextmanager
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
@@ -314,7 +281,7 @@ class WeightAverage:
         if self._applied:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
         self.finish()
-        self._check_unwritten()
+        self._foldings.check_read()
         self._applied = True
         try:
             if exchange:
@@ -325,8 +292,8 @@ class WeightAverage:
                     yield
         finally:
             self._applied, self._now = False, None
-            if self._early is not None:
-                self._early = self._versions()
+            if self._foldings.read:
+                self._note_read()
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -389,7 +356,7 @@ class WeightAverage:
         else:
             own = {}
         self._foldings.end()
-        self._averages, self._early, self._broken = own, None, None
+        self._averages, self._foldings = own, Foldings()
         for counter in self.counters():
             setattr(self, counter, state[counter])
 
@@ -408,8 +375,7 @@ class WeightAverage:
     def __getstate__(self) -> dict[str, Any]:
         """What `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
         self.finish()
-        early: dict[str, int] | None = None if self._early is None else {}  # versions are not copied
-        return self.__dict__ | {"_mover": AverageMover(), "_foldings": Foldings(), "_early": early}
+        return self.__dict__ | {"_mover": AverageMover(), "_foldings": self._foldings.of_a_copy()}
 
     def __repr__(self) -> str:
         """Window and progress in one line."""

@@ -69,10 +69,12 @@ class Folding:
 
 
 class Foldings:
-    """What optimizers have moved of one average in the update that is under way: a `Folding` for each of them."""
+    """What has moved of one average in the update that is under way, until the average is told of that update."""
 
     def __init__(self) -> None:
         self._all: list[Folding] = []
+        self._read: dict[str, tuple[Tensor, int]] | None = None
+        self._broken: str | None = None
 
     @property
     def step(self) -> int | None:
@@ -83,6 +85,11 @@ class Foldings:
     def moved(self) -> set[str]:
         """The names of the parameters whose average has moved with the update."""
         return {name for folding in self._all for name in folding.moved}
+
+    @property
+    def read(self) -> bool:
+        """Whether all of the average has moved already, for a reader who came before it was told of the update."""
+        return self._read is not None
 
     def begin(self, optimizer: Any, folding: Folding) -> None:
         """Have an optimizer's next update move what a folding says."""
@@ -98,16 +105,62 @@ class Foldings:
             As `moved`.
 
         Raises:
-            WrittenError: if something has written to one of them since.
+            WrittenError: if something has written to one of them since; what has moved is no average then, for good.
         """
         for folding in self._all:
             folding.end()
-        for folding in self._all:
-            folding.check()
+        try:
+            for folding in self._all:
+                folding.check()
+        except WrittenError as error:
+            self._broken = str(error)
+            raise
         return self.moved
 
+    def note_read(self, parameters: Mapping[str, Tensor]) -> None:
+        """Take down the parameters, by their names, as a reader has had all of them averaged."""
+        self._read = {name: (parameter, parameter._version) for name, parameter in parameters.items()}
+
+    def check_read(self) -> None:
+        """Make sure that the parameters are those that a reader has had averaged.
+
+        Raises:
+            WrittenError: if something has written to one of them since; what has moved is no average then, for good.
+        """
+        for name, (parameter, version) in (self._read or {}).items():
+            if parameter._version != version:
+                error = WrittenError(name)
+                self._broken = str(error)
+                raise error
+
+    def check_whole(self) -> None:
+        """Raise what was raised when the average was found to be none.
+
+        Raises:
+            RuntimeError: likewise.
+        """
+        if self._broken is not None:
+            raise RuntimeError(self._broken)
+
+    def check_told(self, step: int, call: str) -> None:
+        """Make sure that no other update has moved a part of the average, which was not told of it.
+
+        Raises:
+            RuntimeError: if one has; or as `check_whole`.
+        """
+        self.check_whole()
+        begun = self.step
+        if begun is not None and begun != step:
+            raise RuntimeError(f"{call} without update({begun}), which has moved the average already: call it first.")
+
     def end(self) -> None:
-        """Have nothing move any more, and forget what has."""
+        """Have nothing move any more, and forget what has: the average was told of the update."""
         for folding in self._all:
             folding.end()
-        self._all = []
+        self._all, self._read = [], None
+
+    def of_a_copy(self) -> Foldings:
+        """For a copy of the average: its parameters are others, which no optimizer is told to move anything with."""
+        copied = Foldings()
+        copied._read = None if self._read is None else {}
+        return copied
