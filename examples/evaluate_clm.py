@@ -1,7 +1,10 @@
 """Compare the evaluation weights and the training weights of a run of `run_clm.py`, or of one of its checkpoints.
 
+Of checkpoints that `hf-radam average` has merged it gives the loss of what came out.
+
     python examples/evaluate_clm.py runs/quickstart
     python examples/evaluate_clm.py runs/quickstart/checkpoint-300 --prompt "class " --json result.json
+    python examples/evaluate_clm.py runs/merged
 
 The validation text is the one of the run (`run_clm.yaml`), unless flags name another. The loss is the mean over
 blocks, as `eval_loss` is.
@@ -30,6 +33,7 @@ from clm_parser import InputError, fail
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_checkpoint
 from hf_radam.checkpoints.models.consolidation import consolidate
+from hf_radam.merging.folder import RECORD_NAME
 from run_clm import RECIPE, bits_per_byte, perplexity
 
 DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")
@@ -75,17 +79,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read how the run that a folder belongs to made its data.
+    """Read how the run that a folder belongs to made its data; of a merge, the run of its last checkpoint.
 
     Raises:
         InputError: there is no such folder, or no `run_clm.py` made it.
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder: give the folder of a run, or one of its checkpoints")
-    for folder in (path, *path.resolve().parents[:2]):  # _pre_decay/checkpoint-N and the like lie two levels deep
+    inside = path
+    if (path / RECORD_NAME).is_file():
+        inside = Path(json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))["checkpoints"][-1]["path"])
+    for folder in (path, inside, *inside.resolve().parents[:2]):  # _pre_decay/checkpoint-N lies two levels deep
         if (folder / RECIPE).is_file():
             return yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    raise InputError(f"there is no {RECIPE} in {path} or above it: give the folder of a run of run_clm.py")
+    merged = f", merged into {path}" if inside != path else ""
+    raise InputError(f"there is no {RECIPE} in {inside}{merged} or above it: give the folder of a run of run_clm.py")
 
 
 def load_data(

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from clm_arguments import ModelArguments
 from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError
-from evaluate_clm import folders, mean_loss, read_recipe, same_weights
-from hf_radam import RAdamTrainingArguments
+from evaluate_clm import folders, load_data, mean_loss, read_recipe, same_weights
+from evaluate_clm import parse_arguments as parse_evaluation
+from hf_radam import RAdamTrainingArguments, cli
 from run_clm import check_processes, checkpoint_to_resume
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,24 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder):
     assert averaged["sample"].startswith("def ")
     assert "checkpoint-6" in raw["source"]
     assert f"{averaged['loss']:.4f}" in done.stdout and f"{raw['loss']:.4f}" in done.stdout
+
+
+def test_evaluation_takes_merged_checkpoints_with_the_text_of_their_run(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    first, last = "run/checkpoint-3", "run/checkpoint-6"
+    assert cli.main(["average", first, last, "--weights", "uniform", "-o", "merged"]) == 0
+    done = run(EXAMPLES / "evaluate_clm.py", "merged", "--json", "merged.json", "--max_new_tokens", 0, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (column,) = json.loads((folder / "merged.json").read_text())
+    model, other = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (first, last))
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            mine.add_(its).div_(2)
+    blocks, _ = load_data(parse_evaluation(["merged"]), read_recipe(Path("run")), AutoTokenizer.from_pretrained("run"))
+    assert column["loss"] == pytest.approx(mean_loss(model, blocks, 5, "test"), abs=1e-5)
+    monkeypatch.chdir(tmp_path)  # from here the checkpoints are not where the merge was told of them
+    with pytest.raises(InputError, match=r"no run_clm.yaml in run/checkpoint-6, merged into .*merged or above it"):
+        read_recipe(folder / "merged")
 
 
 def test_checkpoint_holds_both_weights_for_plain_transformers(folder):
