@@ -29,7 +29,7 @@ from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.fusing import check_folded, choose_fused
 from hf_radam.training.given import with_our_arguments
 from hf_radam.training.just_in_time import SaveBetweenUpdates
-from hf_radam.training.raw_names import check_choice, check_names, prefixes
+from hf_radam.training.raw_names import check_choice, check_data_sets, check_names, prefixes
 from hf_radam.training.reporting import ReportingMixin
 from hf_radam.training.resuming import ResumingMixin
 from hf_radam.training.saving import SavingMixin
@@ -64,6 +64,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
         super().__init__(*given, **named)
         self._evaluation = EvaluationWeights(self._bare_model)
         check_supported(self)
+        if self.args.ewa_eval_raw:
+            check_data_sets(self.eval_dataset)
         if self.args.ewa_eval_raw and self.args.load_best_model_at_end and self.args.metric_for_best_model:
             raw_losses = [f"{prefix}_raw_loss" for prefix in prefixes(self.eval_dataset)]
             check_choice(self.args.metric_for_best_model, raw_losses)  # other names are known when they are measured
@@ -237,6 +239,12 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
             recalibrate_batch_norm(self._bare_model, batches, forward=self.compute_loss)
 
     # ---- Evaluation ----
+
+    def evaluate(self, eval_dataset: Any = None, *positional: Any, **keywords: Any) -> dict[str, float]:
+        """As upstream's; refuses data sets whose names would make two losses one."""
+        if self.args.ewa_eval_raw:
+            check_data_sets(eval_dataset)
+        return super().evaluate(eval_dataset, *positional, **keywords)
 
     def evaluation_loop(
         self,

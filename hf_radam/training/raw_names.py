@@ -38,6 +38,20 @@ def raw_twins(metrics: Collection[str], prefixes: Iterable[str]) -> dict[str, st
     return twins
 
 
+def check_data_sets(eval_dataset: Any) -> None:
+    """Raise `ValueError` if the loss of a data set would have the name of one of the training weights.
+
+    Args:
+        eval_dataset: what is evaluated with `ewa_eval_raw`; only several data sets, in a dict, have names.
+    """
+    names = set(eval_dataset) if isinstance(eval_dataset, dict) else set()
+    for name in sorted({"raw", *(f"{name}_raw" for name in names)} & names):
+        raise ValueError(
+            f"eval_dataset has a data set {name!r}, whose eval_{name}_loss would have the name of a loss of the "
+            "training weights (ewa_eval_raw): call it otherwise, or leave ewa_eval_raw out."
+        )
+
+
 def check_names(metrics: Collection[str], raw: Mapping[str, str]) -> None:
     """Raise `ValueError` if a metric of the training weights has the name of another metric.
 

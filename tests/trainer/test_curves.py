@@ -191,6 +191,20 @@ def test_a_metric_with_the_name_of_another_of_the_training_weights_is_refused(tm
     assert ours.evaluate()["eval_a_raw_x"] == 2.0
 
 
+@pytest.mark.parametrize("names", [("a", "a_raw"), ("b", "raw")])
+def test_a_data_set_with_the_name_of_losses_of_the_training_weights_is_refused(tmp_path, names):
+    datasets = dict.fromkeys(names, tiny.EVAL)
+    refused = f"data set '{names[1]}', whose eval_{names[1]}_loss would .*: call it otherwise, or leave ewa_eval_raw"
+    with pytest.raises(ValueError, match=refused):
+        trainer(tmp_path, **tiny.METHODS["ewa"], datasets=datasets, ewa_eval_raw=True)
+    ours = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=tiny.EVAL, ewa_eval_raw=True)
+    with pytest.raises(ValueError, match=refused):
+        ours.evaluate(datasets)
+    assert {"eval_a_loss", "eval_a_raw_loss"} <= ours.evaluate({"a": tiny.EVAL}).keys()
+    plain = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=datasets)
+    assert {f"eval_{name}_loss" for name in names} <= plain.evaluate().keys()
+
+
 BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 10}
 
 
