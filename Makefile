@@ -40,7 +40,7 @@ benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings be
 	.venv-benchmark/bin/python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
 
 COMPARE_FLAGS ?=
-compare: .venv/.compare ## train AdamW with a cosine and five ways of RAdam, rates tuned (hours; COMPARE_FLAGS="--quick": minutes)
+compare: .venv/.examples ## train AdamW with a cosine and five ways of RAdam, rates tuned (hours; COMPARE_FLAGS="--quick": minutes)
 	$(BIN)/python examples/compare_methods.py $(COMPARE_FLAGS)
 
 lint: .venv/.dev ## ruff and mypy
@@ -64,11 +64,6 @@ clean: ## remove the environments and caches; runs/ stays
 
 # A stamp per set of extras: written only after pip succeeded, older than the files that decide what is installed.
 .venv/.examples: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing the pinned packages into .venv (minutes on the first run)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples]"
-	@touch $@
-
-.venv/.compare: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing the pinned packages into .venv (minutes on the first run)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e ".[examples,plots]"
 	@touch $@

@@ -4,6 +4,7 @@ Run as a script, this file writes the flag table into the README.
 """
 
 import dataclasses
+import importlib
 import inspect
 import json
 import os
@@ -168,17 +169,17 @@ def test_the_file_trees_are_complete():
     assert entries(examples) == named | {"      benchmarking/", "      comparing/"}
 
 
-def test_the_measured_tables_are_those_of_the_numbers():
+@pytest.mark.parametrize(("kind", "parts"), [("benchmark", "benchmarking.report"), ("comparison", "comparing.report")])
+def test_the_measured_tables_are_those_of_the_numbers(kind, parts):
     import measured
-    from benchmarking import report
 
-    data = json.loads((ROOT / "docs" / "benchmark.json").read_text(encoding="utf-8"))
-    for text in (README, DOCS["speed.md"]):
-        assert measured.written(text, "benchmark", report.PARTS, data) == text, (
-            "write them anew with the command in docs/speed.md"
-        )
-    found = {name for text in (README, DOCS["speed.md"]) for name in measured.names(text, "benchmark")}
-    assert found == set(report.PARTS)
+    made_by = importlib.import_module(parts).PARTS
+    data = json.loads((ROOT / "docs" / f"{kind}.json").read_text(encoding="utf-8"))
+    marked = [text for text in (README, *DOCS.values()) if measured.names(text, kind)]
+    assert README in marked
+    for text in marked:
+        assert measured.written(text, kind, made_by, data) == text, f"write them anew with examples/{kind}"
+    assert {name for text in marked for name in measured.names(text, kind)} == set(made_by)
 
 
 def test_links_lead_to_files():

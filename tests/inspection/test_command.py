@@ -1,4 +1,4 @@
-"""The command `hf-radam inspect` itself: exit codes, JSON, read-only folders, the sample in the README."""
+"""The command `hf-radam inspect` itself: exit codes, JSON, read-only folders, the sample in docs/tools.md."""
 
 import json
 import os
@@ -101,7 +101,7 @@ def test_control_characters_do_not_reach_the_terminal(made_by_stock, tmp_path, c
     assert "a?[2Jb" in output and "\x1b" not in output
 
 
-def test_the_sample_in_the_readme(run, monkeypatch, capsys):
+def test_the_sample_in_the_documentation(run, monkeypatch, capsys):
     folder = run("wsd")
     (folder.parent / "runs").mkdir()
     folder.rename(folder.parent / "runs/wsd")
@@ -109,6 +109,7 @@ def test_the_sample_in_the_readme(run, monkeypatch, capsys):
     monkeypatch.chdir(folder.parent)
     assert cli.main(["inspect", "runs/wsd"]) == 1
     output = capsys.readouterr().out.splitlines()
-    sample = re.search(r"<!-- sample.*?```text\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    document = (ROOT / "docs" / "tools.md").read_text("utf-8")
+    sample = re.search(r"<!-- sample: tests/inspection.*?```text\n(.*?)```", document, re.DOTALL)[1]
     missing = [line for line in sample.splitlines() if line not in output]
     assert missing == []
