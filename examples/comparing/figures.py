@@ -114,14 +114,22 @@ def learning_rates(results: Results) -> Any:
     return figure
 
 
+def _is_chosen(results: Results, arm: dict[str, Any], grid: dict[str, Any]) -> bool:
+    """Whether a grid has the warm-up that was chosen for its horizon."""
+    return grid["warmup"] == arm["warmups"][results["horizons"].index(grid["horizon"])]
+
+
 def tuning(results: Results) -> Any:
-    """Loss against learning rate, of the first seed, for every grid."""
+    """Loss against learning rate, of the first seed, with the warm-up that was chosen."""
     figure, panel = _figure(10, 6)
     for arm in results["arms"]:
-        for number, grid in enumerate(arm["grids"]):
+        shown = [grid for grid in arm["grids"] if _is_chosen(results, arm, grid)]
+        for number, grid in enumerate(shown):
             points = sorted(zip(grid["rates"], grid["losses"], strict=True))
-            style = (":", "--", "-")[number - len(arm["grids"])]
-            label = arm["name"] + (f", {grid['horizon']} updates" if len(arm["grids"]) > 1 else "")
+            style = (":", "--", "-")[number - len(shown)]
+            label = arm["name"]
+            if len(shown) > 1:
+                label += f", {grid['horizon']} updates, warm-up {grid['warmup']}"
             panel.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[arm["name"]], label=label)
     panel.set_xscale("log", base=2)
     rates = sorted({rate for arm in results["arms"] for grid in arm["grids"] for rate in grid["rates"]})

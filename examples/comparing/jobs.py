@@ -7,11 +7,23 @@ with WSD branch from their checkpoints with `--extend_from`, only to decay.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from .settings import DECAY, Settings
 
 AVERAGED = {"ewa": True, "ewa_eval_raw": True}
+
+
+class Point(NamedTuple):
+    """What is tuned.
+
+    Attributes:
+        rate: the learning rate.
+        warmup: updates of a linear warm-up.
+    """
+
+    rate: float
+    warmup: int = 0
 
 
 @dataclass(frozen=True)
@@ -39,25 +51,30 @@ class Job:
 
 
 def _job(
-    method: str, ends: int, rate: float, seed: int, *, begins: int = 0, trunk: str | None = None, **flags: Any
+    method: str, ends: int, point: Point, seed: int, *, begins: int = 0, trunk: str | None = None, **flags: Any
 ) -> Job:
-    """A job whose folder is named after its method, learning rate and seed; without checkpoints unless flags ask."""
-    told = {"max_steps": ends, "learning_rate": rate, "seed": seed, "save_strategy": "no"} | flags
-    return Job(f"{method}/rate_{rate:g}/seed_{seed}", tuple(told.items()), ends, begins, trunk)
+    """A job whose folder is named after its method, what is tuned, and seed; without checkpoints unless flags ask."""
+    told = {"max_steps": ends, "learning_rate": point.rate, "seed": seed, "save_strategy": "no"} | flags
+    warmup = {"warmup_steps": point.warmup} if point.warmup else {}
+    folder = f"warmup_{point.warmup}/rate_{point.rate:g}" if warmup else f"rate_{point.rate:g}"
+    return Job(f"{method}/{folder}/seed_{seed}", tuple((told | warmup).items()), ends, begins, trunk)
 
 
-def cosine(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
+def cosine(settings: Settings, horizon: int, point: Point, seed: int) -> Job:
     """AdamW with warm-up and a cosine to zero at a horizon, which it must know."""
-    warmup = max(1, round(settings.warmup * horizon))
-    flags = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": warmup}
-    return _job(f"adamw_cosine/{horizon}", horizon, rate, seed, **flags)
+    flags = {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine"}
+    return _job(f"adamw_cosine/{horizon}", horizon, point, seed, **flags)
 
 
-def trunk(settings: Settings, rate: float, seed: int) -> Job:
+def _constant(point: Point) -> dict[str, Any]:
+    return {"lr_scheduler_type": "constant_with_warmup" if point.warmup else "constant"}
+
+
+def trunk(settings: Settings, point: Point, seed: int) -> Job:
     """RAdam at a constant rate, with the average; checkpoints where a decay may begin."""
     saving = {"save_strategy": "steps", "save_steps": branching(settings, settings.horizons[0])}
-    flags = {"optim": "radam", "lr_scheduler_type": "constant", **AVERAGED, **saving}
-    return _job("radam_constant", settings.updates, rate, seed, **flags)
+    flags = {"optim": "radam", **_constant(point), **AVERAGED, **saving}
+    return _job("radam_constant", settings.updates, point, seed, **flags)
 
 
 def branching(settings: Settings, horizon: int) -> int:
@@ -65,23 +82,23 @@ def branching(settings: Settings, horizon: int) -> int:
     return horizon - round(DECAY * horizon)
 
 
-def branch(settings: Settings, horizon: int, rate: float, seed: int) -> Job:
+def branch(settings: Settings, horizon: int, point: Point, seed: int) -> Job:
     """The decay of WSD to a horizon, from a checkpoint of the trunk."""
-    begin, source = branching(settings, horizon), trunk(settings, rate, seed)
+    begin, source = branching(settings, horizon), trunk(settings, point, seed)
     flags = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": horizon - begin, **AVERAGED}
-    return _job(f"radam_wsd/{horizon}", horizon, rate, seed, begins=begin, trunk=source.name, **flags)
+    return _job(f"radam_wsd/{horizon}", horizon, point, seed, begins=begin, trunk=source.name, **flags)
 
 
-def several_budgets(settings: Settings, rate: float, seed: int) -> Job:
+def several_budgets(settings: Settings, point: Point, seed: int) -> Job:
     """WSD-S: one run that decays to every horizon and goes on."""
     budgets = {"budgets": settings.horizons[:-1], "decay_steps": DECAY}
-    return _job("radam_wsd_s", settings.updates, rate, seed, optim="radam", lr_scheduler_type="wsd_s", **budgets)
+    return _job("radam_wsd_s", settings.updates, point, seed, optim="radam", lr_scheduler_type="wsd_s", **budgets)
 
 
-def schedule_free(settings: Settings, rate: float, seed: int) -> Job:
+def schedule_free(settings: Settings, point: Point, seed: int) -> Job:
     """RAdamScheduleFree: one run at a constant rate, evaluated at x."""
-    flags = {"optim": "radam_schedulefree", "lr_scheduler_type": "constant"}
-    return _job("radam_schedulefree", settings.updates, rate, seed, **flags)
+    flags = {"optim": "radam_schedulefree", **_constant(point)}
+    return _job("radam_schedulefree", settings.updates, point, seed, **flags)
 
 
 def command(job: Job, settings: Settings, folder: str) -> list[str]:

@@ -1,29 +1,29 @@
 """Which trainings a comparison needs next, given what those that are finished say.
 
-Each arm has its learning rate from a grid with factor 2, by the first seed; the grid grows until its best rate is not
-at an end. Then all seeds are trained with the rate that was chosen. AdamW with a cosine is tuned for every horizon by
-itself, the others once, at the last one.
+Each arm is tuned by the first seed: its learning rate, and AdamW's warm-up with it, by steps of a factor 2, until the
+neighbours of the best are worse. Then all seeds are trained with what was chosen. AdamW with a cosine is tuned for each
+horizon by itself, the others once, at the last one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from . import jobs
-from .jobs import Job
+from .jobs import Job, Point
 from .reading import Curves
 from .settings import Settings
 
-WIDEST = 9
-"""Rates in a grid beyond which something else is wrong."""
+WIDEST = 16
+"""Points of a grid beyond which something else is wrong."""
 Known = Mapping[str, Curves]
 """The finished jobs by name."""
 
 
 class NoBestRate(RuntimeError):
-    """A grid of learning rates whose best stays at its end."""
+    """A grid whose best stays at its end."""
 
 
 @dataclass(frozen=True)
@@ -55,111 +55,139 @@ class Arm:
     Attributes:
         name: for tables.
         family: whose initial learning rates it takes.
-        reading: where its loss at a horizon is, for a rate and a seed.
-        tuned_for_each_horizon: whether its rate is chosen anew for every horizon.
-        to_serve: updates that it makes to have a model at each of the horizons, once the rates are known.
+        reading: where its loss at a horizon is, for what is tuned and a seed.
+        to_serve: updates that it makes to have a model at each of the horizons, once it is tuned.
+        tuned_for_each_horizon: whether it is tuned anew for every horizon, its warm-up too.
+        with_warmup: whether it is shown too what a warm-up does to it.
     """
 
     name: str
     family: str
-    reading: Callable[[int, float, int], Reading]
+    reading: Callable[[int, Point, int], Reading]
     to_serve: Callable[[], int]
     tuned_for_each_horizon: bool = False
+    with_warmup: bool = False
 
 
 def arms(settings: Settings) -> list[Arm]:
     """The six methods that are compared."""
     end = settings.updates
 
-    def trunk(raw: bool) -> Callable[[int, float, int], Reading]:
-        return lambda horizon, rate, seed: Reading(jobs.trunk(settings, rate, seed), raw, horizon)
+    def trunk(raw: bool) -> Callable[[int, Point, int], Reading]:
+        return lambda horizon, point, seed: Reading(jobs.trunk(settings, point, seed), raw, horizon)
 
     branches = sum(horizon - jobs.branching(settings, horizon) for horizon in settings.horizons)
     return [
         Arm(
             "AdamW, cosine",
             "adamw",
-            lambda horizon, rate, seed: Reading(jobs.cosine(settings, horizon, rate, seed), False, horizon),
+            lambda horizon, point, seed: Reading(jobs.cosine(settings, horizon, point, seed), False, horizon),
             lambda: sum(settings.horizons),
             tuned_for_each_horizon=True,
         ),
         Arm("RAdam, constant, raw", "radam", trunk(raw=True), lambda: end),
-        Arm("RAdam + EWA", "radam", trunk(raw=False), lambda: end),
+        Arm("RAdam + EWA", "radam", trunk(raw=False), lambda: end, with_warmup=True),
         Arm(
             "RAdam + WSD",
             "radam",
-            lambda horizon, rate, seed: Reading(jobs.branch(settings, horizon, rate, seed), True, horizon),
+            lambda horizon, point, seed: Reading(jobs.branch(settings, horizon, point, seed), True, horizon),
             lambda: jobs.branching(settings, end) + branches,
         ),
         Arm(
             "RAdam + WSD-S",
             "radam",
-            lambda horizon, rate, seed: Reading(jobs.several_budgets(settings, rate, seed), False, horizon),
+            lambda horizon, point, seed: Reading(jobs.several_budgets(settings, point, seed), False, horizon),
             lambda: end,
         ),
         Arm(
             "RAdamScheduleFree",
             "radam_schedulefree",
-            lambda horizon, rate, seed: Reading(jobs.schedule_free(settings, rate, seed), False, horizon),
+            lambda horizon, point, seed: Reading(jobs.schedule_free(settings, point, seed), False, horizon),
             lambda: end,
+            with_warmup=True,
         ),
     ]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Losses of an arm at a horizon by learning rate, as far as they are known.
+    """Losses of an arm at a horizon by what is tuned, as far as they are known.
 
     Attributes:
         losses: None where the training is not finished.
-        best: the rate with the lowest loss, once all are known and it is not at an end; else None.
+        best: the point with the lowest loss, once all its neighbours are known to be worse; else None.
     """
 
-    losses: dict[float, float | None]
-    best: float | None
+    losses: dict[Point, float | None]
+    best: Point | None
+
+
+def missing(best: Point, points: Collection[Point], horizon: int, *, warmup: bool) -> list[Point]:
+    """What is to be tried around the best point: a lower and a higher rate, if there are none; then so with warm-ups.
+
+    A warm-up is half or double, and leaves at least half of the horizon to the decay.
+    """
+    rates = [point.rate for point in points if point.warmup == best.warmup]
+    found = [best._replace(rate=best.rate / 2)] if best.rate == min(rates) else []
+    found += [best._replace(rate=best.rate * 2)] if best.rate == max(rates) else []
+    if warmup and not found:
+        steps = {best.warmup // 2, max(1, best.warmup * 2)}
+        found += [best._replace(warmup=step) for step in sorted(steps) if 2 * step <= horizon]
+    return [point for point in found if point not in points]
 
 
 def grid(settings: Settings, arm: Arm, horizon: int, known: Known) -> Grid:
-    """The learning rates to try for an arm, with what is known of them.
+    """What was tried for an arm and is to be tried next, with what is known of it.
 
     Raises:
         NoBestRate: if the best stays at an end.
     """
-    seed = settings.seeds[0]
-    rates = sorted(settings.rates[arm.family])
+    seed, warmup = settings.seeds[0], arm.tuned_for_each_horizon
+    points = {Point(rate, settings.warmup if warmup else 0) for rate in settings.rates[arm.family]}
     while True:
-        losses = {rate: arm.reading(horizon, rate, seed).loss(known) for rate in rates}
-        found = [(loss, rate) for rate, loss in losses.items() if loss is not None]
-        if len(found) < len(rates):
+        losses = {point: arm.reading(horizon, point, seed).loss(known) for point in sorted(points)}
+        found = [(loss, point) for point, loss in losses.items() if loss is not None]
+        if len(found) < len(points):
             return Grid(losses, None)
         loss, best = min(found)
-        if rates[0] < best < rates[-1] and math.isfinite(loss):
+        new = missing(best, points, horizon, warmup=warmup)
+        if not math.isfinite(loss):  # all diverged, and the lowest rate is the first of them: only lower ones help
+            new = [best._replace(rate=best.rate / 2)]
+        if not new:
             return Grid(losses, best)
-        if len(rates) >= WIDEST:
+        if len(points) >= WIDEST:
             raise NoBestRate(
-                f"{arm.name}: of {len(rates)} learning rates from {rates[0]:g} to {rates[-1]:g} the best at update "
-                f"{horizon} is still {best:g}, at an end. Begin elsewhere with --rates."
+                f"{arm.name}: of {len(points)} trainings with learning rates from {min(points).rate:g} to "
+                f"{max(points).rate:g} the best at update {horizon}, with {best.rate:g}, is still at an end. Begin "
+                "elsewhere with --rates."
             )
-        lower = best == rates[0] or not math.isfinite(loss)
-        rates = sorted([*rates, rates[0] / 2 if lower else rates[-1] * 2])
+        points.update(new)
 
 
 def tuned_at(settings: Settings, arm: Arm, horizon: int) -> int:
-    """The horizon at which the rate for this horizon is chosen."""
+    """The horizon at which an arm is tuned for this one."""
     return horizon if arm.tuned_for_each_horizon else settings.updates
 
 
+def warmed(settings: Settings, best: Point) -> list[Point]:
+    """With a warm-up the rate that was best without one, and its double: a warm-up allows for higher rates."""
+    return [Point(rate, settings.warmup) for rate in (best.rate, 2 * best.rate)]
+
+
 def readings(settings: Settings, known: Known) -> Iterable[Reading]:
-    """Every loss that is wanted by now: those of the grids, and those of all seeds where a rate is chosen."""
+    """Every loss that is wanted by now: of the grids; where one has its best, of all seeds and with a warm-up."""
     for arm in arms(settings):
         for horizon in settings.horizons:
             tuning = tuned_at(settings, arm, horizon)
             tried = grid(settings, arm, tuning, known)
-            for rate in tried.losses:
-                yield arm.reading(tuning, rate, settings.seeds[0])
-            if tried.best is not None:
-                for seed in settings.seeds:
-                    yield arm.reading(horizon, tried.best, seed)
+            for point in tried.losses:
+                yield arm.reading(tuning, point, settings.seeds[0])
+            if tried.best is None:
+                continue
+            for seed in settings.seeds:
+                yield arm.reading(horizon, tried.best, seed)
+            for point in warmed(settings, tried.best) if arm.with_warmup else ():
+                yield arm.reading(horizon, point, settings.seeds[0])
 
 
 def with_trunk(settings: Settings, job: Job) -> list[Job]:
@@ -167,7 +195,7 @@ def with_trunk(settings: Settings, job: Job) -> list[Job]:
     if job.trunk is None:
         return [job]
     flags = dict(job.flags)
-    return [jobs.trunk(settings, flags["learning_rate"], flags["seed"]), job]
+    return [jobs.trunk(settings, Point(flags["learning_rate"]), flags["seed"]), job]
 
 
 def jobs_of(settings: Settings, known: Known) -> list[Job]:

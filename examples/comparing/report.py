@@ -11,15 +11,20 @@ from .results import Results
 
 
 def table(results: Results) -> str:
-    """Loss of every arm at every horizon: mean over the seeds, and half their range; learning rate; updates."""
+    """Loss of every arm at every horizon: mean over the seeds, and half their range; what was tuned; updates."""
     losses = [f"loss at {horizon}" for horizon in results["horizons"]]
-    head = ["method", *losses, "learning rate", "updates for all three", "updates to tune"]
+    head = ["method", *losses, "learning rate", "warm-up", "updates for all three", "updates to tune"]
     rows = []
     for arm in results["arms"]:
         cells = [_mean(values) for values in arm["losses"]]
-        rates = ", ".join(f"{rate:g}" for rate in (arm["rates"] if len(set(arm["rates"])) > 1 else arm["rates"][:1]))
-        rows.append([arm["name"], *cells, rates, str(arm["updates_to_serve"]), str(arm["updates_to_tune"])])
+        tuned = [", ".join(f"{value:g}" for value in _distinct(arm[name])) for name in ("rates", "warmups")]
+        rows.append([arm["name"], *cells, *tuned, str(arm["updates_to_serve"]), str(arm["updates_to_tune"])])
     return markdown(head, rows)
+
+
+def _distinct(values: list[float]) -> list[float]:
+    """One for each horizon, or one if they are the same."""
+    return values if len(set(values)) > 1 else values[:1]
 
 
 def _mean(losses: list[float]) -> str:
@@ -43,7 +48,7 @@ def claims(results: Results) -> str:
 def _difference(mean: float, by_seed: list[float]) -> str:
     if not math.isfinite(mean):
         return "diverged"
-    return f"{mean:+.1f} %" + (f" ({min(by_seed):+.1f} to {max(by_seed):+.1f})" if len(by_seed) > 1 else "")
+    return f"{mean:+.2f} %" + (f" ({min(by_seed):+.2f} to {max(by_seed):+.2f})" if len(by_seed) > 1 else "")
 
 
 def _verdict(holds: list[bool], for_every_seed: list[bool]) -> str:
@@ -60,10 +65,22 @@ def grids(results: Results) -> str:
     for arm in results["arms"]:
         for grid in arm["grids"]:
             by_rate = dict(zip(grid["rates"], grid["losses"], strict=True))
-            best = min(by_rate.values())
+            best = min(min(other["losses"]) for other in arm["grids"] if other["horizon"] == grid["horizon"])
             shown = {rate: f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for rate, loss in by_rate.items()}
-            rows.append([f"{arm['name']}, {grid['horizon']} updates", *(shown.get(rate, "") for rate in rates)])
+            warmup = f", warm-up {grid['warmup']}" if grid["warmup"] else ""
+            rows.append([f"{arm['name']}, {grid['horizon']} updates{warmup}", *(shown.get(rate, "") for rate in rates)])
     return markdown(["learning rate", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def warmups(results: Results) -> str:
+    """What a warm-up does to RAdam: losses of the first seed without, and with one at the rate and twice the rate."""
+    rows = []
+    for arm in [arm for arm in results["arms"] if arm["with_warmup"]]:
+        without = {"rate": arm["rates"][-1], "warmup": 0, "losses": [losses[0] for losses in arm["losses"]]}
+        for tried in (without, *arm["with_warmup"]):
+            losses = [f"{loss:.3f}" for loss in tried["losses"]]
+            rows.append([arm["name"], f"{tried['rate']:g}", str(tried["warmup"]), *losses])
+    return markdown(["method", "learning rate", "warm-up", *(f"loss at {each}" for each in results["horizons"])], rows)
 
 
 def setting(results: Results) -> str:
@@ -95,6 +112,7 @@ PARTS: Parts = {
     "table": table,
     "claims": claims,
     "grids": grids,
+    "warmups": warmups,
     "first_budget": first_budget,
 }
 

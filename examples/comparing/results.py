@@ -26,6 +26,7 @@ COSINE, RAW, EWA, WSD, WSD_S, FREE = (
     "RAdamScheduleFree",
 )
 OWN_RAW = "raw weights of the same training"
+LONGEST = "the training for the last horizon, when it is there"
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Claim:
     Attributes:
         words: what is said.
         arm: of which.
-        against: what it is held against: another arm, at its own best rate, or `OWN_RAW`, at the same rate and seed.
+        against: what it is held against: another arm, as that was tuned, or with the same seed `OWN_RAW` or `LONGEST`.
         most: how far its loss may lie above that, in per cent; negative: how far it must lie below.
         least: likewise how far below it may lie.
     """
@@ -55,6 +56,7 @@ CLAIMS = (
     Claim("WSD-S is not farther than 1 % from WSD", WSD_S, WSD, 1.0, -1.0),
     Claim("A decay ends at least 3 % below what its trunk has by then", WSD, OWN_RAW, -3.0),
     Claim("Schedule-free is at most 2 % above a cosine tuned for the horizon", FREE, COSINE, 2.0),
+    Claim("A cosine that ends here is not above the longest one when it is here", COSINE, LONGEST, 0.0),
 )
 
 
@@ -87,12 +89,12 @@ def collect(settings: Settings, known: Known, folder: Path) -> Results:
 
 
 def _tuning(settings: Settings, arm: Arm, known: Known) -> int:
-    """Updates that were made to choose the learning rates of an arm, with one seed."""
+    """Updates that were made to tune an arm, with one seed."""
     tried = {planning.tuned_at(settings, arm, horizon) for horizon in settings.horizons}
     found: dict[str, jobs.Job] = {}
     for horizon in tried:
-        for rate in planning.grid(settings, arm, horizon, known).losses:
-            job = arm.reading(horizon, rate, settings.seeds[0]).job
+        for point in planning.grid(settings, arm, horizon, known).losses:
+            job = arm.reading(horizon, point, settings.seeds[0]).job
             found[job.name] = job
     return sum(job.ends for job in found.values())  # of a branch, with its trunk as far as it is needed
 
@@ -100,34 +102,57 @@ def _tuning(settings: Settings, arm: Arm, known: Known) -> int:
 def _arm(settings: Settings, arm: Arm, known: Known) -> dict[str, Any]:
     tuned = {horizon: planning.tuned_at(settings, arm, horizon) for horizon in settings.horizons}
     grids = {horizon: planning.grid(settings, arm, each, known) for horizon, each in tuned.items()}
-    rates = {horizon: grid.best for horizon, grid in grids.items()}
+    chosen: dict[int, Any] = {horizon: grid.best for horizon, grid in grids.items()}
     losses = {
-        horizon: [arm.reading(horizon, rates[horizon], seed).loss(known) for seed in settings.seeds]
+        horizon: [arm.reading(horizon, chosen[horizon], seed).loss(known) for seed in settings.seeds]
         for horizon in settings.horizons
     }
+    seed, last = settings.seeds[0], chosen[settings.updates]
     return {
         "name": arm.name,
-        "rates": [rates[horizon] for horizon in settings.horizons],
+        "rates": [chosen[horizon].rate for horizon in settings.horizons],
+        "warmups": [chosen[horizon].warmup for horizon in settings.horizons],
         "losses": [losses[horizon] for horizon in settings.horizons],
         "own_raw": [
-            [_own_raw(settings, arm.reading(horizon, rates[horizon], seed), known) for seed in settings.seeds]
+            [_own_raw(settings, arm.reading(horizon, chosen[horizon], each), known) for each in settings.seeds]
+            for horizon in settings.horizons
+        ],
+        "longest": [
+            [_at(arm.reading(settings.updates, last, each), horizon, known) for each in settings.seeds]
             for horizon in settings.horizons
         ],
         "mean": [statistics.fmean(losses[horizon]) for horizon in settings.horizons],
         "grids": [
-            {"horizon": horizon, "rates": [*grid.losses], "losses": [*grid.losses.values()]}
+            {"horizon": horizon, "warmup": warmup, "rates": [*by_rate], "losses": [*by_rate.values()]}
             for horizon, grid in grids.items()
             if tuned[horizon] == horizon
+            for warmup, by_rate in _by_warmup(grid).items()
+        ],
+        "with_warmup": [
+            {
+                "rate": point.rate,
+                "warmup": point.warmup,
+                "losses": [arm.reading(horizon, point, seed).loss(known) for horizon in settings.horizons],
+            }
+            for point in (planning.warmed(settings, last) if arm.with_warmup else ())
         ],
         "updates_to_serve": arm.to_serve(),
         "updates_to_tune": _tuning(settings, arm, known),
-        "curves": [_curve(settings, arm, rates, horizon) for horizon in settings.horizons],
+        "curves": [_curve(arm.reading(horizon, chosen[horizon], seed)) for horizon in settings.horizons],
     }
 
 
-def _curve(settings: Settings, arm: Arm, rates: dict[int, Any], horizon: int) -> dict[str, Any]:
-    """Which training, of the first seed, leads to the loss at a horizon."""
-    reading = arm.reading(horizon, rates[horizon], settings.seeds[0])
+def _by_warmup(grid: planning.Grid) -> dict[int, dict[float, float | None]]:
+    """The losses of a grid by learning rate, for every warm-up that was tried."""
+    warmups = sorted({point.warmup for point in grid.losses})
+    return {
+        warmup: {point.rate: loss for point, loss in grid.losses.items() if point.warmup == warmup}
+        for warmup in warmups
+    }
+
+
+def _curve(reading: Reading) -> dict[str, Any]:
+    """Which training leads to a loss."""
     return {"training": reading.job.name, "raw": reading.raw, "trunk": reading.job.trunk}
 
 
@@ -137,11 +162,18 @@ def _own_raw(settings: Settings, reading: Reading, known: Known) -> float | None
     return curves.raw.get(reading.step)
 
 
+def _at(reading: Reading, step: int, known: Known) -> float | None:
+    """Loss of a training at another update than its last, where it has it."""
+    curves = known[reading.job.name]
+    return (curves.raw if reading.raw else curves.evaluated).get(step)
+
+
 def _claim(claim: Claim, compared: list[dict[str, Any]]) -> dict[str, Any]:
     """The difference of the losses at every horizon, seed by seed, in per cent of what the arm is held against."""
     by_name = {arm["name"]: arm for arm in compared}
     mine = by_name[claim.arm]
-    theirs = mine["own_raw"] if claim.against == OWN_RAW else by_name[claim.against]["losses"]
+    own = {OWN_RAW: "own_raw", LONGEST: "longest"}
+    theirs = mine[own[claim.against]] if claim.against in own else by_name[claim.against]["losses"]
     by_seed = [
         [100 * (one - other) / other for one, other in zip(*seeds, strict=True)]
         for seeds in zip(mine["losses"], theirs, strict=True)
@@ -161,11 +193,11 @@ def _claim(claim: Claim, compared: list[dict[str, Any]]) -> dict[str, Any]:
 def _same_at_first_budget(settings: Settings, known: Known) -> dict[str, Any] | None:
     """WSD-S and WSD at the first horizon: the same updates. None if no rate was tried with both."""
     seed, horizon = settings.seeds[0], settings.horizons[0]
-    for rate in planning.grid(settings, _named(settings, WSD_S), settings.updates, known).losses:
-        one = known.get(jobs.several_budgets(settings, rate, seed).name)
-        other = known.get(jobs.branch(settings, horizon, rate, seed).name)
+    for point in planning.grid(settings, _named(settings, WSD_S), settings.updates, known).losses:
+        one = known.get(jobs.several_budgets(settings, point, seed).name)
+        other = known.get(jobs.branch(settings, horizon, point, seed).name)
         if one is not None and other is not None:
-            return {"rate": rate, "wsd_s": one.evaluated[horizon], "wsd": other.raw[horizon]}
+            return {"rate": point.rate, "wsd_s": one.evaluated[horizon], "wsd": other.raw[horizon]}
     return None
 
 

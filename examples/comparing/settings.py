@@ -31,7 +31,8 @@ class Settings:
         seeds: of weights and of the order of the data; the rates are chosen with the first.
         weight_decay: of every run.
         beta2: of every run; it also sets how long RAdam warms up, which must be short beside the first horizon.
-        warmup: of AdamW, as a ratio of the run; RAdam has none.
+        warmup: updates at which the tuning of AdamW's begins, for every horizon; RAdam has none, but where it is shown
+            what one does.
         train_file: text to train on, as for `run_clm.py`; the source of the Python standard library if None.
         device: cpu, or cuda for what accelerate finds.
         bf16: whether to compute in bf16.
@@ -54,17 +55,19 @@ class Settings:
     seeds: tuple[int, ...] = (0, 1, 2)
     weight_decay: float = 0.1
     beta2: float = 0.95
-    warmup: float = 0.05
+    warmup: int = 106
     train_file: str | None = None
     device: str = "cpu"
     bf16: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("updates", "sequences", "block", "vocabulary", "width", "layers", "evaluated"):
+        for name in ("updates", "sequences", "block", "vocabulary", "width", "layers", "evaluated", "warmup"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.updates % EVALUATIONS:
             raise ValueError(f"updates={self.updates} must be a multiple of {EVALUATIONS}: every horizon is evaluated.")
+        if self.warmup >= self.horizons[0]:
+            raise ValueError(f"warmup={self.warmup} must end before the first horizon, {self.horizons[0]} updates.")
         if self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of 4: the model has four heads.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
@@ -94,6 +97,7 @@ class Settings:
 
 QUICK = Settings(
     updates=100,
+    warmup=10,
     width=32,
     layers=2,
     evaluated=40,

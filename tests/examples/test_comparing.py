@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 import time
@@ -19,23 +20,30 @@ from safetensors.numpy import save_file
 
 from compare_methods import alone, keep_settings, parse_arguments
 from comparing import figures, jobs, planning, report, results
+from comparing.jobs import Point
 from comparing.reading import Curves, is_finished
 from comparing.running import JobError, Runner
 from comparing.settings import HORIZONS, Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-TINY = "--updates 20 --sequences 2 --block 32 --vocabulary 300 --width 16 --layers 1 --evaluated 4 --seeds 0".split()
+TINY = "--updates 20 --warmup 2 --sequences 2 --block 32 --vocabulary 300 --width 16 --layers 1".split()
+TINY += "--evaluated 4 --seeds 0".split()
 TINY += [word for arm in ("adamw", "radam", "radam_schedulefree") for word in ("--rates", arm, "1e-4", "1e-2", "10")]
-SETTINGS = Settings(updates=400)
+SETTINGS = Settings(updates=400, warmup=20)
+BEST_WARMUP = 40
 BEST = {"adamw_torch_fused": 2.0**-9, "radam": 2.0**-5, "radam_schedulefree": 2.0**-6}
 RATES = {name: (2.0**-7, 2.0**-6, 2.0**-5) for name in ("adamw", "radam", "radam_schedulefree")}
 
 
 def loss(job, step, *, raw):
-    """Parabola in the logarithm of the rate around a best one; less with more updates and more seed; raw is worse."""
+    """Parabola in the logarithm of the rate around a best one; less with more updates and more seed; raw is worse.
+
+    AdamW has one in the logarithm of its warm-up too.
+    """
     flags = dict(job.flags)
-    best = BEST[flags["optim"]]
-    away = math.log2(flags["learning_rate"] / best)
+    away = math.log2(flags["learning_rate"] / BEST[flags["optim"]])
+    if flags["optim"] == "adamw_torch_fused":
+        away = math.hypot(away, math.log2(flags["warmup_steps"] / BEST_WARMUP))
     return 2 + 0.1 * away**2 + 40 / step + 0.01 * flags["seed"] + (0.2 if raw else 0)
 
 
@@ -61,8 +69,12 @@ def test_every_grid_grows_until_its_best_is_inside(rates):
     known, _ = world(settings)
     for arm in planning.arms(settings):
         grid = planning.grid(settings, arm, settings.updates, known)
-        (optimizer,) = {dict(arm.reading(400, 0.1, 0).job.flags)["optim"]}
-        assert grid.best == BEST[optimizer] and min(grid.losses) < grid.best < max(grid.losses)
+        (optimizer,) = {dict(arm.reading(400, Point(0.1), 0).job.flags)["optim"]}
+        cosine = optimizer == "adamw_torch_fused"
+        assert grid.best == (BEST[optimizer], BEST_WARMUP if cosine else 0)
+        assert min(grid.losses).rate < grid.best.rate < max(grid.losses).rate
+        around = {(grid.best.rate * ratio, BEST_WARMUP) for ratio in (0.5, 2)} | {(grid.best.rate, w) for w in (20, 80)}
+        assert not cosine or around < grid.losses.keys()
         for seed in settings.seeds:
             for horizon in settings.horizons:
                 assert arm.reading(horizon, grid.best, seed).loss(known) is not None
@@ -70,7 +82,7 @@ def test_every_grid_grows_until_its_best_is_inside(rates):
 
 def test_a_grid_that_does_not_end_is_an_error():
     settings = dataclasses.replace(SETTINGS, rates={name: (1e6, 2e6, 4e6) for name in RATES})
-    with pytest.raises(planning.NoBestRate, match="AdamW, cosine: of 9 learning rates from 15625 to .* at an end"):
+    with pytest.raises(planning.NoBestRate, match="AdamW, cosine: of 16 trainings with learning rates from 122.07 to"):
         world(settings)
 
 
@@ -78,7 +90,7 @@ def test_a_rate_that_diverges_is_the_worst():
     settings = dataclasses.replace(SETTINGS, rates=RATES)
     known, _ = world(settings, diverges=lambda job: dict(job.flags)["learning_rate"] > 2.0**-5)
     arm = next(arm for arm in planning.arms(settings) if arm.family == "radam")
-    assert planning.grid(settings, arm, settings.updates, known).best == 2.0**-5
+    assert planning.grid(settings, arm, settings.updates, known).best == (2.0**-5, 0)
 
 
 def test_decays_branch_from_the_checkpoints_of_their_trunk():
@@ -117,6 +129,8 @@ def test_what_it_takes_to_serve_all_horizons():
         ({"width": 66}, "width=66 must be a multiple of 4"),
         ({"seeds": ()}, r"seeds=\(\) must be one or more"),
         ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must be one or more, each once"),
+        ({"warmup": 100}, "warmup=100 must end before the first horizon, 100 updates"),
+        ({"warmup": 0}, "warmup=0 must be at least 1"),
         ({"layers": 0}, "layers=0 must be at least 1"),
         ({"updates": -20}, "updates=-20 must be at least 1"),
         ({"weight_decay": -1.0}, "weight_decay=-1.0 must be 0 or more"),
@@ -152,10 +166,11 @@ def test_the_numbers_are_those_of_the_world(compared):
     assert by_name[results.RAW]["mean"] == by_name[results.WSD]["mean"] == pytest.approx([2.61, 2.41, 2.31])
     assert by_name[results.WSD]["losses"][0] == pytest.approx([2.6, 2.61, 2.62])
     assert by_name[results.COSINE]["rates"] == [2.0**-9] * 3 and by_name[results.EWA]["rates"] == [2.0**-5] * 3
-    # Exponents tried: cosine -7, -6, -5, then -8, -9, -10, everywhere; RAdam also -4; schedule-free no others.
+    # Exponents tried: RAdam -7 to -4; schedule-free the first three; cosine -5 to -10 with a warm-up of 20, -9 with 10,
+    # -8 to -10 with 40, and -9 with 80 where that is not above half of the horizon, so not at 100.
     tuned = {name: arm["updates_to_tune"] for name, arm in by_name.items()}
     assert tuned == {
-        results.COSINE: 6 * 700,
+        results.COSINE: 10 * 100 + 11 * 200 + 11 * 400,
         results.RAW: 4 * 400,
         results.EWA: 4 * 400,
         results.WSD: 4 * 400,  # its trunk up to the decay, and the decay
@@ -170,6 +185,12 @@ def test_the_numbers_are_those_of_the_world(compared):
     assert decay["differences"] == [0, 0, 0] and not any(decay["holds"])
     near = claims["WSD-S is not farther than 1 % from WSD"]  # here 0.2 below
     assert near["differences"][2] == pytest.approx(100 * -0.2 / 2.31, abs=0.01) and not any(near["holds"])
+    longest = claims["A cosine that ends here is not above the longest one when it is here"]  # they are alike here
+    assert longest["differences"] == [0, 0, 0] and all(longest["holds"])
+    warmed = by_name[results.FREE]["with_warmup"]  # at the best rate and its double, one step from it
+    assert [(tried["rate"], tried["warmup"]) for tried in warmed] == [(2.0**-6, 20), (2.0**-5, 20)]
+    assert [tried["losses"] for tried in warmed] == [pytest.approx([2.4, 2.2, 2.1]), pytest.approx([2.5, 2.3, 2.2])]
+    assert by_name[results.COSINE]["warmups"] == [BEST_WARMUP] * 3 and not by_name[results.WSD]["with_warmup"]
 
 
 def test_weights_of_the_same_training_have_its_rate(tmp_path):
@@ -204,16 +225,19 @@ def test_verdicts(holds, for_every_seed, words):
 
 def test_what_diverged_and_what_has_one_seed_is_said():
     assert report._mean([2.0, math.inf]) == "diverged (1 of 2 seeds)" and report._mean([2.0]) == "2.000"
-    assert report._difference(math.nan, [0.0, math.nan]) == "diverged" and report._difference(1.0, [1.0]) == "+1.0 %"
+    assert report._difference(math.nan, [0.0, math.nan]) == "diverged" and report._difference(1.0, [1.0]) == "+1.00 %"
 
 
 def test_tables_and_figures_say_the_numbers(compared, tmp_path):
     found, _ = compared
     printed = report.whole(found)
-    assert "| RAdam + EWA | 2.410 ± 0.010 | 2.210 ± 0.010 | 2.110 ± 0.010 | 0.03125 | 400 | 1600 |" in printed
-    decay = "| A decay ends at least 3 % below what its trunk has by then | +0.0 % (+0.0 to +0.0) |"
+    assert "| RAdam + EWA | 2.410 ± 0.010 | 2.210 ± 0.010 | 2.110 ± 0.010 | 0.03125 | 0 | 400 | 1600 |" in printed
+    decay = "| A decay ends at least 3 % below what its trunk has by then | +0.00 % (+0.00 to +0.00) |"
     assert decay in printed and "| does not hold |" in printed
     assert "| RAdamScheduleFree, 400 updates |  |  |  | 2.200 | **2.100** | 2.200 |  |" in printed
+    assert re.search(r"\| AdamW, cosine, 100 updates, warm-up 40 \| 2.500 \| \*\*2.400\*\* \| 2.500 \|", printed)
+    assert "| AdamW, cosine, 100 updates, warm-up 10 |  | 2.800 |" in printed
+    assert "| RAdam + EWA | 0.0625 | 20 | 2.500 | 2.300 | 2.200 |" in printed
     assert "23 parameters" in printed
     drawn = figures.draw(found, tmp_path / "figures")
     assert [path.stem for path in drawn] == ["losses", "learning_rates", "tuning", "updates_to_serve"]
@@ -267,7 +291,9 @@ def stopped(text, tmp_path_factory):
     command = [sys.executable, "-u", EXAMPLES / "compare_methods.py", "--folder", folder, "--train_file", text, *TINY]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = process.stdout.readline()
-    assert "adamw_cosine/5/rate_0.0001/seed_0" in first and "after 5 updates in" in first, process.stderr.read()
+    assert "adamw_cosine/5/warmup_2/rate_0.0001/seed_0" in first and "after 5 updates in" in first, (
+        process.stderr.read()
+    )
     process.terminate()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 130 and "The same command goes on from there" in said
@@ -309,18 +335,18 @@ def test_it_goes_on_with_what_is_missing(stopped, text, monkeypatch):
     arguments = parse_arguments(["--folder", str(stopped), "--train_file", str(text), *TINY])
     keep_settings(arguments.settings, stopped)  # the same
     arms = planning.arms(arguments.settings)
-    first, wsd = arms[0].reading(5, 1e-4, 0).job, arms[3]
+    first, wsd = arms[0].reading(5, Point(1e-4, 2), 0).job, arms[3]
     worse = {
         job.name: Curves({job.ends: 9.0}, {job.ends: 9.0}, {}, {}, 1.0)
         for rate in (1e-4, 10.0)
-        for job in planning.with_trunk(arguments.settings, wsd.reading(20, rate, 0).job)
+        for job in planning.with_trunk(arguments.settings, wsd.reading(20, Point(rate), 0).job)
     }
     runner = Runner(arguments.settings, stopped, workers=1, threads=1, known=worse)
     assert is_finished(stopped, first) and first.name not in [job.name for job in runner.wanted()]
     monkeypatch.setattr(planning, "arms", lambda settings: [wsd])
     known = runner.run()
     best = planning.grid(arguments.settings, wsd, 20, known).best
-    assert best == 1e-2
+    assert best == (1e-2, 0)
     for horizon in (5, 10, 20):
         reading = wsd.reading(horizon, best, 0)
         state = json.loads((stopped / reading.job.name / "trainer_state.json").read_text())
@@ -328,7 +354,7 @@ def test_it_goes_on_with_what_is_missing(stopped, text, monkeypatch):
         assert reading.loss(known) == last
         rates = {e["step"]: e["learning_rate"] for e in state["log_history"] if "learning_rate" in e}
         begin = reading.job.begins  # its first update still has the peak; the decay is 1 - sqrt
-        assert rates[horizon] == pytest.approx(best * (1 - ((horizon - 1 - begin) / (horizon - begin)) ** 0.5))
+        assert rates[horizon] == pytest.approx(best.rate * (1 - ((horizon - 1 - begin) / (horizon - begin)) ** 0.5))
 
 
 def test_a_training_that_fails_says_where_its_output_is(tmp_path):
