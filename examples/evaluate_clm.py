@@ -86,14 +86,25 @@ def read_recipe(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise InputError(f"{path} is no folder: give the folder of a run, or one of its checkpoints")
-    inside = path
-    if (path / RECORD_NAME).is_file():
-        inside = Path(json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))["checkpoints"][-1]["path"])
+    inside = _last_merged(path) if (path / RECORD_NAME).is_file() else path
     for folder in (path, inside, *inside.resolve().parents[:2]):  # _pre_decay/checkpoint-N lies two levels deep
         if (folder / RECIPE).is_file():
             return yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
     merged = f", merged into {path}" if inside != path else ""
     raise InputError(f"there is no {RECIPE} in {inside}{merged} or above it: give the folder of a run of run_clm.py")
+
+
+def _last_merged(path: Path) -> Path:
+    """The last checkpoint of those that a folder was merged from.
+
+    Raises:
+        InputError: the record does not say.
+    """
+    try:
+        record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
+        return (path / record["checkpoints"][-1]["path"]).resolve()
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise InputError(f"{path / RECORD_NAME} cannot be read: {error!r}") from error
 
 
 def load_data(

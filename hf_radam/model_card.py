@@ -144,15 +144,18 @@ def completed(card: str, facts: Facts) -> str:
         facts: what our part says.
 
     Raises:
-        ValueError: if it does not begin so.
+        ValueError: if it does not begin so, or its tags are no list.
     """
     try:
         _, metadata, text = re.split(r"^---\n", card, maxsplit=2, flags=re.MULTILINE)  # a name may end so
         data: dict[str, Any] = dict(yaml.safe_load(metadata))
-    except (ValueError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise ValueError("The card does not begin with metadata in YAML between two lines of ---.") from error
+    given = data.get("tags") or []
+    if not isinstance(given, list):
+        raise ValueError(f"The card's metadata has the tags {given!r}, which are no list.")
     # Upstream takes over the tags of a card that is there, which may be of another method.
-    data["tags"] = [tag for tag in data.get("tags") or () if tag not in (OWN_TAG, *TAGS.values())] + tags(facts)
+    data["tags"] = [tag for tag in given if tag not in (OWN_TAG, *TAGS.values())] + tags(facts)
     # Remove when transformers and TRL do not name a base model that has no name.
     text = NAMELESS.sub("was trained from scratch", text)
     if has_our_part(text):

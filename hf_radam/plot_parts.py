@@ -31,12 +31,17 @@ def fitted_legend(place: Callable[..., Any], handles: Sequence[Any], *, width: f
         **options: for `place`.
     """
     for handle in handles:
-        handle.set_label("\n".join(textwrap.wrap(handle.get_label(), LABEL_WIDTH)))
+        handle.set_label(plain("\n".join(textwrap.wrap(handle.get_label(), LABEL_WIDTH))))
     for columns in range(min(len(handles), COLUMNS), 0, -1):
         legend = place(handles=handles, ncols=columns, frameon=False, **options)
         if columns == 1 or legend.get_window_extent().width <= width:
             return legend
         legend.remove()
+
+
+def plain(text: str) -> str:
+    """A name as it is: matplotlib takes what stands between dollars for a formula."""
+    return text.replace("$", r"\$")
 
 
 def loss_styles(kinds: Sequence[str]) -> dict[str, dict[str, Any]]:

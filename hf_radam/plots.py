@@ -23,6 +23,7 @@ from hf_radam.plot_parts import (
     after_the_start,
     fitted_legend,
     loss_styles,
+    plain,
     usual_limits,
     words_outside,
 )
@@ -196,7 +197,7 @@ def _evaluations(axes: Any, logs: Sequence[TrainingLog], names: list[str], colou
         for kind, series in log.evaluations.items():
             if series:
                 axes.plot(series.updates, series.values, color=colour, gid=f"{name}: {kind}", **styles[kind])
-    axes.set_ylabel("evaluation loss" if len(kinds) > 1 else kinds[0])
+    axes.set_ylabel("evaluation loss" if len(kinds) > 1 else plain(kinds[0]))
     if len(kinds) > 1:
         place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
         options = place | {"fontsize": "small", "handlelength": 3}

@@ -243,7 +243,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
     def evaluate(self, eval_dataset: Any = None, *positional: Any, **keywords: Any) -> dict[str, float]:
         """As upstream's; refuses data sets whose names would make two losses one."""
         if self.args.ewa_eval_raw:
-            check_data_sets(eval_dataset)
+            check_data_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
         return super().evaluate(eval_dataset, *positional, **keywords)
 
     def evaluation_loop(

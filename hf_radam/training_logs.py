@@ -123,8 +123,15 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _series(history: Sequence[Mapping[str, Any]], key: str) -> Series:
     found = [(entry["step"], entry[key]) for entry in history if key in entry]
-    kept = [(step, float(value)) for step, value in found if isinstance(value, int | float)]
+    kept = [(step, _float(value)) for step, value in found if isinstance(value, int | float)]
     return Series([step for step, _ in kept], [value for _, value in kept])
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an integer of 400 digits is what 1e400 is in JSON
+        return math.inf if value > 0 else -math.inf
 
 
 def smoothed(series: Series, *, half_life_ratio: float) -> Series:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -49,16 +50,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 if anything is damaged; 128 and the number of the signal that ended it (Ctrl-C: 130, SIGTERM: 143). A
         wrong argument leaves the process with 2 (`SystemExit`).
     """
-    arguments = parse(argv)
-    with Stop() as stop:
-        arguments.stop = stop
+    with Stop("hf-radam") as stop:
         try:
+            arguments = parse(argv)
+            arguments.stop, stop.command = stop, arguments.prog
             return _run(arguments)
         except BaseException:
             if stop.signal is None:
                 raise
-            # Whatever a signal's exception has become on its way, this is what happened.
-            print(f"{arguments.prog}: ended by {stop.signal.name}", file=sys.stderr)
+            stop.tell()  # whatever a signal's exception has become on its way, this is what happened
             return stop.code
 
 
@@ -73,5 +73,9 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.stop.check()
         arguments.refuse(f"a file cannot be read or written: {error}")
         raise
-    sys.stdout.write(output)
+    try:
+        sys.stdout.write(output)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; nor is Python to try again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return int(code)

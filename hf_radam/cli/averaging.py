@@ -65,6 +65,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from hf_radam.checkpoints.manifest import CheckpointError
     from hf_radam.merging.folder import merge
 
+    arguments.stop.begun = True
     try:
         done = merge(
             arguments.checkpoints,

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     path = folder(arguments.path)
     if not is_checkpoint(path) and not checkpoints(path):
         raise ValueError(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
+    arguments.stop.begun = True
     try:
         path = path if is_checkpoint(path) else str(newest_checkpoint(path))
         trust = arguments.trust_remote_code or None

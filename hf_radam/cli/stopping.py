@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from types import FrameType
 from typing import Any
@@ -16,14 +18,19 @@ class Stopped(BaseException):
 
 
 class Stop:
-    """While it is entered, the first signal that asks to end raises `Stopped`; further ones do not disturb the ending.
+    """While it is entered, a signal that asks to end ends the process, or raises `Stopped` where there is a way out.
 
     Attributes:
-        signal: the first one, or None.
+        command: whose line it is.
+        signal: the first that came, or None.
+        begun: whether there is something to remove. Then a signal raises `Stopped`, but for one that comes while that
+            is done. Before, nothing may be raised: modules are imported, and C++ that imports one aborts at that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, command: str) -> None:
+        self.command = command
         self.signal: signal.Signals | None = None
+        self.begun = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -41,9 +48,18 @@ class Stop:
             signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is None:
-            self.signal = signal.Signals(number)
+        self.signal = self.signal or signal.Signals(number)
+        if not self.begun:
+            self.tell()
+            sys.stderr.flush()
+            os._exit(self.code)
+        if not _ending():
             raise Stopped
+
+    def tell(self) -> None:
+        """Say which signal it was that ended the command."""
+        assert self.signal is not None, "only of a command that was stopped"
+        print(f"{self.command}: ended by {self.signal.name}", file=sys.stderr)
 
     @property
     def code(self) -> int:
@@ -59,3 +75,11 @@ class Stop:
         """
         if self.signal is not None:
             raise Stopped
+
+
+def _ending() -> bool:
+    """Whether `Stopped`, or what came of it, is being handled where the signal came."""
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, Stopped):
+        error = error.__context__
+    return error is not None

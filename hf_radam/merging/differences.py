@@ -45,8 +45,7 @@ def differences(checkpoints: Sequence[Path]) -> list[str]:
 def _method(manifest: dict[str, Any] | None) -> str:
     if manifest is None:
         return "stock Trainer"
-    method = manifest["method"]
-    return f"optim={method['optim']}, lr_scheduler_type={method['lr_scheduler_type']}, ewa={method['ewa']}"
+    return f"optim={manifest['method']['optim']}"  # a schedule shows in the learning rates; an average is not merged
 
 
 def _losses(path: Path) -> dict[int, str]:

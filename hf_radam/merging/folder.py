@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -100,7 +101,6 @@ def merge(
     updates = [source.update for source in sources]
     shares = coefficients(updates, weights=weights, decay=decay, half_life_ratio=half_life_ratio)
     notes = _notes(sources, weights)
-    target.parent.mkdir(parents=True, exist_ok=True)
     notes += [
         f"{folder} is what a merge that was killed has left, or of one that is running: remove it if none is."
         for folder in sorted(target.parent.glob(f"{ASIDE}*"))
@@ -108,7 +108,7 @@ def merge(
     with _aside(target.parent) as aside:
         made = Path(aside, "model")  # the folder around it is closed to others
         made.mkdir()
-        _write(made, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
+        _write(made, target, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
         if target.exists():
             target.rmdir()
         made.rename(target)
@@ -118,7 +118,9 @@ def merge(
 
 @contextlib.contextmanager
 def _aside(parent: Path) -> Iterator[Path]:
-    """A folder that is removed on the way out, also where that is interrupted itself."""
+    """A folder that is removed on the way out, also where that is interrupted itself; parents that stay empty too."""
+    new = [place for place in (parent, *parent.parents) if not place.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=ASIDE, dir=parent))
     try:
         yield folder
@@ -128,6 +130,10 @@ def _aside(parent: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
+        finally:
+            for place in new:
+                with contextlib.suppress(OSError):  # there is something in it
+                    place.rmdir()
 
 
 def _place(into: PathLike) -> Path:
@@ -161,8 +167,15 @@ def _notes(sources: Sequence[Source], weights: str) -> list[str]:
 
 
 def _write(
-    folder: Path, sources: Sequence[Source], shares: Sequence[float], *, weights: str, max_file_bytes: int | None
+    folder: Path,
+    target: Path,
+    sources: Sequence[Source],
+    shares: Sequence[float],
+    *,
+    weights: str,
+    max_file_bytes: int | None,
 ) -> None:
+    """Write the model into a folder whose place will be `target`."""
     newest = sources[-1]
     _copy_surroundings(newest.path, folder)
     like = {key: torch.empty_like(tensor, dtype=widened(tensor.dtype)) for key, tensor in newest.like.items()}
@@ -171,7 +184,7 @@ def _write(
     tensors = Tensors(like, lambda key: merged_tensor(key, sources, shares))
     write_weights(folder, None, tensors, writes=True, max_bytes=max_file_bytes)
     parts = [
-        {"path": str(source.path), "update": source.update, "weight": share}
+        {"path": os.path.relpath(source.path.resolve(), target), "update": source.update, "weight": share}
         for source, share in zip(sources, shares, strict=True)
     ]
     record = json.dumps({"weights": weights, "checkpoints": parts}, indent=2) + "\n"

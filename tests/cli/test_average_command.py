@@ -90,6 +90,7 @@ def test_the_folder_is_complete(checkpoints, tmp_path, capsys):
     assert [(part["update"], part["weight"]) for part in record["checkpoints"]] == list(
         zip(UPDATES, factors, strict=True)
     )
+    assert [(folder / part["path"]).resolve() for part in record["checkpoints"]] == [c.resolve() for c in checkpoints]
     printed = re.findall(r"checkpoint-(\d+) +(\d+) +([\d.]+) +(\S+)$", output.out, re.MULTILINE)
     assert [(int(a), int(b), float(c)) for a, b, c, _ in printed] == [
         (update, update, round(factor, 4)) for update, factor in zip(UPDATES, factors, strict=True)
@@ -191,9 +192,9 @@ def test_different_methods_and_runs_are_noted(checkpoints, tmp_path, capsys):
     (note,) = notes(*free)
     assert note.endswith("are of a schedule-free run: merged is y, which trains, not x, which is an average already.")
     methods, y, runs = notes(one[0], free[1])
-    words = "optim={}, lr_scheduler_type=constant, ewa=False"
-    both = words.format("radam"), words.format("radam_schedulefree")
-    assert f"{one[0]} was trained with {both[0]}, {free[1]} with {both[1]}: " in methods
+    assert f"{one[0]} was trained with optim=radam, {free[1]} with optim=radam_schedulefree: " in methods
+    averaged = train(tmp_path / "averaged", tiny.llama(), ewa=True, **logs)
+    assert notes(one[0], averaged[1]) == []  # the weights that train, and are merged, are the same
     assert f"{free[1]} is of a schedule-free run" in y and "are not of one run" in runs
 
 

@@ -16,6 +16,7 @@ import torch
 
 from hf_radam import cli
 from hf_radam.checkpoints.models.weight_files import Tensors, write_weights
+from hf_radam.cli.stopping import Stopped
 from hf_radam.merging.sources import Source
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +80,59 @@ def test_what_a_signal_becomes_on_its_way_is_not_told(checkpoints, tmp_path, cap
     assert capsys.readouterr() == ("", "hf-radam average: ended by SIGTERM\n")
     assert list(tmp_path.iterdir()) == []
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+def test_a_signal_that_was_swallowed_is_heard_the_next_time(checkpoints, tmp_path, capsys, monkeypatch):
+    """Python has it that what is raised in `__del__` is not heard of; a bare `except` does likewise."""
+    read, stopped = Source.read, []
+
+    def swallow(self, key):
+        if len(stopped) < 2:
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except Stopped:
+                stopped.append(key)
+        elif len(stopped) == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return read(self, key)
+
+    monkeypatch.setattr(Source, "read", swallow)
+    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(tmp_path / "merged")]
+    capsys.readouterr()
+    assert cli.main(words) == 130
+    assert capsys.readouterr() == ("", "hf-radam average: ended by SIGINT\n")
+    assert len(stopped) == 2 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
+    """An exception raised there makes C++ that is importing something abort, with a trace of its own."""
+    code = (
+        "import importlib.abc, os, signal, sys\n"
+        f"signal.signal({int(number)}, signal.default_int_handler)\n"
+        "class Finder(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'hf_radam.merging.folder':\n"
+        f"            os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from hf_radam import cli\n"
+        "try:\n"
+        "    sys.exit(cli.main(['average', 'a', 'b', '--weights', 'uniform', '-o', 'c']))\n"
+        "except BaseException:\n"
+        "    print('raised')\n"
+        "    raise\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == f"hf-radam average: ended by {number.name}\n"
+
+
+def test_a_reader_that_has_seen_enough(tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m hf_radam.cli schedule --max_steps 100 --optim radam | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 def test_what_a_killed_merge_has_left_is_named(checkpoints, tmp_path, capsys):

@@ -182,6 +182,28 @@ def test_no_name_is_cut_off(tmp_path, count):
         assert min(heights) > 1.2  # inches: a long legend takes nothing from the panels
 
 
+def test_a_name_is_no_formula(tmp_path):
+    """What matplotlib would read as one, and one that it could not."""
+    names = ["a$b$c", "a$\\frac$"]
+    alone = [runs_figure([made_up(name, kinds=("eval_$x$_loss",))]) for name in names]
+    several = runs_figure([made_up(name, kinds=("eval_loss", "eval_$x$_loss")) for name in names])
+    for figure in (*alone, several):
+        save_figure(figure, tmp_path / "names.png")
+        texts = [*figure.legends[0].get_texts(), figure.axes[1].yaxis.label]
+        texts += figure.axes[1].get_legend().get_texts() if figure is several else []
+        shown = [text._preprocess_math(text.get_text()) for text in texts]
+        assert not any(math for _, math in shown)
+        wanted = [*names, "evaluation loss", "eval_loss", "eval_$x$_loss"]
+        if figure is not several:
+            wanted = [names[alone.index(figure)], "eval_$x$_loss"]
+        assert [text for text, _ in shown] == wanted
+
+
+def test_a_number_without_end_is_infinite(tmp_path):
+    log = read_training_log(written(tmp_path / "run", [{"step": 1, "loss": 10**400}, {"step": 2, "loss": -(10**400)}]))
+    assert log.loss.values == [math.inf, -math.inf]
+
+
 def test_a_marker_is_a_data_set_and_a_dashed_line_the_training_weights(tmp_path):
     names = [f"set-{number}" for number in range(15)]
     kinds = [kind for name in names for kind in (f"eval_{name}_loss", f"eval_{name}_raw_loss")] + ["eval_only_raw_loss"]

@@ -23,6 +23,7 @@ from clm_parser import InputError
 from evaluate_clm import folders, load_data, mean_loss, read_recipe, same_weights
 from evaluate_clm import parse_arguments as parse_evaluation
 from hf_radam import RAdamTrainingArguments, cli
+from hf_radam.merging.folder import RECORD_NAME
 from run_clm import check_processes, checkpoint_to_resume
 
 ROOT = Path(__file__).parents[2]
@@ -120,9 +121,14 @@ def test_evaluation_takes_merged_checkpoints_with_the_text_of_their_run(folder, 
             mine.add_(its).div_(2)
     blocks, _ = load_data(parse_evaluation(["merged"]), read_recipe(Path("run")), AutoTokenizer.from_pretrained("run"))
     assert column["loss"] == pytest.approx(mean_loss(model, blocks, 5, "test"), abs=1e-5)
-    monkeypatch.chdir(tmp_path)  # from here the checkpoints are not where the merge was told of them
-    with pytest.raises(InputError, match=r"no run_clm.yaml in run/checkpoint-6, merged into .*merged or above it"):
-        read_recipe(folder / "merged")
+    monkeypatch.chdir(tmp_path)  # it is remembered where the checkpoints lie, seen from what came of them
+    assert read_recipe(folder / "merged") == read_recipe(folder / "run")
+    shutil.copytree(folder / "merged", tmp_path / "moved")
+    with pytest.raises(InputError, match=r"no run_clm.yaml in .*run/checkpoint-6, merged into .*moved or above it"):
+        read_recipe(tmp_path / "moved")
+    (tmp_path / "moved" / RECORD_NAME).write_text("{}")
+    with pytest.raises(InputError, match=r"hf_radam_average.json cannot be read: KeyError"):
+        read_recipe(tmp_path / "moved")
 
 
 def test_checkpoint_holds_both_weights_for_plain_transformers(folder):

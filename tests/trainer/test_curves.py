@@ -200,6 +200,9 @@ def test_a_data_set_with_the_name_of_losses_of_the_training_weights_is_refused(t
     ours = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=tiny.EVAL, ewa_eval_raw=True)
     with pytest.raises(ValueError, match=refused):
         ours.evaluate(datasets)
+    ours.eval_dataset = datasets
+    with pytest.raises(ValueError, match=refused):
+        ours.evaluate()
     assert {"eval_a_loss", "eval_a_raw_loss"} <= ours.evaluate({"a": tiny.EVAL}).keys()
     plain = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=datasets)
     assert {f"eval_{name}_loss" for name in names} <= plain.evaluate().keys()

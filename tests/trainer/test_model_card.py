@@ -261,8 +261,12 @@ def test_a_card_that_was_edited_until_it_is_none_ends_no_training(tmp_path, capl
         trainer.save_model()
     assert "could not be brought up to date: The card does not begin with metadata in YAML" in caplog.text
     assert file.read_text() == edited
-    with pytest.raises(ValueError, match="does not begin with metadata"):
-        completed("---\nkey: [\n---\ntext", facts_of(trainer))
+    for metadata in ("key: [", "key: " + 5000 * "[", "5"):
+        with pytest.raises(ValueError, match="does not begin with metadata"):
+            completed(f"---\n{metadata}\n---\ntext", facts_of(trainer))
+    for tags in ("5", "true", "word"):
+        with pytest.raises(ValueError, match="has the tags .*, which are no list"):
+            completed(f"---\ntags: {tags}\n---\ntext", facts_of(trainer))
 
 
 def test_the_class_that_loads_a_model():
