@@ -20,10 +20,12 @@ class Point(NamedTuple):
     Attributes:
         rate: the learning rate.
         warmup: updates of a linear warm-up.
+        beta2: in place of that of the comparison.
     """
 
     rate: float
     warmup: int = 0
+    beta2: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,12 @@ def _job(
 ) -> Job:
     """A job whose folder is named after its method, what is tuned, and seed; without checkpoints unless flags ask."""
     told = {"max_steps": ends, "learning_rate": point.rate, "seed": seed, "save_strategy": "no"} | flags
-    warmup = {"warmup_steps": point.warmup} if point.warmup else {}
-    folder = f"warmup_{point.warmup}/rate_{point.rate:g}" if warmup else f"rate_{point.rate:g}"
-    return Job(f"{method}/{folder}/seed_{seed}", tuple((told | warmup).items()), ends, begins, trunk)
+    folder = f"rate_{point.rate:g}/seed_{seed}"
+    if point.warmup:
+        folder, told["warmup_steps"] = f"warmup_{point.warmup}/{folder}", point.warmup
+    if point.beta2 is not None:
+        folder, told["adam_beta2"] = f"beta2_{point.beta2:g}/{folder}", point.beta2
+    return Job(f"{method}/{folder}", tuple(told.items()), ends, begins, trunk)
 
 
 def cosine(settings: Settings, horizon: int, point: Point, seed: int) -> Job:

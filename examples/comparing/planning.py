@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from . import jobs
 from .jobs import Job, Point
 from .reading import Curves
-from .settings import Settings
+from .settings import LARGER_BETA2, Settings
 
 WIDEST = 16
 """Points of a grid beyond which something else is wrong."""
@@ -58,7 +58,7 @@ class Arm:
         reading: where its loss at a horizon is, for what is tuned and a seed.
         to_serve: updates that it makes to have a model at each of the horizons, once it is tuned.
         tuned_for_each_horizon: whether it is tuned anew for every horizon, its warm-up too.
-        with_warmup: whether it is shown too what a warm-up does to it.
+        warmed: whether it is shown too what a longer warm-up does to it.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Arm:
     reading: Callable[[int, Point, int], Reading]
     to_serve: Callable[[], int]
     tuned_for_each_horizon: bool = False
-    with_warmup: bool = False
+    warmed: bool = False
 
 
 def arms(settings: Settings) -> list[Arm]:
@@ -86,7 +86,7 @@ def arms(settings: Settings) -> list[Arm]:
             tuned_for_each_horizon=True,
         ),
         Arm("RAdam, constant, raw", "radam", trunk(raw=True), lambda: end),
-        Arm("RAdam + EWA", "radam", trunk(raw=False), lambda: end, with_warmup=True),
+        Arm("RAdam + EWA", "radam", trunk(raw=False), lambda: end, warmed=True),
         Arm(
             "RAdam + WSD",
             "radam",
@@ -104,7 +104,7 @@ def arms(settings: Settings) -> list[Arm]:
             "radam_schedulefree",
             lambda horizon, point, seed: Reading(jobs.schedule_free(settings, point, seed), False, horizon),
             lambda: end,
-            with_warmup=True,
+            warmed=True,
         ),
     ]
 
@@ -170,12 +170,16 @@ def tuned_at(settings: Settings, arm: Arm, horizon: int) -> int:
 
 
 def warmed(settings: Settings, best: Point) -> list[Point]:
-    """With a warm-up the rate that was best without one, and its double: a warm-up allows for higher rates."""
-    return [Point(rate, settings.warmup) for rate in (best.rate, 2 * best.rate)]
+    """What RAdam is shown with besides its best: longer warm-ups, at the same rate and the double, which they allow.
+
+    RAdam's own warm-up is longer with a larger beta2.
+    """
+    warmups = [(settings.warmup, None), *((0, beta2) for beta2 in LARGER_BETA2)]
+    return [Point(rate, warmup, beta2) for warmup, beta2 in warmups for rate in (best.rate, 2 * best.rate)]
 
 
 def readings(settings: Settings, known: Known) -> Iterable[Reading]:
-    """Every loss that is wanted by now: of the grids; where one has its best, of all seeds and with a warm-up."""
+    """Every loss that is wanted by now: of the grids; where one has its best, of all seeds and longer warm-ups."""
     for arm in arms(settings):
         for horizon in settings.horizons:
             tuning = tuned_at(settings, arm, horizon)
@@ -186,7 +190,7 @@ def readings(settings: Settings, known: Known) -> Iterable[Reading]:
                 continue
             for seed in settings.seeds:
                 yield arm.reading(horizon, tried.best, seed)
-            for point in warmed(settings, tried.best) if arm.with_warmup else ():
+            for point in warmed(settings, tried.best) if arm.warmed else ():
                 yield arm.reading(horizon, point, settings.seeds[0])
 
 

@@ -73,14 +73,17 @@ def grids(results: Results) -> str:
 
 
 def warmups(results: Results) -> str:
-    """What a warm-up does to RAdam: losses of the first seed without, and with one at the rate and twice the rate."""
+    """What a longer warm-up does to RAdam: losses of the first seed as it was compared, and with another."""
     rows = []
-    for arm in [arm for arm in results["arms"] if arm["with_warmup"]]:
-        without = {"rate": arm["rates"][-1], "warmup": 0, "losses": [losses[0] for losses in arm["losses"]]}
-        for tried in (without, *arm["with_warmup"]):
+    for arm in [arm for arm in results["arms"] if arm["warmed"]]:
+        as_compared = {"rate": arm["rates"][-1], "warmup": 0, "beta2": None}
+        as_compared["losses"] = [losses[0] for losses in arm["losses"]]
+        for tried in (as_compared, *arm["warmed"]):
+            beta2 = results["settings"]["beta2"] if tried["beta2"] is None else tried["beta2"]
             losses = [f"{loss:.3f}" for loss in tried["losses"]]
-            rows.append([arm["name"], f"{tried['rate']:g}", str(tried["warmup"]), *losses])
-    return markdown(["method", "learning rate", "warm-up", *(f"loss at {each}" for each in results["horizons"])], rows)
+            rows.append([arm["name"], f"{beta2:g}", str(tried["warmup"]), f"{tried['rate']:g}", *losses])
+    head = ["method", "beta2", "linear warm-up", "learning rate"]
+    return markdown([*head, *(f"loss at {each}" for each in results["horizons"])], rows)
 
 
 def setting(results: Results) -> str:

@@ -128,13 +128,12 @@ def _arm(settings: Settings, arm: Arm, known: Known) -> dict[str, Any]:
             if tuned[horizon] == horizon
             for warmup, by_rate in _by_warmup(grid).items()
         ],
-        "with_warmup": [
+        "warmed": [
             {
-                "rate": point.rate,
-                "warmup": point.warmup,
+                **point._asdict(),
                 "losses": [arm.reading(horizon, point, seed).loss(known) for horizon in settings.horizons],
             }
-            for point in (planning.warmed(settings, last) if arm.with_warmup else ())
+            for point in (planning.warmed(settings, last) if arm.warmed else ())
         ],
         "updates_to_serve": arm.to_serve(),
         "updates_to_tune": _tuning(settings, arm, known),

@@ -11,6 +11,8 @@ HORIZONS = (0.25, 0.5, 1.0)
 """Ratios of the longest run at which every method must have a good model."""
 DECAY = 0.2
 """Length of a decay, as a ratio of the horizon that it ends at."""
+LARGER_BETA2 = (0.98, 0.99)
+"""With which it is shown what a longer warm-up does to RAdam."""
 EVALUATIONS = 20
 """Evaluations in the longest run; every horizon and every beginning of a decay is one of them."""
 

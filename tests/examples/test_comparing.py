@@ -71,9 +71,10 @@ def test_every_grid_grows_until_its_best_is_inside(rates):
         grid = planning.grid(settings, arm, settings.updates, known)
         (optimizer,) = {dict(arm.reading(400, Point(0.1), 0).job.flags)["optim"]}
         cosine = optimizer == "adamw_torch_fused"
-        assert grid.best == (BEST[optimizer], BEST_WARMUP if cosine else 0)
+        assert grid.best == Point(BEST[optimizer], BEST_WARMUP if cosine else 0)
         assert min(grid.losses).rate < grid.best.rate < max(grid.losses).rate
-        around = {(grid.best.rate * ratio, BEST_WARMUP) for ratio in (0.5, 2)} | {(grid.best.rate, w) for w in (20, 80)}
+        around = {Point(grid.best.rate * ratio, BEST_WARMUP) for ratio in (0.5, 2)}
+        around |= {Point(grid.best.rate, warmup) for warmup in (20, 80)}
         assert not cosine or around < grid.losses.keys()
         for seed in settings.seeds:
             for horizon in settings.horizons:
@@ -90,7 +91,7 @@ def test_a_rate_that_diverges_is_the_worst():
     settings = dataclasses.replace(SETTINGS, rates=RATES)
     known, _ = world(settings, diverges=lambda job: dict(job.flags)["learning_rate"] > 2.0**-5)
     arm = next(arm for arm in planning.arms(settings) if arm.family == "radam")
-    assert planning.grid(settings, arm, settings.updates, known).best == (2.0**-5, 0)
+    assert planning.grid(settings, arm, settings.updates, known).best == Point(2.0**-5)
 
 
 def test_decays_branch_from_the_checkpoints_of_their_trunk():
@@ -187,10 +188,12 @@ def test_the_numbers_are_those_of_the_world(compared):
     assert near["differences"][2] == pytest.approx(100 * -0.2 / 2.31, abs=0.01) and not any(near["holds"])
     longest = claims["A cosine that ends here is not above the longest one when it is here"]  # they are alike here
     assert longest["differences"] == [0, 0, 0] and all(longest["holds"])
-    warmed = by_name[results.FREE]["with_warmup"]  # at the best rate and its double, one step from it
-    assert [(tried["rate"], tried["warmup"]) for tried in warmed] == [(2.0**-6, 20), (2.0**-5, 20)]
-    assert [tried["losses"] for tried in warmed] == [pytest.approx([2.4, 2.2, 2.1]), pytest.approx([2.5, 2.3, 2.2])]
-    assert by_name[results.COSINE]["warmups"] == [BEST_WARMUP] * 3 and not by_name[results.WSD]["with_warmup"]
+    warmed = by_name[results.FREE]["warmed"]  # at the best rate and its double, one step from it
+    assert [(tried["rate"], tried["warmup"], tried["beta2"]) for tried in warmed] == [
+        (rate, warmup, beta2) for warmup, beta2 in ((20, None), (0, 0.98), (0, 0.99)) for rate in (2.0**-6, 2.0**-5)
+    ]
+    assert [t["losses"] for t in warmed[:2]] == [pytest.approx([2.4, 2.2, 2.1]), pytest.approx([2.5, 2.3, 2.2])]
+    assert by_name[results.COSINE]["warmups"] == [BEST_WARMUP] * 3 and not by_name[results.WSD]["warmed"]
 
 
 def test_weights_of_the_same_training_have_its_rate(tmp_path):
@@ -237,7 +240,8 @@ def test_tables_and_figures_say_the_numbers(compared, tmp_path):
     assert "| RAdamScheduleFree, 400 updates |  |  |  | 2.200 | **2.100** | 2.200 |  |" in printed
     assert re.search(r"\| AdamW, cosine, 100 updates, warm-up 40 \| 2.500 \| \*\*2.400\*\* \| 2.500 \|", printed)
     assert "| AdamW, cosine, 100 updates, warm-up 10 |  | 2.800 |" in printed
-    assert "| RAdam + EWA | 0.0625 | 20 | 2.500 | 2.300 | 2.200 |" in printed
+    assert "| RAdam + EWA | 0.95 | 20 | 0.0625 | 2.500 | 2.300 | 2.200 |" in printed
+    assert "| RAdam + EWA | 0.98 | 0 | 0.0625 | 2.500 | 2.300 | 2.200 |" in printed
     assert "23 parameters" in printed
     drawn = figures.draw(found, tmp_path / "figures")
     assert [path.stem for path in drawn] == ["losses", "learning_rates", "tuning", "updates_to_serve"]
@@ -346,7 +350,7 @@ def test_it_goes_on_with_what_is_missing(stopped, text, monkeypatch):
     monkeypatch.setattr(planning, "arms", lambda settings: [wsd])
     known = runner.run()
     best = planning.grid(arguments.settings, wsd, 20, known).best
-    assert best == (1e-2, 0)
+    assert best == Point(1e-2)
     for horizon in (5, 10, 20):
         reading = wsd.reading(horizon, best, 0)
         state = json.loads((stopped / reading.job.name / "trainer_state.json").read_text())
