@@ -1,11 +1,11 @@
 """Compare AdamW with a cosine and five ways of RAdam at three horizons, on the source of the Python standard library.
 
-    python examples/compare_methods.py --quick --folder runs/quick    # minutes: to see that it runs
-    python examples/compare_methods.py                                # hours on 2 CPU cores
+    python examples/compare_methods.py --quick    # QUICK on 2 CPU cores: to see that it runs
+    python examples/compare_methods.py            # 100 minutes
 
 It may be stopped at any time: the same command goes on with what is missing. Every training is one command of
-`run_clm.py`. Each method has its learning rate from a grid that grows until the best is not at an end, and then three
-seeds. The parts are in `comparing/`.
+`run_clm.py`. Each method is tuned on a grid that grows until the best is not at an end: learning rate, and of AdamW the
+warm-up too. Then it has three seeds. The parts are in `comparing/`.
 """
 
 from __future__ import annotations

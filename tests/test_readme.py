@@ -86,7 +86,7 @@ def commands() -> list[list[str]]:
 @pytest.mark.parametrize("command", commands(), ids=" ".join)
 def test_commands_parse(command, monkeypatch, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    for run in ("radam_wsd", "radam_ewa/checkpoint-500"):  # what is extended
+    for run in ("first", "radam_wsd", "radam_ewa/checkpoint-500"):  # what is extended
         (tmp_path / "runs" / run).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     if "examples/run_clm.py" in command:

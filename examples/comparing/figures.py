@@ -155,6 +155,6 @@ def updates_to_serve(results: Results) -> Any:
     panel.bar_label(bars, texts, padding=4, fontsize=9)
     panel.set_xlim(0, 1.6 * max(counts))
     panel.invert_yaxis()
-    panel.set_xlabel(f"updates for models at {', '.join(map(str, results['horizons']))} updates, rates being known")
+    panel.set_xlabel(f"updates for models at {', '.join(map(str, results['horizons']))} updates, once it is tuned")
     panel.set_title("What it takes to have a model at every horizon")
     return figure

@@ -23,7 +23,7 @@ SMALLER = {
     "num_key_value_heads=2",
     "per_device_train_batch_size": 2,
 }
-MEASURED = ("loss", "perplexity", "bits per byte", "runs/first  ")
+MEASURED = ("loss", "perplexity", "bits per byte", "first  ")
 """Beginnings of lines that have numbers of the training."""
 
 
