@@ -40,7 +40,7 @@ benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings be
 	.venv-benchmark/bin/python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
 
 COMPARE_FLAGS ?=
-compare: .venv/.examples ## train AdamW with a cosine and five ways of RAdam, tuned (100 minutes; COMPARE_FLAGS="--quick": QUICK)
+compare: .venv/.examples ## train AdamW with a cosine and five ways of RAdam, tuned (100 minutes; COMPARE_FLAGS="--quick": 8)
 	$(BIN)/python examples/compare_methods.py $(COMPARE_FLAGS)
 
 lint: .venv/.dev ## ruff and mypy

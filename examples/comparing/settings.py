@@ -98,8 +98,8 @@ class Settings:
 
 
 QUICK = Settings(
-    updates=100,
-    warmup=10,
+    updates=60,
+    warmup=6,
     width=32,
     layers=2,
     evaluated=40,
