@@ -49,7 +49,13 @@ def save_figure(figure: Figure, file: str | os.PathLike[str]) -> None:
     check_suffix(file)
     # The factor above an axis is made in the drawing, and the layout has to make room for it: so it is drawn twice.
     figure.draw_without_rendering()
-    figure.savefig(file)
+    path = Path(file)
+    aside = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_suffix(file: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXES) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import COSINE, EWA, FREE, RAW, WSD, WSD_S, Results
+from .settings import EVALUATIONS
 
 COLOURS = {
     COSINE: "#555555",
@@ -84,7 +85,7 @@ def losses(results: Results) -> Any:
             ends.plot([x - 0.05, x + 0.05], [statistics.fmean(away)] * 2, color=colour, linewidth=2)
     for horizon in results["horizons"]:
         curves.axvline(horizon, color="#bbbbbb", linewidth=0.8, zorder=0)
-    curves.set_xlabel("updates")
+    curves.set_xlabel(f"updates (evaluated every {results['horizons'][-1] // EVALUATIONS})")
     curves.set_ylabel("validation loss (nats per token)")
     curves.set_title("One seed of each method; the horizons are marked")
     curves.grid(alpha=0.3)
@@ -99,7 +100,8 @@ def losses(results: Results) -> Any:
 
 def learning_rates(results: Results) -> Any:
     """The learning rates of the trainings that lead to the horizons, as they were recorded; a panel for each method."""
-    figure, panels = _figure(13, 6.5, 2, 3, sharex=True)
+    figure, panels = _figure(13, 6.5, 2, 3, sharex=True, sharey=True)
+    figure.suptitle("As set and recorded; what RAdam's own factor takes off in the first updates is not in it")
     for panel, arm in zip(panels.flat, results["arms"], strict=True):
         for curve in _curves(arm):
             points = _joined(results, curve, "rate")
@@ -127,16 +129,16 @@ def tuning(results: Results) -> Any:
         for number, grid in enumerate(shown):
             points = sorted(zip(grid["rates"], grid["losses"], strict=True))
             style = (":", "--", "-")[number - len(shown)]
-            label = arm["name"]
+            label = f"{arm['name']}, {grid['horizon']} updates"
             if len(shown) > 1:
-                label += f", {grid['horizon']} updates, warm-up {grid['warmup']}"
+                label += f", warm-up {grid['warmup']}"
             panel.plot(*zip(*points, strict=True), style, marker="o", color=COLOURS[arm["name"]], label=label)
     panel.set_xscale("log", base=2)
     rates = sorted({rate for arm in results["arms"] for grid in arm["grids"] for rate in grid["rates"]})
     panel.set_xticks(rates, [f"{rate:g}" for rate in rates])
     panel.set_xlabel("learning rate")
     panel.set_ylabel("validation loss (nats per token)")
-    panel.set_title("Loss against learning rate, first seed")
+    panel.set_title("Loss against learning rate, first seed; warm-up as chosen")
     panel.grid(alpha=0.3)
     panel.legend()
     return figure

@@ -35,6 +35,8 @@ class Job:
     Attributes:
         name: path of its folder, below that of the comparison.
         flags: what `run_clm.py` is told, besides what all jobs are told.
+        point: what is tuned.
+        seed: of the weights and the order of the data.
         ends: number of its last update.
         begins: number of updates that were done before, by the run that it branches from.
         trunk: the job that it branches from.
@@ -42,6 +44,8 @@ class Job:
 
     name: str
     flags: tuple[tuple[str, Any], ...]
+    point: Point
+    seed: int
     ends: int
     begins: int = 0
     trunk: str | None = None
@@ -62,7 +66,7 @@ def _job(
         folder, told["warmup_steps"] = f"warmup_{point.warmup}/{folder}", point.warmup
     if point.beta2 is not None:
         folder, told["adam_beta2"] = f"beta2_{point.beta2:g}/{folder}", point.beta2
-    return Job(f"{method}/{folder}", tuple(told.items()), ends, begins, trunk)
+    return Job(f"{method}/{folder}", tuple(told.items()), point, seed, ends, begins, trunk)
 
 
 def cosine(settings: Settings, horizon: int, point: Point, seed: int) -> Job:

@@ -198,8 +198,7 @@ def with_trunk(settings: Settings, job: Job) -> list[Job]:
     """A job, after the one that it branches from."""
     if job.trunk is None:
         return [job]
-    flags = dict(job.flags)
-    return [jobs.trunk(settings, Point(flags["learning_rate"]), flags["seed"]), job]
+    return [jobs.trunk(settings, job.point, job.seed), job]
 
 
 def jobs_of(settings: Settings, known: Known) -> list[Job]:

@@ -7,7 +7,7 @@ import statistics
 
 from measured import Parts, markdown
 
-from .results import Results
+from .results import COSINE, Results
 
 
 def table(results: Results) -> str:
@@ -99,6 +99,16 @@ def setting(results: Results) -> str:
     )
 
 
+def longer_cosines(results: Results) -> str:
+    """The loss of the tuned cosines beside the best that a longer one has on its way, first seed."""
+    (cosine,) = [arm for arm in results["arms"] if arm["name"] == COSINE]
+    rows = []
+    for number, longer in enumerate(results["longer_cosines"]):
+        which = f"{longer['ends']} updates, learning rate {longer['rate']:g}, warm-up {longer['warmup']}"
+        rows.append([str(longer["horizon"]), f"{cosine['losses'][number][0]:.3f}", f"{longer['loss']:.3f}", which])
+    return markdown(["at", "the cosine that ends here", "the lowest of the longer", "that is of"], rows)
+
+
 def first_budget(results: Results) -> str:
     """WSD-S and WSD at the first horizon, with one rate and seed."""
     found = results["same_at_first_budget"]
@@ -115,6 +125,7 @@ PARTS: Parts = {
     "table": table,
     "claims": claims,
     "grids": grids,
+    "longer_cosines": longer_cosines,
     "warmups": warmups,
     "first_budget": first_budget,
 }

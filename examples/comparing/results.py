@@ -26,7 +26,6 @@ COSINE, RAW, EWA, WSD, WSD_S, FREE = (
     "RAdamScheduleFree",
 )
 OWN_RAW = "raw weights of the same training"
-LONGEST = "the training for the last horizon, when it is there"
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Claim:
     Attributes:
         words: what is said.
         arm: of which.
-        against: what it is held against: another arm, as that was tuned, or with the same seed `OWN_RAW` or `LONGEST`.
+        against: what it is held against: another arm, as that was tuned, or `OWN_RAW` with the same seed.
         most: how far its loss may lie above that, in per cent; negative: how far it must lie below.
         least: likewise how far below it may lie.
     """
@@ -56,7 +55,6 @@ CLAIMS = (
     Claim("WSD-S is not farther than 1 % from WSD", WSD_S, WSD, 1.0, -1.0),
     Claim("A decay ends at least 3 % below what its trunk has by then", WSD, OWN_RAW, -3.0),
     Claim("Schedule-free is at most 2 % above a cosine tuned for the horizon", FREE, COSINE, 2.0),
-    Claim("A cosine that ends here is not above the longest one when it is here", COSINE, LONGEST, 0.0),
 )
 
 
@@ -82,6 +80,7 @@ def collect(settings: Settings, known: Known, folder: Path) -> Results:
         "tokens_per_parameter": [horizon * tokens / count for horizon in settings.horizons],
         "arms": compared,
         "claims": [_claim(claim, compared) for claim in CLAIMS],
+        "longer_cosines": _longer(settings, known, made),
         "same_at_first_budget": _same_at_first_budget(settings, known),
         "trained": {name: _training(settings, made[name], known[name], whole=name in drawn) for name in sorted(made)},
         "updates_in_all": sum(job.cost for job in made.values()),
@@ -115,10 +114,6 @@ def _arm(settings: Settings, arm: Arm, known: Known) -> dict[str, Any]:
         "losses": [losses[horizon] for horizon in settings.horizons],
         "own_raw": [
             [_own_raw(settings, arm.reading(horizon, chosen[horizon], each), known) for each in settings.seeds]
-            for horizon in settings.horizons
-        ],
-        "longest": [
-            [_at(arm.reading(settings.updates, last, each), horizon, known) for each in settings.seeds]
             for horizon in settings.horizons
         ],
         "mean": [statistics.fmean(losses[horizon]) for horizon in settings.horizons],
@@ -161,18 +156,29 @@ def _own_raw(settings: Settings, reading: Reading, known: Known) -> float | None
     return curves.raw.get(reading.step)
 
 
-def _at(reading: Reading, step: int, known: Known) -> float | None:
-    """Loss of a training at another update than its last, where it has it."""
-    curves = known[reading.job.name]
-    return (curves.raw if reading.raw else curves.evaluated).get(step)
+def _longer(settings: Settings, known: Known, made: dict[str, jobs.Job]) -> list[dict[str, Any]]:
+    """At every horizon but the last: of all longer cosines of the first seed, the one with the lowest loss there.
+
+    A cosine that was tuned for the horizon must be below it.
+    """
+    lowest = []
+    for horizon in settings.horizons[:-1]:
+        longer = [
+            job
+            for job in made.values()
+            if job.ends > horizon and job == jobs.cosine(settings, job.ends, job.point, settings.seeds[0])
+        ]
+        best = min(longer, key=lambda job: known[job.name].evaluated[horizon])
+        loss = known[best.name].evaluated[horizon]
+        lowest.append({"horizon": horizon, "loss": loss, "ends": best.ends, **best.point._asdict()})
+    return lowest
 
 
 def _claim(claim: Claim, compared: list[dict[str, Any]]) -> dict[str, Any]:
     """The difference of the losses at every horizon, seed by seed, in per cent of what the arm is held against."""
     by_name = {arm["name"]: arm for arm in compared}
     mine = by_name[claim.arm]
-    own = {OWN_RAW: "own_raw", LONGEST: "longest"}
-    theirs = mine[own[claim.against]] if claim.against in own else by_name[claim.against]["losses"]
+    theirs = mine["own_raw"] if claim.against == OWN_RAW else by_name[claim.against]["losses"]
     by_seed = [
         [100 * (one - other) / other for one, other in zip(*seeds, strict=True)]
         for seeds in zip(mine["losses"], theirs, strict=True)

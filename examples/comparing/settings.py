@@ -68,8 +68,10 @@ class Settings:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.updates % EVALUATIONS:
             raise ValueError(f"updates={self.updates} must be a multiple of {EVALUATIONS}: every horizon is evaluated.")
-        if self.warmup >= self.horizons[0]:
-            raise ValueError(f"warmup={self.warmup} must end before the first horizon, {self.horizons[0]} updates.")
+        if 2 * self.warmup > self.horizons[0]:
+            raise ValueError(
+                f"warmup={self.warmup} must be at most half of the first horizon, {self.horizons[0]} updates."
+            )
         if self.width % 4:
             raise ValueError(f"width={self.width} must be a multiple of 4: the model has four heads.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):

@@ -55,6 +55,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
     logs = [read_training_log(folder(path)) for path in arguments.runs]
     options = {} if arguments.half_life is None else {"half_life_ratio": arguments.half_life}
+    arguments.stop.begun = True
     plots.save_figure(plots.runs_figure(logs, logarithmic=arguments.log_x, **options), arguments.output)
     lines = report(logs, plots.labels([log.path for log in logs]))
     return printable("\n".join([*lines, "", f"drawn in {arguments.output}"]) + "\n"), 0

@@ -60,6 +60,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     if passed_over:
         lines += ["", f"not about training, so passed over: {', '.join(passed_over)}"]
     if plots is not None:
+        arguments.stop.begun = True
         plots.save_figure(plots.schedule_figure(resolved), arguments.png)
         lines += ["", f"drawn in {arguments.png}"]
     return "\n".join(lines) + "\n", 0

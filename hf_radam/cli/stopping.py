@@ -31,6 +31,7 @@ class Stop:
         self.command = command
         self.signal: signal.Signals | None = None
         self.begun = False
+        self._told = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
@@ -50,16 +51,21 @@ class Stop:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
         if not self.begun:
-            self.tell()
-            sys.stderr.flush()
+            os.write(2, f"{self.words}\n".encode())  # whoever was interrupted may be printing
             os._exit(self.code)
-        if not _ending():
+        if not (self._told or _ending()):
             raise Stopped
 
     def tell(self) -> None:
         """Say which signal it was that ended the command."""
+        self._told = True
+        print(self.words, file=sys.stderr)
+
+    @property
+    def words(self) -> str:
+        """Which signal it was."""
         assert self.signal is not None, "only of a command that was stopped"
-        print(f"{self.command}: ended by {self.signal.name}", file=sys.stderr)
+        return f"{self.command}: ended by {self.signal.name}"
 
     @property
     def code(self) -> int:

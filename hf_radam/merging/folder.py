@@ -120,20 +120,21 @@ def merge(
 def _aside(parent: Path) -> Iterator[Path]:
     """A folder that is removed on the way out, also where that is interrupted itself; parents that stay empty too."""
     new = [place for place in (parent, *parent.parents) if not place.exists()]
-    parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=ASIDE, dir=parent))
     try:
-        yield folder
-    finally:
+        parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=ASIDE, dir=parent))
         try:
-            shutil.rmtree(folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            yield folder
         finally:
-            for place in new:
-                with contextlib.suppress(OSError):  # there is something in it
-                    place.rmdir()
+            try:
+                shutil.rmtree(folder)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+    finally:
+        for place in new:
+            with contextlib.suppress(OSError):  # there is something in it, or it was not made
+                place.rmdir()
 
 
 def _place(into: PathLike) -> Path:
@@ -184,13 +185,21 @@ def _write(
     tensors = Tensors(like, lambda key: merged_tensor(key, sources, shares))
     write_weights(folder, None, tensors, writes=True, max_bytes=max_file_bytes)
     parts = [
-        {"path": os.path.relpath(source.path.resolve(), target), "update": source.update, "weight": share}
+        {"path": _seen_from(target, source.path.resolve()), "update": source.update, "weight": share}
         for source, share in zip(sources, shares, strict=True)
     ]
     record = json.dumps({"weights": weights, "checkpoints": parts}, indent=2) + "\n"
     (folder / RECORD_NAME).write_text(record, encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
         flush(path)
+
+
+def _seen_from(folder: Path, path: Path) -> str:
+    """A path that stays right when both are moved together; as it is if they are on two drives of Windows."""
+    try:
+        return os.path.relpath(path, folder)
+    except ValueError:
+        return str(path)
 
 
 def merged_tensor(key: str, sources: Sequence[Source], shares: Sequence[float]) -> Tensor:

@@ -110,6 +110,13 @@ def test_a_place_that_cannot_be_taken_is_told_before_merging(checkpoints, tmp_pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "here", "link", "new", "nowhere"]
 
 
+def test_a_place_that_cannot_be_made_leaves_nothing(checkpoints, tmp_path, capsys):
+    into = tmp_path / "new" / (300 * "n") / "merged"
+    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(into)]
+    assert "File name too long" in refused(words, capsys, 1)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_damage_is_told_with_code_1_and_nothing_is_left(checkpoints, tmp_path, capsys):
     run = Path(shutil.copytree(checkpoints[0].parent, tmp_path / "run"))
     flip(run / "checkpoint-12/model.safetensors")

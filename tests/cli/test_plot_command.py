@@ -189,6 +189,7 @@ def test_a_name_is_no_formula(tmp_path):
     several = runs_figure([made_up(name, kinds=("eval_loss", "eval_$x$_loss")) for name in names])
     for figure in (*alone, several):
         save_figure(figure, tmp_path / "names.png")
+        assert [file.name for file in tmp_path.iterdir()] == ["names.png"]  # written aside, and put there whole
         texts = [*figure.legends[0].get_texts(), figure.axes[1].yaxis.label]
         texts += figure.axes[1].get_legend().get_texts() if figure is several else []
         shown = [text._preprocess_math(text.get_text()) for text in texts]
