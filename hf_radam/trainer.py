@@ -240,11 +240,12 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
 
     # ---- Evaluation ----
 
-    def evaluate(self, eval_dataset: Any = None, *positional: Any, **keywords: Any) -> dict[str, float]:
-        """As upstream's; refuses data sets whose names would make two losses one."""
+    def evaluate(self, *positional: Any, **keywords: Any) -> dict[str, float]:
+        """Refuse data sets whose names would make two losses one. (`Seq2SeqTrainer` takes more arguments than others.)"""
         if self.args.ewa_eval_raw:
-            check_data_sets(self.eval_dataset if eval_dataset is None else eval_dataset)
-        return super().evaluate(eval_dataset, *positional, **keywords)
+            given = positional[0] if positional else keywords.get("eval_dataset")
+            check_data_sets(self.eval_dataset if given is None else given)
+        return super().evaluate(*positional, **keywords)
 
     def evaluation_loop(
         self,

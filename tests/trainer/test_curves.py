@@ -198,8 +198,9 @@ def test_a_data_set_with_the_name_of_losses_of_the_training_weights_is_refused(t
     with pytest.raises(ValueError, match=refused):
         trainer(tmp_path, **tiny.METHODS["ewa"], datasets=datasets, ewa_eval_raw=True)
     ours = trainer(tmp_path, **tiny.METHODS["ewa"], datasets=tiny.EVAL, ewa_eval_raw=True)
-    with pytest.raises(ValueError, match=refused):
-        ours.evaluate(datasets)
+    for given in ((datasets,), {"eval_dataset": datasets}):
+        with pytest.raises(ValueError, match=refused):
+            ours.evaluate(**given) if isinstance(given, dict) else ours.evaluate(*given)
     ours.eval_dataset = datasets
     with pytest.raises(ValueError, match=refused):
         ours.evaluate()
