@@ -241,7 +241,10 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
     # ---- Evaluation ----
 
     def evaluate(self, *positional: Any, **keywords: Any) -> dict[str, float]:
-        """Refuse data sets whose names would make two losses one. (`Seq2SeqTrainer` takes more arguments than others.)"""
+        """Refuse data sets whose names would make two losses one.
+
+        The arguments are those of the class that this is mixed into: `Seq2SeqTrainer` takes others than `Trainer`.
+        """
         if self.args.ewa_eval_raw:
             given = positional[0] if positional else keywords.get("eval_dataset")
             check_data_sets(self.eval_dataset if given is None else given)
