@@ -102,9 +102,10 @@ class Settings:
 QUICK = Settings(
     updates=60,
     warmup=6,
+    sequences=8,
     width=32,
     layers=2,
-    evaluated=40,
+    evaluated=10,
     seeds=(0,),
     rates={
         "adamw": (8e-3, 1.6e-2, 3.2e-2),
