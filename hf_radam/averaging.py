@@ -188,20 +188,24 @@ class WeightAverage:
             if not overlap:
                 self.before_writing()
         else:
-            self._averages = {name: self._accumulator(name, self.sharding.live(name)) for name in self._trained}
+            self._averages = {
+                name: self._accumulator(name, self.sharding.optimizer_shard(name)) for name in self._trained
+            }
         self.weight_sum = 1.0 / size
         self.num_averaged += 1
         return True
 
     def _accumulator(self, name: str, value: Tensor) -> Tensor:
         """A float32 copy of a value, where the accumulator of that parameter lives."""
-        device = self.sharding.live(name).device if self.device is None else self.device
+        device = self.sharding.optimizer_shard(name).device if self.device is None else self.device
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
     def _move(self, names: list[str], size: float) -> None:
         """Move the accumulators of these parameters by `size` towards them."""
         parameters = self.sharding.parameters
-        self._mover.move([(self._averages[name], self.sharding.live(name), parameters[name]) for name in names], size)
+        self._mover.move(
+            [(self._averages[name], self.sharding.optimizer_shard(name), parameters[name]) for name in names], size
+        )
 
     def before_writing(self) -> None:
         """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
@@ -311,7 +315,7 @@ class WeightAverage:
             raise RuntimeError("There is no average yet: ask `started` first.")
         gathered = {name: self.sharding.gather(name, average) for name, average in self.averages.items()}
         frozen = [name for name in self.sharding.parameters if name not in gathered]
-        gathered |= {name: self.sharding.gather_held(name) for name in frozen}
+        gathered |= {name: self.sharding.gather_model(name) for name in frozen}
         return {name: value.clone() for name, value in gathered.items()}
 
     def counters(self) -> dict[str, Any]:
@@ -329,7 +333,7 @@ class WeightAverage:
         The tensors are no copies: later updates move them, and those from within `applied(exchange=True)` hold the
         training weights after it.
 
-        Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.live`.
+        Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.optimizer_shard`.
         """
         return self.counters() | {"averages": dict(self.averages)}
 
@@ -363,8 +367,8 @@ class WeightAverage:
     def _own_part(self, name: str, value: Tensor) -> Tensor:
         """This rank's part of a value that is whole, or that part already."""
         if value.shape == self.sharding.shape(name):
-            return self.sharding.cut(name, value)
-        part = self.sharding.live(name).shape
+            return self.sharding.local_shard(name, value)
+        part = self.sharding.optimizer_shard(name).shape
         if value.shape != part:
             raise ValueError(
                 f"The state has {name} of shape {tuple(value.shape)}, the parameter has "

@@ -18,7 +18,7 @@ def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str],
         optimizer: the optimizer.
 
     Returns:
-        From a parameter's name to x in the form of `Sharding.live`, or to None where x is what the parameter holds:
+        From a parameter's name to x in the form of `Sharding.optimizer_shard`, or to None where x is what the parameter holds:
         the optimizer does not know it, there was no update yet, or the optimizer is in evaluation mode.
     """
     groups = sharding.groups(optimizer)
@@ -28,7 +28,7 @@ def x_piece(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str],
         z = None if group is None else sharding.state(name, optimizer, "z")
         if group is None or z is None or not group["train_mode"]:
             return None
-        return x_from_y(sharding.live(name), z, group["betas"][0])
+        return x_from_y(sharding.optimizer_shard(name), z, group["betas"][0])
 
     return piece
 
@@ -55,5 +55,5 @@ def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str,
     """
     sharding = find_sharding(model)
     x = {name: sharding.gather(name, piece) for name, piece in x_pieces(sharding, optimizer)}
-    x |= {name: sharding.gather_held(name) for name in sharding.parameters if name not in x}
+    x |= {name: sharding.gather_model(name) for name in sharding.parameters if name not in x}
     return {name: x[name].clone() for name in sharding.parameters}

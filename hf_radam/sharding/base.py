@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_radam.sharding.exchange import Exchange, fingerprint
 
 Pieces = Iterable[tuple[str, Tensor]]
-"""Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.live`."""
+"""Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.optimizer_shard`."""
 
 Stretches = list[tuple[int, int]]
 """First element and length of what each rank has."""
@@ -40,7 +40,7 @@ def rank() -> int:
     return dist.get_rank() if world_size() > 1 else 0
 
 
-def of_every_rank(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """What each process gives, by its number; all of them must call this."""
     if world_size() == 1:
         return [value]
@@ -115,23 +115,23 @@ class Sharding(ABC):
         return dtype
 
     @abstractmethod
-    def live(self, name: str) -> Tensor:
+    def optimizer_shard(self, name: str) -> Tensor:
         """The stretch of a trained parameter on this rank, as the optimizer has it: the tensor itself, no copy."""
 
     @abstractmethod
-    def held(self, name: str) -> Tensor:
+    def model_shard(self, name: str) -> Tensor:
         """The stretch of any parameter on this rank, as the forward pass has it: the tensor itself, no copy."""
 
     @abstractmethod
-    def start(self, name: str) -> int:
-        """First element of `live`, in the flattened parameter."""
+    def optimizer_start(self, name: str) -> int:
+        """First element of `optimizer_shard`, in the flattened parameter."""
 
-    def held_start(self, name: str) -> int:
-        """First element of `held`, in the flattened parameter."""
-        return self.start(name)
+    def model_start(self, name: str) -> int:
+        """First element of `model_shard`, in the flattened parameter."""
+        return self.optimizer_start(name)
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """What the optimizer keeps for `live` under `key`, of the same form; None if it keeps nothing yet."""
+        """What the optimizer keeps for `optimizer_shard` under `key`, of the same form; None if it keeps nothing yet."""
         return optimizer.state.get(self.parameters[name], {}).get(key)
 
     def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
@@ -146,8 +146,8 @@ class Sharding(ABC):
             RuntimeError: if they are not the same weights: a back-end keeps them in another order than is known here.
         """
         for name in self.trained:
-            live, held = self.live(name).flatten(), self.held(name).flatten()
-            offset = self.start(name) - self.held_start(name)
+            live, held = self.optimizer_shard(name).flatten(), self.model_shard(name).flatten()
+            offset = self.optimizer_start(name) - self.model_start(name)
             same = held[offset : offset + live.numel()]
             if not torch.allclose(live.to(same.device, same.dtype), same, rtol=0, atol=0, equal_nan=True):
                 raise RuntimeError(
@@ -160,17 +160,17 @@ class Sharding(ABC):
 
     @cached_property
     def _stretches(self) -> dict[tuple[str, bool], Stretches]:
-        """Start and length of what every rank holds of every parameter, `live` and `held`; asked for once."""
+        """Start and length of what every rank holds of every parameter, `optimizer_shard` and `model_shard`; asked for once."""
         mine, trained = {}, set(self.trained)
         for name in self.parameters:
-            mine[name, False] = (self.held_start(name), self.held(name).numel())
+            mine[name, False] = (self.model_start(name), self.model_shard(name).numel())
             if name in trained:
-                mine[name, True] = (self.start(name), self.live(name).numel())
-        every = of_every_rank(mine)
+                mine[name, True] = (self.optimizer_start(name), self.optimizer_shard(name).numel())
+        every = all_gather_object(mine)
         return {key: [ranks[key] for ranks in every] for key in mine}
 
     def gather(self, name: str, piece: Tensor) -> Tensor:
-        """Put a value together of which every rank has the stretch that `live` is. Every rank must call it.
+        """Put a value together of which every rank has the stretch that `optimizer_shard` is. Every rank must call it.
 
         Args:
             name: the parameter that the value has the shape of.
@@ -183,22 +183,22 @@ class Sharding(ABC):
         assert whole is not None
         return whole
 
-    def gather_held(self, name: str) -> Tensor:
+    def gather_model(self, name: str) -> Tensor:
         """The whole parameter as the forward pass has it, as `gather`."""
-        whole = self._assemble(name, self.held(name).detach(), live=False)
+        whole = self._assemble(name, self.model_shard(name).detach(), live=False)
         assert whole is not None
         return whole
 
-    def collect(self, name: str, piece: Tensor | None) -> Tensor | None:
+    def gather_to_rank0(self, name: str, piece: Tensor | None) -> Tensor | None:
         """Put a value together on the first rank alone; the others get None. Every rank must call it.
 
         Args:
             name: the parameter that the value has the shape of.
-            piece: this rank's stretch of it in the form of `live`; None on every rank: the parameter as the forward
+            piece: this rank's stretch of it in the form of `optimizer_shard`; None on every rank: the parameter as the forward
                 pass has it.
         """
         if piece is None:
-            return self._assemble(name, self.held(name).detach(), live=False, everywhere=False)
+            return self._assemble(name, self.model_shard(name).detach(), live=False, everywhere=False)
         return self._assemble(name, piece, live=True, everywhere=False)
 
     def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
@@ -216,22 +216,24 @@ class Sharding(ABC):
 
     @abstractmethod
     def _is_whole(self, name: str, *, live: bool) -> bool:
-        """Whether every rank has all of `live`, or of `held`, so that there is nothing to send."""
+        """Whether every rank has all of `optimizer_shard`, or of `model_shard`, so that there is nothing to send."""
 
-    def cut(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's stretch of a value of the parameter's shape, in the form of `live`: a view where that can be."""
-        live = self.live(name)
-        return whole.reshape(-1)[self.start(name) : self.start(name) + live.numel()].view(live.shape)
+    def local_shard(self, name: str, whole: Tensor) -> Tensor:
+        """This rank's stretch of a value of the parameter's shape, in the form of `optimizer_shard`: a view where that can be."""
+        live = self.optimizer_shard(name)
+        return whole.reshape(-1)[self.optimizer_start(name) : self.optimizer_start(name) + live.numel()].view(
+            live.shape
+        )
 
     # ---- Other weights in the model ----
 
     @abstractmethod
     def _write(self, name: str, piece: Tensor) -> None:
-        """Have the forward pass use a value, given in the form of `live`, cast to the dtype of its weights."""
+        """Have the forward pass use a value, given in the form of `optimizer_shard`, cast to the dtype of its weights."""
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Context in which `held` may be changed, so that the next forward pass sees it."""
+        """Context in which `model_shard` may be changed, so that the next forward pass sees it."""
         yield
 
     @contextmanager
@@ -239,26 +241,26 @@ class Sharding(ABC):
         """Context in which the forward pass uses other values; its own come back bit for bit, whatever is raised.
 
         Args:
-            pieces: makes the values, in the form of `live`; asked one after another, each before it is written.
+            pieces: makes the values, in the form of `optimizer_shard`; asked one after another, each before it is written.
         """
         kept: dict[str, Tensor] = {}
         try:
             with torch.no_grad(), self.editing():
                 for name, piece in pieces():
-                    kept[name] = self.held(name).detach().clone()
+                    kept[name] = self.model_shard(name).detach().clone()
                     self._write(name, piece)
             yield
         finally:
             with torch.no_grad(), self.editing():
                 for name, value in reversed(kept.items()):  # some may be the same memory
-                    self.held(name).copy_(value)
+                    self.model_shard(name).copy_(value)
 
     @contextmanager
     def exchanging(self, pieces: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """As `holding`, without a copy of the weights where that can be: value and weights change places meanwhile.
 
         Args:
-            pieces: the values, in the form of `live`. Of those that changed places the tensor here has the weights.
+            pieces: the values, in the form of `optimizer_shard`. Of those that changed places the tensor here has the weights.
 
         Yields:
             Where each value is now.
@@ -268,7 +270,7 @@ class Sharding(ABC):
                 values now. The weights are put back all the same. Nothing is raised where something else was.
         """
         exchanged = {
-            name: self.held(name).detach() for name, piece in pieces.items() if self._can_exchange(name, piece)
+            name: self.model_shard(name).detach() for name, piece in pieces.items() if self._can_exchange(name, piece)
         }
         exchange = Exchange((weights, pieces[name]) for name, weights in exchanged.items())
         copied = {name: piece for name, piece in pieces.items() if name not in exchanged}
@@ -282,8 +284,8 @@ class Sharding(ABC):
                 with torch.no_grad(), self.editing():
                     exchange.back()
                     for name, weights in exchanged.items():
-                        if self.held(name).data_ptr() != weights.data_ptr():  # moved, or cast to another dtype
-                            self.held(name).copy_(weights)
+                        if self.model_shard(name).data_ptr() != weights.data_ptr():  # moved, or cast to another dtype
+                            self.model_shard(name).copy_(weights)
             after = fingerprint(pieces[name] for name in exchanged)
             written = [name for name, one, other in zip(exchanged, before, after, strict=True) if one != other]
             if written:
@@ -293,7 +295,7 @@ class Sharding(ABC):
                 )
 
     def _can_exchange(self, name: str, piece: Tensor) -> bool:
-        """Whether the forward pass uses the tensor `live`, and it and the value could as well change places."""
+        """Whether the forward pass uses the tensor `optimizer_shard`, and it and the value could as well change places."""
         return False
 
     def shared(self) -> Sharding:

@@ -77,13 +77,13 @@ class LocalSharding(Sharding):
         """Whether any parameter is a DTensor."""
         return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
 
-    def live(self, name: str) -> Tensor:
+    def optimizer_shard(self, name: str) -> Tensor:
         """The tensor itself, or its local rows."""
         return local_part(self.parameters[name])
 
-    held = live
+    model_shard = optimizer_shard
 
-    def start(self, name: str) -> int:
+    def optimizer_start(self, name: str) -> int:
         """First element of the local rows."""
         return first_element(self.parameters[name], name)
 
@@ -97,10 +97,10 @@ class LocalSharding(Sharding):
 
     def _write(self, name: str, piece: Tensor) -> None:
         # In place: the addresses stay what optimizers, compiled graphs and FSDP know.
-        self.live(name).copy_(piece)
+        self.optimizer_shard(name).copy_(piece)
 
     def _can_exchange(self, name: str, piece: Tensor) -> bool:
-        live = self.live(name)
+        live = self.optimizer_shard(name)
         if piece.dtype != torch.float32 or live.dtype != torch.float32 or piece.device != live.device:
             return False
         return piece.shape == live.shape and piece.is_contiguous() and live.is_contiguous()

@@ -26,21 +26,21 @@ class SlicedSharding(Sharding):
             return 0, parameter.numel()
         return stretch(parameter.numel(), rank(), world_size())
 
-    def live(self, name: str) -> Tensor:
+    def optimizer_shard(self, name: str) -> Tensor:
         """This rank's stretch of the flattened tensor: a view of it."""
-        whole, (first, length) = self.held(name), self._stretch(name)
+        whole, (first, length) = self.model_shard(name), self._stretch(name)
         return whole.view(-1)[first : first + length] if whole.is_contiguous() else whole
 
-    def held(self, name: str) -> Tensor:
+    def model_shard(self, name: str) -> Tensor:
         """The whole parameter."""
         whole: Tensor = self.parameters[name].detach()
         return whole
 
-    def start(self, name: str) -> int:
+    def optimizer_start(self, name: str) -> int:
         """First element of this rank's share."""
         return self._stretch(name)[0]
 
-    def held_start(self, name: str) -> int:
+    def model_start(self, name: str) -> int:
         """Zero: it is whole."""
         return 0
 
@@ -48,4 +48,4 @@ class SlicedSharding(Sharding):
         return not live or not self.parameters[name].is_contiguous()
 
     def _write(self, name: str, piece: Tensor) -> None:
-        self.held(name).copy_(self.gather(name, piece))
+        self.model_shard(name).copy_(self.gather(name, piece))

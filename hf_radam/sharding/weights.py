@@ -16,7 +16,7 @@ class Weights:
 
     Attributes:
         sharding: where the parameters lie.
-        piece: this rank's part of a parameter in the form of `Sharding.live`, or None, on every rank, where these
+        piece: this rank's part of a parameter in the form of `Sharding.optimizer_shard`, or None, on every rank, where these
             weights are what the forward pass holds.
     """
 
@@ -28,13 +28,13 @@ class Weights:
         """The weights that are in the model."""
         return cls(sharding, lambda name: None)
 
-    def collect(self, name: str) -> Tensor | None:
-        """Bring a whole parameter to the first rank; every rank must call it. See `Sharding.collect`."""
-        return self.sharding.collect(name, self.piece(name))
+    def gather_to_rank0(self, name: str) -> Tensor | None:
+        """Bring a whole parameter to the first rank; every rank must call it. See `Sharding.gather_to_rank0`."""
+        return self.sharding.gather_to_rank0(name, self.piece(name))
 
     def stretch(self, name: str) -> tuple[int, Tensor]:
         """This rank's part of a parameter: its first element, in the flattened parameter, and the part."""
         piece = self.piece(name)
         if piece is None:
-            return self.sharding.held_start(name), self.sharding.held(name).detach()
-        return self.sharding.start(name), piece
+            return self.sharding.model_start(name), self.sharding.model_shard(name).detach()
+        return self.sharding.optimizer_start(name), piece

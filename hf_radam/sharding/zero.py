@@ -40,7 +40,7 @@ class FragmentSharding(Sharding):
         super().__init__(parameters, device=device)
         self.engine = engine
 
-    def live(self, name: str) -> Tensor:
+    def optimizer_shard(self, name: str) -> Tensor:
         """The stretch of the parameter that lies in this rank's float32 partition, which may be none of it."""
         mapping = self.parameters[name]._hp_mapping
         if mapping is None:
@@ -48,17 +48,17 @@ class FragmentSharding(Sharding):
         fragment: Tensor = mapping.hp_fragment.detach()
         return fragment
 
-    def held(self, name: str) -> Tensor:
+    def model_shard(self, name: str) -> Tensor:
         """The whole parameter."""
         whole: Tensor = self.parameters[name].detach()
         return whole
 
-    def start(self, name: str) -> int:
+    def optimizer_start(self, name: str) -> int:
         """First element of the stretch."""
         mapping = self.parameters[name]._hp_mapping
         return 0 if mapping is None else int(mapping.lp_fragment_address.start)
 
-    def held_start(self, name: str) -> int:
+    def model_start(self, name: str) -> int:
         """Zero: it is whole."""
         return 0
 
@@ -109,18 +109,18 @@ class PartitionSharding(Sharding):
         start = min(length * self.optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
         return start, min(length, parameter.ds_numel - start)
 
-    def live(self, name: str) -> Tensor:
+    def optimizer_shard(self, name: str) -> Tensor:
         """The stretch of the parameter in this rank's float32 partition, without its padding."""
         partition, _ = self.optimizer._get_fp32_opt_state_partition(self.parameters[name], release_swap_buffers=True)
         whole: Tensor = partition.detach()[: self._partition(name)[1]]
         return whole
 
-    def held(self, name: str) -> Tensor:
+    def model_shard(self, name: str) -> Tensor:
         """The same stretch as it is gathered for the forward pass."""
         part: Tensor = self.parameters[name].ds_tensor.detach()[: self._partition(name)[1]]
         return part
 
-    def start(self, name: str) -> int:
+    def optimizer_start(self, name: str) -> int:
         """First element of the stretch."""
         return self._partition(name)[0]
 
@@ -140,7 +140,7 @@ class PartitionSharding(Sharding):
         return False
 
     def _write(self, name: str, piece: Tensor) -> None:
-        self.held(name).copy_(piece)
+        self.model_shard(name).copy_(piece)
 
     @contextmanager
     def editing(self) -> Iterator[None]:

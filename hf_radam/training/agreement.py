@@ -22,7 +22,7 @@ from torch import nn
 from transformers.trainer_utils import has_length
 
 from hf_radam import __version__
-from hf_radam.sharding.base import of_every_rank, world_size
+from hf_radam.sharding.base import all_gather_object, world_size
 
 MAY_DIFFER = frozenset(
     # which process it is; what it shows, and to whom
@@ -61,10 +61,10 @@ def check_same(facts: Mapping[str, str]) -> None:
     It waits for the others as long as the group does for anything (`ddp_timeout`).
     """
     checksum = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
-    if len(set(of_every_rank(checksum))) > 1:
+    if len(set(all_gather_object(checksum))) > 1:
         raise DisagreementError(
             "The processes of this run do not agree on what to train, and would wait for each other or train different "
-            f"things: {'; '.join(differences(of_every_rank(dict(facts))))}. Start every process with the same flags, "
+            f"things: {'; '.join(differences(all_gather_object(dict(facts))))}. Start every process with the same flags, "
             "model and data."
         )
 

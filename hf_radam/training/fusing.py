@@ -12,7 +12,7 @@ from hf_radam.kernels import make_ready, obstacle
 from hf_radam.kernels.building import BuildError
 from hf_radam.optim import RAdam, RAdamScheduleFree
 from hf_radam.sharding import LocalSharding, Sharding
-from hf_radam.sharding.base import of_every_rank
+from hf_radam.sharding.base import all_gather_object
 
 logger = logging.get_logger(__name__)
 
@@ -36,13 +36,13 @@ def choose_fused(optimizer: Any, wanted: str, sharding: Sharding, *, speaks: boo
     optimizer.fused = False
     if wanted == "false":
         return
-    parameters = [sharding.live(name) for name in sharding.trained]
-    against = _first(of_every_rank(obstacle(parameters, measured=wanted == "auto")))
+    parameters = [sharding.optimizer_shard(name) for name in sharding.trained]
+    against = _first(all_gather_object(obstacle(parameters, measured=wanted == "auto")))
     seconds = 0.0
     if against is None:
         if speaks:
             logger.info("Building the kernels of fused updates, if this machine has not got them yet.")
-        outcomes = of_every_rank(_make_ready(parameters, optimizer))
+        outcomes = all_gather_object(_make_ready(parameters, optimizer))
         against = _first(outcome for outcome in outcomes if isinstance(outcome, str))
         seconds = max((outcome for outcome in outcomes if isinstance(outcome, float)), default=0.0)
     if against is None:
@@ -71,7 +71,7 @@ def check_folded(optimizer: Any, sharding: Sharding) -> None:
     elif not isinstance(sharding, LocalSharding) or sharding.is_sharded:
         against = "every process averages its share of the parameters alone"
     else:
-        devices = {sharding.live(name).device.type for name in sharding.trained}
+        devices = {sharding.optimizer_shard(name).device.type for name in sharding.trained}
         against = next((f"it is made on CPUs only, and the model is on {device}" for device in devices - {"cpu"}), None)
     if against is not None:
         raise ValueError(f"ewa_folded=True is not possible: {against}. Leave it out, the average is the same.")

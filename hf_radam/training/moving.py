@@ -19,7 +19,7 @@ from hf_radam.checkpoints import optimizer_states
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, Layout
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.sharding import LocalSharding
-from hf_radam.training.verification import agreed
+from hf_radam.training.verification import decide_on_rank0
 
 
 class Facts(NamedTuple):
@@ -98,7 +98,7 @@ def _scattered(read: Callable[[], optimizer_states.State], optimizer: torch.opti
             "param_groups": state["param_groups"]
         }
 
-    state = agreed(lambda find: outline())
+    state = decide_on_rank0(lambda find: outline())
     for number, kept in state["state"].items():
         for key, value in kept.items():
             if isinstance(value, Facts):

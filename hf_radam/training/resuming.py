@@ -32,7 +32,7 @@ from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
 from hf_radam.training.shared_folder import check_shared_folder
-from hf_radam.training.verification import agreed
+from hf_radam.training.verification import decide_on_rank0
 
 logger = logging.get_logger(__name__)
 
@@ -91,7 +91,7 @@ class ResumingMixin(PartsMixin):
                     f"extend_from={self.args.extend_from} and resume_from_checkpoint={wanted} both say where to go on "
                     "from: drop one."
                 )
-            self._extension = agreed(self._extended)
+            self._extension = decide_on_rank0(self._extended)
             if self._extension.kept:
                 self.args.go_on_with_schedule(**self._extension.kept)
             if self.is_world_process_zero():
@@ -100,7 +100,7 @@ class ResumingMixin(PartsMixin):
         if wanted is None or wanted is False:
             self._warn_of_earlier_run()
             return None
-        chosen: str = agreed(self._newest if wanted is True else functools.partial(self._named, str(wanted)))
+        chosen: str = decide_on_rank0(self._newest if wanted is True else functools.partial(self._named, str(wanted)))
         resumed = read_manifest(chosen)
         if resumed is not None:
             self.args.keep_passed_budgets(resumed["schedule"], step=resumed["schedule_step"])
@@ -239,7 +239,7 @@ class ResumingMixin(PartsMixin):
         """Look for the best checkpoint beside the one resumed: upstream forgets it where the run has moved."""
         best = run_of(checkpoint) / f"{PREFIX}{self.state.best_global_step}"
         if self.state.best_model_checkpoint is None and self.state.best_global_step:
-            if agreed(lambda find: best.is_dir()):
+            if decide_on_rank0(lambda find: best.is_dir()):
                 self.state.best_model_checkpoint = str(best)
 
     def _keep_pinned(self, checkpoint: Path) -> None:
@@ -259,7 +259,7 @@ class ResumingMixin(PartsMixin):
             storage.publish(run, place)
             storage.remove_staging(run)
 
-        agreed(keep)
+        decide_on_rank0(keep)
 
     def _load_best_model(self) -> None:
         """Leave the best evaluation weights in the model: upstream would load the checkpoint's training weights."""
@@ -269,7 +269,7 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        folder: Path = agreed(lambda find: evaluation_folder(best, find=find))
+        folder: Path = decide_on_rank0(lambda find: evaluation_folder(best, find=find))
         if is_sharded(self):
             load_parts(folder, self._bare_model, self._evaluation.sharding)
         else:

@@ -20,7 +20,7 @@ from hf_radam.checkpoints import manifest, storage
 from hf_radam.checkpoints.models import adapters
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
-from hf_radam.sharding.base import of_every_rank
+from hf_radam.sharding.base import all_gather_object
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.card import renew_our_part
 from hf_radam.training.failures import save_error
@@ -214,7 +214,7 @@ class SavingMixin(FoldersMixin):
         index, own = self.args.process_index, {}
         if index > 0:
             own = storage.Sealing(folder).finish(only=lambda file: storage.rank_of(file) == index)
-        return {name: facts for each in of_every_rank(own) for name, facts in each.items()}
+        return {name: facts for each in all_gather_object(own) for name, facts in each.items()}
 
     def _publish(self, run: Path, name: str, places: list[Path], sealed: Mapping[str, tuple[int, str]]) -> None:
         """Complete the staged checkpoint and give it its places; the files are stored once."""

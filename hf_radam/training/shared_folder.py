@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from hf_radam.checkpoints.storage import STAGING
-from hf_radam.sharding.base import of_every_rank
+from hf_radam.sharding.base import all_gather_object
 from hf_radam.training.agreement import DisagreementError
 
 PATIENCE = 30.0
@@ -40,7 +40,7 @@ def check_shared_folder(args: Any) -> None:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
     dist.barrier()
-    seen = of_every_rank(_appears(probe))
+    seen = all_gather_object(_appears(probe))
     if args.process_index == 0:
         probe.unlink()
         if not any(probe.parent.iterdir()):

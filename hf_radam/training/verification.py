@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
-from hf_radam.sharding.base import of_every_rank, rank, world_size
+from hf_radam.sharding.base import all_gather_object, rank, world_size
 
 
 class Seen(NamedTuple):
@@ -28,7 +28,7 @@ class Seen(NamedTuple):
     """Number of the folder in its file system, which all machines know it by if they share that."""
 
 
-def agreed(decide: Callable[[FindDamage], Any]) -> Any:
+def decide_on_rank0(decide: Callable[[FindDamage], Any]) -> Any:
     """What `decide` returns or raises on the first process, on every process; all of them must call this.
 
     Args:
@@ -57,7 +57,7 @@ def agreed(decide: Callable[[FindDamage], Any]) -> Any:
 
 
 def _ask(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
-    """`damage`, of which every process does its share; the others wait for this in `agreed`."""
+    """`damage`, of which every process does its share; the others wait for this in `decide_on_rank0`."""
     _from_first(("find", Path(checkpoint), only))
     shares = _look(Path(checkpoint), only)
     for error in [share for share in shares if isinstance(share, Exception)]:
@@ -67,7 +67,7 @@ def _ask(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
 
 def _look(checkpoint: Path, only: str | None) -> list[Any]:
     """What each process has found in its share, or the error with which it could not look."""
-    seen = of_every_rank(_seen(checkpoint))
+    seen = all_gather_object(_seen(checkpoint))
     mine: dict[str, str] | Exception
     try:
         if len({each.manifest for each in seen}) > 1:
@@ -79,7 +79,7 @@ def _look(checkpoint: Path, only: str | None) -> list[Any]:
         mine = damage(checkpoint, only=only, share=(together.index(rank()), len(together)))
     except Exception as error:
         mine = _sendable(error)
-    return of_every_rank(mine)
+    return all_gather_object(mine)
 
 
 def _seen(checkpoint: Path) -> Seen:

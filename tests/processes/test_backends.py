@@ -60,7 +60,7 @@ def options(backend, method):
 def whole_weights(trainer):
     """Every parameter as the forward pass has it, whole, on every rank."""
     sharding = trainer._evaluation.sharding
-    return {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+    return {name: sharding.gather_model(name).clone() for name in sharding.parameters}
 
 
 def train_one(folder, backend, method):

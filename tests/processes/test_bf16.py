@@ -66,9 +66,9 @@ def weights_of(folder, backend):
         trainer.train()
         assert harness.is_really(trainer, backend)
         sharding = trainer._evaluation.sharding
-        weights = [{name: sharding.gather_held(name).clone().float() for name in sharding.parameters}]
+        weights = [{name: sharding.gather_model(name).clone().float() for name in sharding.parameters}]
         with trainer.evaluation_weights():
-            weights.append({name: sharding.gather_held(name).clone().float() for name in sharding.parameters})
+            weights.append({name: sharding.gather_model(name).clone().float() for name in sharding.parameters})
         found[method] = trainer.evaluate()["eval_loss"], *weights
     return found
 

@@ -29,7 +29,7 @@ def train(folder, backend, wanted):
         assert harness.is_really(trainer, backend)
         assert trainer._bare_optimizer.fused == (wanted == "auto")
         sharding = trainer._evaluation.sharding
-        found[method] = {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+        found[method] = {name: sharding.gather_model(name).clone() for name in sharding.parameters}
     return found
 
 

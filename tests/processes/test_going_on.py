@@ -45,7 +45,7 @@ def train(folder, layout, resume=None, **overrides):
 
 def end_of(trainer):
     sharding = trainer._evaluation.sharding
-    return {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+    return {name: sharding.gather_model(name).clone() for name in sharding.parameters}
 
 
 def everything(root, layout):

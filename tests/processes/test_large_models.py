@@ -124,7 +124,7 @@ def train_sharded(folder, method):
     trainer = tiny.trainer(folder, tiny.tied(), **args | tiny.METHODS[method] | decay)
     trainer.train()
     sharding = trainer._evaluation.sharding
-    weights = {name: sharding.gather_held(name).clone() for name in sharding.parameters}
+    weights = {name: sharding.gather_model(name).clone() for name in sharding.parameters}
     if trainer.is_world_process_zero():
         torch.save(weights, folder / "training.pt")
     return trainer.evaluate()["eval_loss"]

@@ -34,7 +34,7 @@ def train(folder, backend):
         ends.append(
             (
                 [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry],
-                {name: sharding.gather_held(name).clone() for name in sharding.parameters},
+                {name: sharding.gather_model(name).clone() for name in sharding.parameters},
                 trainer.average.averaged_state_dict(),
             )
         )

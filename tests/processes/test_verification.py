@@ -24,7 +24,7 @@ from hf_radam.checkpoints.integrity import damage, evaluation_folder
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.training import verification
-from hf_radam.training.verification import agreed
+from hf_radam.training.verification import decide_on_rank0
 
 OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
 
@@ -77,15 +77,15 @@ def job(run: Path) -> dict:
             opened.append(Path(str(arguments[0])).relative_to(newest).as_posix())
 
     sys.addaudithook(hook)
-    whole = agreed(lambda find: find(newest))
+    whole = decide_on_rank0(lambda find: find(newest))
     looked_at, heard, for_evaluation = list(opened), {}, {}
     for file in files:
         change(file)
         heard[file.relative_to(newest).as_posix()] = said_by(
-            lambda: agreed(lambda find: check_resumable(newest, find=find))
+            lambda: decide_on_rank0(lambda find: check_resumable(newest, find=find))
         )
         for_evaluation[file.relative_to(newest).as_posix()] = said_by(
-            lambda: agreed(lambda find: evaluation_folder(newest, find=find))
+            lambda: decide_on_rank0(lambda find: evaluation_folder(newest, find=find))
         )
         change(file)
     return {"whole": whole, "looked at": looked_at, "heard": heard, "for evaluation": for_evaluation}
@@ -97,7 +97,7 @@ def damaged_job(run: Path) -> tuple[str, str, int]:
     begins = Begins()
     named = said_by(lambda: trainer_of(run, begins).train(resume_from_checkpoint=str(newest)))
     trainer_of(run, begins).train(resume_from_checkpoint=True)
-    gone = said_by(lambda: agreed(lambda find: check_resumable(run / "checkpoint-9", find=find)))
+    gone = said_by(lambda: decide_on_rank0(lambda find: check_resumable(run / "checkpoint-9", find=find)))
     return named, gone, begins.at
 
 
@@ -215,7 +215,7 @@ def copies(root):
     checkpoint, said = Path("checkpoint-3"), {}
 
     def look():
-        return said_by(lambda: agreed(lambda find: check_resumable(checkpoint, find=find)))
+        return said_by(lambda: decide_on_rank0(lambda find: check_resumable(checkpoint, find=find)))
 
     said["whole"] = look()
     for owner in (0, 1):
@@ -267,7 +267,7 @@ def failing(folder, where):
     if where == dist.get_rank():
         verification.damage = fails
     try:
-        agreed(decide)
+        decide_on_rank0(decide)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 

@@ -65,7 +65,7 @@ def state_tensors(model: nn.Module, weights: Weights, *, in_float32: bool) -> Te
         like[key] = torch.empty(shape, dtype=widened(value.dtype) if in_float32 else value.dtype, device="meta")
 
     def read(key: str) -> Tensor | None:
-        return weights.collect(name_of[key]) if key in name_of else written[key].detach()
+        return weights.gather_to_rank0(name_of[key]) if key in name_of else written[key].detach()
 
     return Tensors(like, read)
 
@@ -90,7 +90,7 @@ def save_model_folder(
     """
     path = Path(folder)
     if is_peft(model):
-        brought = {name: weights.collect(name) for name in weights.sharding.trained}
+        brought = {name: weights.gather_to_rank0(name) for name in weights.sharding.trained}
         if rank() == 0:
             adapter = {name: value for name, value in brought.items() if value is not None}
             save_adapter_folder(path, model, adapter, processing_class=processing_class)

@@ -130,8 +130,8 @@ def load_parts(folder: Path, model: nn.Module, sharding: Sharding) -> None:
         CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
     """
     written, name_of = state_keys(model, sharding)
-    targets = {key: sharding.held(name_of[key]) if key in name_of else value for key, value in written.items()}
-    starts = {key: sharding.held_start(name_of[key]) if key in name_of else 0 for key in written}
+    targets = {key: sharding.model_shard(name_of[key]) if key in name_of else value for key, value in written.items()}
+    starts = {key: sharding.model_start(name_of[key]) if key in name_of else 0 for key in written}
     into = {key: (starts[key], torch.empty(t.numel(), dtype=t.dtype)) for key, t in targets.items()}
     read_parts(folder, model, sharding, into)
     with sharding.editing():
@@ -140,7 +140,7 @@ def load_parts(folder: Path, model: nn.Module, sharding: Sharding) -> None:
 
 
 def read_pieces(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str, Tensor]:
-    """Read the trained parameters in float32 on the CPU, of each this process's part in the form of `Sharding.live`.
+    """Read the trained parameters in float32 on the CPU, of each this process's part in the form of `Sharding.optimizer_shard`.
 
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model.
@@ -151,7 +151,7 @@ def read_pieces(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str,
     if unwritten:
         raise CheckpointError(f"{folder} has no {unwritten[0]}: the class of the model leaves it out of what it saves.")
     keys = {name: key_of[name] for name in sharding.trained}
-    live = {name: sharding.live(name) for name in keys}
-    into = {keys[n]: (sharding.start(n), torch.empty(piece.numel())) for n, piece in live.items()}
+    live = {name: sharding.optimizer_shard(name) for name in keys}
+    into = {keys[n]: (sharding.optimizer_start(n), torch.empty(piece.numel())) for n, piece in live.items()}
     read_parts(folder, model, sharding, into)
     return {name: into[key][1].view(live[name].shape) for name, key in keys.items()}
