@@ -37,11 +37,11 @@ soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=..., SOAK_ARGS="-
 
 BENCHMARK_FLAGS ?=
 benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings beside other packages (BENCHMARK_FLAGS="--quick")
-	.venv-benchmark/bin/python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
+	.venv-benchmark/bin/python benchmarks/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
 
 COMPARE_FLAGS ?=
 compare: .venv/.examples ## train AdamW with a cosine and five ways of RAdam, tuned (100 minutes; COMPARE_FLAGS="--quick": 8)
-	$(BIN)/python examples/compare_methods.py $(COMPARE_FLAGS)
+	$(BIN)/python benchmarks/compare_methods.py $(COMPARE_FLAGS)
 
 lint: .venv/.dev ## ruff and mypy
 	$(BIN)/ruff check .

@@ -98,12 +98,12 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         from hf_radam import cli
 
         cli.parse(command[1:])
-    elif command[:2] == ["python", "examples/compare_methods.py"]:
+    elif command[:2] == ["python", "benchmarks/compare_methods.py"]:
         import compare_methods
 
         arguments = compare_methods.parse_arguments(command[2:])
         assert all((ROOT / path).is_file() for path in arguments.document)
-    elif command[:2] == ["python", "examples/benchmark.py"]:
+    elif command[:2] == ["python", "benchmarks/benchmark.py"]:
         import benchmark
 
         arguments = benchmark.parse_arguments(command[2:])
@@ -163,10 +163,8 @@ def test_the_file_trees_are_complete():
     short = {line for path, line in named.items() if path.parent == package or path.is_dir()}
     tree = README.split("## Files")[1].split("    examples/")[0]
     assert entries(tree) == short
-    folder = ROOT / "examples"
-    modules = [path.relative_to(folder).parts for path in folder.rglob("[!_]*.py")]
-    named = {" " * (4 + 2 * len(parts)) + parts[-1] for parts in modules}
-    assert entries(examples) == named | {"      benchmarking/", "      comparing/"}
+    modules = [path for folder in ("examples", "benchmarks") for path in (ROOT / folder).glob("[!_]*.py")]
+    assert entries(examples) == {" " * 6 + path.name for path in modules}
 
 
 @pytest.mark.parametrize(("kind", "parts"), [("benchmark", "benchmarking.report"), ("comparison", "comparing.report")])

@@ -25,7 +25,7 @@ from comparing.reading import Curves, is_finished
 from comparing.running import JobError, Runner
 from comparing.settings import HORIZONS, Settings
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = "--updates 20 --warmup 2 --sequences 2 --block 32 --vocabulary 300 --width 16 --layers 1".split()
 TINY += "--evaluated 4 --seeds 0".split()
 TINY += [word for arm in ("adamw", "radam", "radam_schedulefree") for word in ("--rates", arm, "1e-4", "1e-2", "10")]
@@ -293,7 +293,7 @@ def text(tmp_path_factory):
 def stopped(text, tmp_path_factory):
     """The folder of a comparison that was asked to end after its first training, by the command line."""
     folder = tmp_path_factory.mktemp("compare")
-    command = [sys.executable, "-u", EXAMPLES / "compare_methods.py", "--folder", folder, "--train_file", text, *TINY]
+    command = [sys.executable, "-u", BENCHMARKS / "compare_methods.py", "--folder", folder, "--train_file", text, *TINY]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     first = process.stdout.readline()
     assert "adamw_cosine/5/warmup_2/rate_0.0001/seed_0" in first and "after 5 updates in" in first, (
@@ -312,7 +312,7 @@ def test_a_comparison_that_is_stopped_leaves_nothing_running(stopped):
 
 
 def test_trainings_end_with_a_comparison_that_is_killed(text, tmp_path):
-    command = [sys.executable, EXAMPLES / "compare_methods.py", "--folder", tmp_path, "--train_file", text, *TINY]
+    command = [sys.executable, BENCHMARKS / "compare_methods.py", "--folder", tmp_path, "--train_file", text, *TINY]
     process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
 
     def running():

@@ -1,7 +1,7 @@
 """Compare AdamW with a cosine and five ways of RAdam at three horizons, on the source of the Python standard library.
 
-    python examples/compare_methods.py --quick    # 8 minutes on 2 CPU cores: to see that it runs
-    python examples/compare_methods.py            # 100 minutes
+    python benchmarks/compare_methods.py --quick    # 8 minutes on 2 CPU cores: to see that it runs
+    python benchmarks/compare_methods.py            # 100 minutes
 
 It may be stopped at any time: the same command goes on with what is missing. Every training is one command of
 `run_clm.py`. Each method is tuned on a grid that grows until the best is not at an end: learning rate, and of AdamW the

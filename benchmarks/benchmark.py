@@ -1,6 +1,6 @@
 """What updates, averages and whole trainings cost, side by side: ours, torch's, stock Trainer's and other packages'.
 
-    python examples/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png
+    python benchmarks/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png
 
 All of one table run in turns in one process, round after round in other orders; a number is the median of its rounds.
 The limit is what the same bytes take in one pass, at the bandwidth of a plain `lerp_` measured in the same rounds.

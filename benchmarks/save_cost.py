@@ -1,6 +1,6 @@
 """What a durable save costs against stock `Trainer`'s: the same model, optimizer and run, saving in turns.
 
-    python tests/benchmarks/save_cost.py [--rounds 7] [--hidden 512] [--layers 8] [--folder DIR]
+    python benchmarks/save_cost.py [--rounds 7] [--hidden 512] [--layers 8] [--folder DIR]
 
 Each round saves once with each trainer, in another order each time, after everything written before has reached the
 disk. Reported: medians over the rounds, the median of the ratios to stock within a round, bytes, and where the time of

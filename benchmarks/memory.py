@@ -1,6 +1,6 @@
 """Bytes per parameter and process that training with RAdam and an average takes, measured on CPUs with two processes.
 
-    python tests/benchmarks/memory.py [--bf16]
+    python benchmarks/memory.py [--bf16]
 
 Each launch file trains two models whose sizes differ; the difference of their resident memory, divided by the
 difference of their sizes, is free of what a process takes anyway. Measured at the largest point of an update, and after
@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 LAYERS = (4, 20)  # 3.2 million parameters each
 BACKENDS = {"one_process": "", "ddp": "", "fsdp2": "fsdp", "zero1": "deepspeed", "zero2": "deepspeed"}
 BACKENDS["zero3"] = "deepspeed"

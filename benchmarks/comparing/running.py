@@ -18,7 +18,7 @@ from .jobs import Job, command
 from .reading import Curves, is_finished, read
 from .settings import Settings
 
-SCRIPT = Path(__file__).parents[1] / "run_clm.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "run_clm.py"
 LOG = "log.txt"
 PR_SET_PDEATHSIG = 1
 """An option of `prctl`: which signal a process gets when the one that has begun it ends."""

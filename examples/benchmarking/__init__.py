@@ -1,1 +1,0 @@
-"""The parts of `examples/benchmark.py`: what is measured, how, and how it is told."""
