@@ -88,10 +88,10 @@ def test_whichever_rank_dies_wherever(memory, twins, backend, death):
     if backend == "fsdp2_sharded":  # other files hold the weights
         here = dies[2].replace("ewa/model.safetensors", "ewa/sharded/__0_0")
         dies = *dies[:2], here.replace("model.safetensors", "model_fsdp_0/__0_0")
-    ended = harness.run(many.train, run, backend, options, dies, backend=backend, timeout=60, check=False)
-    assert ended[dies[0]].exit_code in (-signal.SIGKILL, -signal.SIGXFSZ), ended[dies[0]].told
+    ended = harness.run(many.train, run, backend, options, dies, backend=backend, check=False)
+    assert ended[dies[0]].exit_code in (-signal.SIGKILL, -signal.SIGXFSZ), ended[dies[0]].output
     other = ended[1 - dies[0]]
-    assert other.error is not None and "time was up" not in other.error, other.told
+    assert other.error is not None and "time was up" not in other.error, other.output
 
     check_files(run, backend)
     found = newest(run, check_resumable)
@@ -110,11 +110,11 @@ def test_whichever_rank_dies_wherever(memory, twins, backend, death):
 def test_a_disk_that_fails_one_rank_is_told_by_both(memory, twins, backend, rank, bytes_left):
     run, options = memory / f"{backend} wsd+ewa" / f"failing {bytes_left}", many.SCENARIOS["wsd+ewa"]
     fault = functools.partial(failing.Fault, 3, f"limit {bytes_left}", run)
-    told = harness.run(
-        many.train_into_fault, run, backend, options, fault, rank, backend=backend, timeout=60, check=False
-    )
+    told = harness.run(many.train_into_fault, run, backend, options, fault, rank, backend=backend, check=False)
     for outcome in told:
-        assert outcome.error.startswith(f"CheckpointSaveError: {run}/checkpoint-3 could not be written: "), outcome.told
+        assert outcome.error.startswith(f"CheckpointSaveError: {run}/checkpoint-3 could not be written: "), (
+            outcome.output
+        )
         assert "Every earlier checkpoint is as it was: make room in the folder" in outcome.error
     cause = told[rank].error.split("could not be written: ")[1].split(" (")[0].removeprefix(f"rank {rank}: ")
     assert f"could not be written: rank {rank}: {cause}" in told[1 - rank].error

@@ -2,10 +2,10 @@
 
     losses = harness.run(train_and_evaluate, folder, backend="fsdp2")
 
-The processes are begun by the fork server of `multiprocessing`, which has imported what a training needs. Measured in
-units of three updates under DDP: under FSDP2 1.1, under DeepSpeed 3, in a function that only joins the group 0.1, and
-the first call of all 7 more. Each call has processes of its own, because accelerate keeps one state for a process, and
-they end with it, whatever happens: nothing waits for ever, nothing is left behind.
+The processes are started by the fork server of `multiprocessing`, which has imported what a training needs. Measured in
+units of three steps under DDP: under FSDP2 1.1, under DeepSpeed 3, in a function that only joins the group 0.1, and
+the first call of all 7 more. Each call has its own processes, because accelerate keeps one state for a process, and
+they end with it, whatever happens: nothing waits for ever, nothing is left behind. The limits are those of `limits`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ import importlib.util
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from limits import HANG, SPINNING, Limit
 
 ZERO = ("zero1", "zero2", "zero3", "zero3_ungathered")
 FSDP2 = ("fsdp2", "fsdp2_sharded")
@@ -52,7 +53,7 @@ class Outcome:
         rank: its rank.
         value: what the function returned.
         error: type and message of the exception that it raised, or why there is neither.
-        told: traceback or stacks, and the end of what the process wrote to standard output and error.
+        output: traceback or stacks, and the end of what the process wrote to standard output and error.
         exit_code: of the process; negative is the number of a signal, and None if the harness killed it.
         raised_at: when it raised, in seconds of `time.monotonic`.
     """
@@ -60,7 +61,7 @@ class Outcome:
     rank: int
     value: Any = None
     error: str | None = None
-    told: str = ""
+    output: str = ""
     exit_code: int | None = None
     raised_at: float = 0.0
 
@@ -129,7 +130,7 @@ def run(
     *args: Any,
     backend: str = "ddp",
     world: int = 2,
-    timeout: float = 120,
+    timeout: float = HANG,
     check: bool = True,
     grace: float | None = None,
     **kwargs: Any,
@@ -145,7 +146,7 @@ def run(
         *args: its arguments.
         backend: one of `BACKENDS`; the processes can have the others as well, except between FSDP2 and DeepSpeed.
         world: how many processes; with ``"one"`` there is one.
-        timeout: seconds until processes that have not ended are killed.
+        timeout: seconds without work after which processes that have not ended are killed; see `limits`.
         check: whether every process must come to a good end.
         grace: seconds that the other processes have to end by themselves once one has failed; `GRACE` unless told, and
             with ``check=False`` as long as the timeout.
@@ -155,7 +156,7 @@ def run(
         What each process returned, by rank; with ``check=False`` the `Outcome` of each.
 
     Raises:
-        AssertionError: if a process raised, died, or was killed for the time; it shows what each of them told.
+        AssertionError: if a process raised, died, or was killed at its limit; it shows the output of each.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
@@ -175,28 +176,29 @@ def run(
         try:
             for process in processes:
                 process.start()
-            _wait_for(processes, time.monotonic() + timeout + 5, grace=grace)
+            hung = _wait_for(processes, timeout, grace=grace)
+            _write_stacks(folder, hung)
         finally:
-            begun = [process for process in processes if process.pid is not None]
-            codes = [process.exitcode for process in begun]
-            for process in begun:
+            started = [process for process in processes if process.pid is not None]
+            codes = [process.exitcode for process in started]
+            for process in started:
                 process.kill()
                 process.join()
-        outcomes = [_outcome(folder, rank, code) for rank, code in enumerate(codes)]
+        outcomes = [_outcome(folder, rank, code, rank in hung) for rank, code in enumerate(codes)]
     failed = [outcome for outcome in outcomes if outcome.error is not None]
     if not check:
         return outcomes
     # The cause first: the others lost a connection, or were killed after it.
     failed.sort(key=lambda outcome: (outcome.exit_code is None, outcome.raised_at))
     assert not failed, "\n".join(
-        f"rank {outcome.rank} of {world} ({backend}): {outcome.error}\n{outcome.told}" for outcome in failed
+        f"rank {outcome.rank} of {world} ({backend}): {outcome.error}\n{outcome.output}" for outcome in failed
     )
     return [outcome.value for outcome in outcomes]
 
 
-def join_group(timeout: float = 60) -> None:
+def join_group() -> None:
     """Make the process group, for a function that has no trainer to do so."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))
+    dist.init_process_group("gloo")
 
 
 def _environment(rank: int, world: int, port: int) -> dict[str, str]:
@@ -227,7 +229,8 @@ def _child(call: bytes, backend: str, folder: Path, environment: dict[str, str],
     os.dup2(log, 2)
     stacks = (folder / f"{rank}.stacks").open("w")
     faulthandler.enable(stacks)
-    faulthandler.dump_traceback_later(timeout, exit=True, file=stacks)  # even if nobody is left to kill this one
+    faulthandler.register(signal.SIGUSR1, file=stacks)
+    faulthandler.dump_traceback_later(2 * SPINNING * timeout, exit=True, file=stacks)  # if nobody is left to kill it
     torch.set_num_threads(1)
     try:
         if backend in (*FSDP2, *ZERO):
@@ -253,18 +256,33 @@ def _leave(file: Path, content: bytes) -> None:
     file.with_suffix(".part").rename(file)
 
 
-def _wait_for(processes: list[Any], until: float, *, grace: float) -> None:
-    """Wait until all have ended, or for `grace` seconds more once one has failed."""
-    left = {process.sentinel: process for process in processes}
+def _wait_for(processes: list[Any], timeout: float, *, grace: float) -> dict[int, Any]:
+    """Wait until all have ended, or for `grace` seconds once one has failed; return those at their limit, by rank."""
+    left = {process.sentinel: rank for rank, process in enumerate(processes)}
+    limit, until = Limit([process.pid for process in processes], timeout), float("inf")
     while left and time.monotonic() < until:
-        for ended in wait(list(left), timeout=max(0.0, until - time.monotonic())):
-            process = left.pop(ended)  # type: ignore[arg-type]
+        for ended in wait(list(left), timeout=0.2):
+            process = processes[left.pop(ended)]  # type: ignore[arg-type]
             process.join()
             if process.exitcode != 0:
                 until = min(until, time.monotonic() + grace)
+        if left and limit.passed():
+            return {rank: processes[rank] for rank in left.values()}
+    return {}
 
 
-def _outcome(folder: Path, rank: int, exit_code: int | None) -> Outcome:
+def _write_stacks(folder: Path, hung: dict[int, Any]) -> None:
+    """Have every process that hangs write where it is."""
+    files = [folder / f"{rank}.stacks" for rank in hung]
+    for process in hung.values():
+        os.kill(process.pid, signal.SIGUSR1)
+    until = time.monotonic() + 10
+    while time.monotonic() < until and not all(file.exists() and file.stat().st_size for file in files):
+        time.sleep(0.05)
+    time.sleep(0.1 if hung else 0)  # the rest of the lines
+
+
+def _outcome(folder: Path, rank: int, exit_code: int | None, hung: bool) -> Outcome:
     file, stacks, log = (folder / f"{rank}.{kind}" for kind in ("outcome", "stacks", "log"))
     written = log.read_text(errors="replace")[-TAIL:] if log.exists() else ""
     seen = stacks.read_text(errors="replace") if stacks.exists() else ""
@@ -275,6 +293,6 @@ def _outcome(folder: Path, rank: int, exit_code: int | None) -> Outcome:
         wrong = None if exit_code == 0 else f"returned, and then ended with exit code {exit_code}"
         return Outcome(rank, what, wrong, f"{seen}{written}", exit_code)
     why = f"died with exit code {exit_code}"
-    if exit_code is None or "Timeout" in seen:
-        why = "had not returned when the time was up" if "Timeout" in seen else "was killed after another had failed"
+    if exit_code is None:
+        why = "had not returned when the time was up" if hung else "was killed after another had failed"
     return Outcome(rank, None, why, f"{seen}{written}", exit_code)

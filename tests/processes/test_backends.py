@@ -114,7 +114,7 @@ def test_every_method(tmp_path, one, backend):
     folder, alone = one
     ranks = [alone]
     if backend != "one":
-        folder, ranks = tmp_path, harness.run(train_all, tmp_path, backend, backend=backend, timeout=240)
+        folder, ranks = tmp_path, harness.run(train_all, tmp_path, backend, backend=backend)
     for method in METHODS:
         check(folder / method, method, backend, [facts[method] for facts in ranks], alone[method])
 

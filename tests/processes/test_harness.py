@@ -110,7 +110,7 @@ def test_a_failure_is_told_with_its_rank_and_does_not_wait_for_the_others(rank, 
     first = str(caught.value).split(f"rank {1 - rank} of 2")[0]
     assert f"rank {rank} of 2 (ddp)" in first
     assert all(words in first for words in told)
-    assert time.monotonic() - began < 30  # the barrier would have waited for 60 s
+    assert time.monotonic() - began < 600  # the barrier would have waited for 1,800 s
 
 
 def test_a_hang_is_bounded_and_shows_where():
@@ -122,7 +122,7 @@ def test_a_hang_is_bounded_and_shows_where():
 
 def test_outcomes_instead_of_an_error():
     raised, other = harness.run(fail_on, 0, raise_error, check=False)
-    assert raised.error == "KeyError: 'the cause'" and raised.exit_code == 1 and "the last words" in raised.told
+    assert raised.error == "KeyError: 'the cause'" and raised.exit_code == 1 and "the last words" in raised.output
     assert other.rank == 1 and other.value is None and other.error is not None
 
 

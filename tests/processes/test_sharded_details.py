@@ -294,7 +294,7 @@ def train_in_another_order(folder):
 @needs["zero2"]
 def test_weights_in_an_order_that_is_not_known_are_an_error(tmp_path):
     for outcome in harness.run(train_in_another_order, tmp_path, backend="zero2", check=False):
-        assert "are not those of the forward pass" in outcome.error, outcome.told
+        assert "are not those of the forward pass" in outcome.error, outcome.output
 
 
 def train_without_our_methods(folder, options_of_zero):

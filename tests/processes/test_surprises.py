@@ -129,7 +129,7 @@ def save_before_training(folder):
 @zero
 def test_saving_a_partitioned_model_before_training_is_refused(tmp_path):
     for outcome in harness.run(save_before_training, tmp_path, backend="zero3", check=False):
-        assert "only after training has begun" in outcome.error, outcome.told
+        assert "only after training has begun" in outcome.error, outcome.output
     assert not list((tmp_path / "model").glob("*.safetensors"))
 
 
@@ -173,7 +173,7 @@ def wait_for_a_late_one(folder, backend):
     class Late(tiny.TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 2 and args.process_index == 1:
-                time.sleep(60)
+                time.sleep(3600)
 
     trainer.add_callback(Late())
     try:
@@ -186,7 +186,7 @@ def wait_for_a_late_one(folder, backend):
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", pytest.param("zero2", marks=zero)])
 def test_nobody_waits_longer_than_the_time_limit(tmp_path, backend):
     first, _ = harness.run(wait_for_a_late_one, tmp_path, backend, backend=backend, check=False, grace=2)
-    assert first.value is not None and 3 < first.value < 30, (first.error, first.told)
+    assert first.value is not None and 3 < first.value < 300, (first.error, first.output)
 
 
 # ---- Memory of gathering where one rank may have all of a parameter ----
@@ -207,7 +207,7 @@ def largest_while_gathering(folder):
 
 @zero
 def test_gathering_makes_room_for_one_parameter(tmp_path):
-    for sizes in harness.run(largest_while_gathering, tmp_path, backend="zero2", world=4, timeout=180):
+    for sizes in harness.run(largest_while_gathering, tmp_path, backend="zero2", world=4):
         for made, whole in sizes:
             assert made <= 3 * whole + 64, (made, whole)
 

@@ -274,5 +274,5 @@ def failing(folder, where):
 
 @pytest.mark.parametrize("where", [0, 1, "decide"])
 def test_an_error_of_any_kind_reaches_every_process(tmp_path, where):
-    for words in harness.run(failing, tmp_path, where, backend="ddp", timeout=60):
+    for words in harness.run(failing, tmp_path, where, backend="ddp"):
         assert "NotToBeSent" in words and "the reason" in words

@@ -171,7 +171,7 @@ def told_by_training(folder, by_rank):
     ids=["a method on one", "optim", "resuming", "model"],
 )
 def test_training_does_not_begin(tmp_path, here, there, said):
-    each = harness.run(told_by_training, tmp_path, [here, there], timeout=40)
+    each = harness.run(told_by_training, tmp_path, [here, there])
     assert each[0] == each[1] and said in each[0]
 
 

@@ -16,18 +16,14 @@ def pretend(backend: str) -> None:
         backend: ``"fsdp"`` or ``"deepspeed"``.
     """
     os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    import datetime
-
     import torch.distributed as dist
     import transformers.training_args as training_args
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
-    limit = datetime.timedelta(seconds=int(os.environ.get("CPU_BACKEND_TIMEOUT", "120")))
-
     def prepare_backend(self, cpu=False, sagemaker_dp=False, wanted=None):
         if backend == "fsdp" and not dist.is_initialized():
-            dist.init_process_group("gloo", timeout=limit)
+            dist.init_process_group("gloo")
         return "gloo", DistributedType.MULTI_XPU  # one of those that accelerate turns into FSDP or DeepSpeed
 
     PartialState._prepare_backend = prepare_backend
