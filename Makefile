@@ -6,7 +6,7 @@
 
 PYTHON ?= python3
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BIN := .venv/bin
 
 # `accelerate launch` gives a process one CPU thread unless told otherwise. Recursive (=), so that it is asked only in use.
@@ -16,10 +16,10 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(le
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test soak benchmark compare lint format clean
+.PHONY: help quickstart test test-fast test-package measures soak benchmark compare lint format clean
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
 quickstart: .venv/.examples ## train a small model on the Python standard library, then evaluate raw and averaged weights
 	rm -rf runs/quickstart
@@ -29,6 +29,15 @@ quickstart: .venv/.examples ## train a small model on the Python standard librar
 
 test: lint ## lint, type-check, then run the whole test suite
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: .venv/.dev ## run the tests that start no process
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not launches"
+
+test-package: .venv/.dev ## build sdist and wheel, install them elsewhere, and train there (a part of make test)
+	$(BIN)/python -m pytest tests/test_packaging.py
+
+measures: .venv/.dev ## count lines, files, overrides, private names and words (tests/measures.py -v tells where)
+	@$(BIN)/python tests/measures.py
 
 KILLS ?= 50
 SOAK_ARGS ?=

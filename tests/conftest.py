@@ -7,9 +7,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny tensors gain nothing from more threads, and with other work on the machine the threads wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import pytest
 import torch
+from launching import launches
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Name the marker."""
+    config.addinivalue_line("markers", "launches: starts a process; set by itself (make test-fast leaves these out)")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that start processes, before `-m` chooses among them."""
+    for item in items:
+        definitions = getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {})
+        fixtures = [definition.func for several in definitions.values() for definition in several]
+        if launches([getattr(item, "function", None), *fixtures]):
+            item.add_marker("launches")
 
 
 def pytest_collection_finish() -> None:

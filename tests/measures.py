@@ -188,7 +188,7 @@ def measure(root: Path = ROOT) -> tuple[dict[str, int], list[str]]:
     large = [file.name for file in sources(package) if lines([file]) > 450]
     mentions = [file for file in sources(package) if "extend_from" in file.read_text(encoding="utf-8")]
     places = {"hf_radam": sources(package), "examples": sources(root / "examples"), "tests": sources(root / "tests")}
-    places |= {"README and docs": [readme, *docs]}
+    places |= {"benchmarks": sources(root / "benchmarks"), "README and docs": [readme, *docs]}
     old = {place: old_words(files) for place, files in places.items()}
     numbers = {
         "lines of hf_radam, Python and C++": lines(sources(package)),

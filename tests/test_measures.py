@@ -6,7 +6,7 @@ import pytest
 FILES = {
     "__init__.py": "from .a import value\n",
     "a.py": "import torch\nfrom pkg import b\nvalue = b._ours\nx = torch._foreign(value)\ny = getattr(x, '_private')\n",
-    "b.py": '"""The updates of what is whole; an update rule."""\nfrom lib._inner import name\n_ours = 1\npiece = _ours\n',
+    "b.py": '"""The updates of what is whole; an update rule."""\nfrom lib._in import name\n_ours = 1\npiece = _ours\n',
     "c.cpp": "int x;\n",
 }
 
@@ -33,7 +33,12 @@ def test_long_functions_and_old_words(package):
     body = "    pass\n" * 50
     (package / "a.py").write_text(f"def long():\n{body}\n\ndef short():\n{body[9:]}")
     assert measures.long_functions(measures.parsed(package)) == ["a.py:1 long"]
-    assert measures.old_words([package / "b.py"]) == {"update for step": 1, "what is/what of": 1, "whole": 1, "piece": 1}
+    assert measures.old_words([package / "b.py"]) == {
+        "update for step": 1,
+        "what is/what of": 1,
+        "whole": 1,
+        "piece": 1,
+    }
 
 
 @pytest.fixture(scope="module")
