@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hf_radam import WeightAverage
-from hf_radam.sharding import exchange
+from hf_radam.sharding import base
 
 UPDATES = 60
 
@@ -162,7 +162,7 @@ def values(model):
 @pytest.mark.parametrize("stretch", [7, 2**20])
 def test_exchanged_for_the_average_weights_and_average_come_back(stretch, monkeypatch):
     """Oracle: `applied()` with its copies."""
-    monkeypatch.setattr(exchange, "AT_A_TIME", stretch)
+    monkeypatch.setattr(base, "BLOCK", stretch)
     model, average = mixed_model()
     before, kept = values(model), average.averaged_state_dict()
     with average.applied():
@@ -208,10 +208,10 @@ def test_weights_that_share_their_memory_come_back():
 @pytest.mark.parametrize("operation", range(40))
 def test_an_exchange_that_is_broken_off_anywhere_is_undone(operation, monkeypatch):
     """As by running out of memory or by Ctrl-C: at every single copy of 5 stretches, before and after it."""
-    monkeypatch.setattr(exchange, "AT_A_TIME", 3)
+    monkeypatch.setattr(base, "BLOCK", 3)
     ones, others = torch.arange(14.0), torch.arange(100.0, 114.0)
     pairs = [(ones[:8], others[:8]), (ones[8:], others[8:])]
-    made, copied, count = exchange.Exchange(pairs), torch.Tensor.copy_, itertools.count()
+    made, copied, count = base.Exchange(pairs), torch.Tensor.copy_, itertools.count()
 
     def breaking(tensor, source):
         number = next(count)
@@ -224,10 +224,10 @@ def test_an_exchange_that_is_broken_off_anywhere_is_undone(operation, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "copy_", breaking)
         with pytest.raises(KeyboardInterrupt):
-            made.forth()
-    made.back()
+            made.swap()
+    made.undo()
     assert torch.equal(ones, torch.arange(14.0)) and torch.equal(others, torch.arange(100.0, 114.0))
-    made.forth()
+    made.swap()
     assert torch.equal(others, torch.arange(14.0)) and torch.equal(ones, torch.arange(100.0, 114.0))
 
 

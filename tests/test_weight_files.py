@@ -14,13 +14,13 @@ from torch import nn
 from hf_radam.checkpoints.models import weight_files
 from hf_radam.checkpoints.models.model_folders import save_model_folder, state_tensors
 from hf_radam.sharding import LocalSharding, Weights
-from hf_radam.sharding.slices import stretch
+from hf_radam.sharding.local import equal_slice
 
 MODELS = {"llama": tiny.llama, "tied": tiny.tied, "mixtral": tiny.mixtral, "bf16": tiny.bf16, "float64": tiny.float64}
 
 
 def weights_of(model):
-    return Weights.of_forward_pass(LocalSharding(model.named_parameters(), modules=model.modules()))
+    return Weights.of_model(LocalSharding(model.named_parameters(), modules=model.modules()))
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -96,7 +96,7 @@ def test_a_model_of_ones_own_has_its_names(tmp_path):
 
 @pytest.mark.parametrize(("numel", "ranks"), [(7, 2), (1, 4), (64, 8), (9, 4), (0, 3)])
 def test_shares_cover_everything_once_and_evenly(numel, ranks):
-    shares = [stretch(numel, index, ranks) for index in range(ranks)]
+    shares = [equal_slice(numel, index, ranks) for index in range(ranks)]
     assert [i for first, length in shares for i in range(first, first + length)] == list(range(numel))
     assert max(length for _, length in shares) == -(-numel // ranks)
 

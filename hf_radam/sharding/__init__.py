@@ -1,19 +1,17 @@
-"""Where the numbers of a model's parameters lie among the processes that train it, and how to bring them together.
+"""Which elements of each parameter a process holds (its shard), and how to gather complete tensors.
 
-One idea serves every back-end: **of each parameter, flattened, a rank holds one stretch** `[start, start + length)`,
-which may be all of it or nothing. What is computed element by element (an average, x of a schedule-free optimizer) is
-computed on the stretches alone; what needs whole tensors (writing a file, evaluating with replicated weights) gathers
-them one tensor at a time. What is averaged, written and swapped goes by this.
+One idea serves every back-end: **a rank's shard of a flattened parameter is one range** `[start, start + length)`,
+which may be all of it or empty. Elementwise arithmetic (an average, x of a schedule-free optimizer) runs on shards;
+what needs complete tensors (writing a file, evaluating with replicated weights) gathers one tensor at a time.
 
-| back-end | a rank holds, to train | the weights of the forward pass |
+| back-end | the optimizer's shard | the forward pass uses |
 |---|---|---|
-| one process, DDP | every parameter whole (`local.py`) | the same tensors |
-| FSDP2, sharding at load time | its rows of every parameter (`local.py`) | the same tensors |
-| ZeRO-1, ZeRO-2 | stretches of the float32 partition (`zero.py`) | whole parameters, maybe in bf16 |
-| ZeRO-3 | a stretch of every parameter in float32 (`zero.py`) | the same stretch, maybe in bf16 |
+| one process, DDP | the complete parameter (`local.py`) | the same tensor |
+| FSDP2, sharding at load time | rows of the parameter (`local.py`) | the same tensor |
+| ZeRO-1, ZeRO-2 | a range of the float32 partition (`zero.py`) | the complete parameter, maybe in bf16 |
+| ZeRO-3 | a range in float32 (`zero.py`) | the same range, maybe in bf16 |
 
-Under DDP an average is shared among the ranks all the same: `Sharding.shared` cuts whole parameters into equal
-stretches (`slices.py`).
+Under DDP an average is still divided among the ranks: `Sharding.shared` slices complete parameters.
 """
 
 from __future__ import annotations
@@ -25,17 +23,17 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from hf_radam.sharding.base import Sharding as Sharding
+from hf_radam.sharding.base import Weights as Weights
 from hf_radam.sharding.local import LocalSharding as LocalSharding
-from hf_radam.sharding.weights import Weights as Weights
 
 
 def find_sharding(model: nn.Module, *, wrapped: Any = None, device: torch.device | None = None) -> Sharding:
-    """How the parameters of `model` lie among the processes.
+    """Return the sharding of a model's parameters.
 
     Args:
-        model: the bare model.
-        wrapped: what the trainer runs, if that is another object: DeepSpeed's engine, or DDP's wrapper.
-        device: where tensors must lie to be sent to other processes; by default each parameter's own device.
+        model: the unwrapped model.
+        wrapped: DeepSpeed's engine or DDP's wrapper around it, if there is one.
+        device: device on which tensors can be sent to other ranks; by default each parameter's own.
 
     Raises:
         ValueError: for a parameter that is sharded otherwise than by rows (tensor parallelism).
@@ -46,10 +44,10 @@ def find_sharding(model: nn.Module, *, wrapped: Any = None, device: torch.device
         return zero_sharding(model, wrapped, device=device)
     if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise RuntimeError(
-            "The model is partitioned by ZeRO-3, and there is no engine yet that could gather it: save and average it "
+            "The model is partitioned by ZeRO-3, and there is no engine yet that could gather it. Save and average it "
             "only after training has begun."
         )
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            module.reshard()  # else some of the parameters that it shows are not those that train
+            module.reshard()  # else some of its parameters are not the ones that train
     return LocalSharding(model.named_parameters(), modules=model.modules(), device=device)

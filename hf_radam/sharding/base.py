@@ -1,10 +1,14 @@
-"""What every kind of sharding can do: see the package's docstring for the idea."""
+"""The interface of every sharding: this rank's shard of each parameter, and gathering complete tensors from shards.
+
+The package's docstring gives the idea.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -12,292 +16,375 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_radam.sharding.exchange import Exchange, fingerprint
-
-Pieces = Iterable[tuple[str, Tensor]]
-"""Names of parameters, and this rank's stretch of a value for each, in the form of `Sharding.optimizer_shard`."""
-
-Stretches = list[tuple[int, int]]
-"""First element and length of what each rank has."""
-
+Shards = Iterable[tuple[str, Tensor]]
+"""Parameter names, and this rank's shard of a value for each, shaped as `Sharding.optimizer_shard`."""
+Ranges = list[tuple[int, int]]
+"""First element and number of elements of each rank's shard of a flattened tensor."""
 WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
+BLOCK = 2**20
+"""Elements that `Exchange` swaps at a time."""
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without what wrappers around modules put into it."""
+    """Return a parameter's name without the prefixes of FSDP, activation checkpointing and torch.compile."""
     for prefix in WRAPPER_PREFIXES:
         name = name.replace(prefix, "")
     return name
 
 
 def world_size() -> int:
-    """Number of processes that train together."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process among them."""
+    """Return the rank of this process."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What each process gives, by its number; all of them must call this."""
+    """All-gather `value`, a picklable object; collective.
+
+    Returns:
+        The value of each rank.
+    """
     if world_size() == 1:
         return [value]
-    every: list[Any] = [None] * world_size()
-    dist.all_gather_object(every, value)
-    return every
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
-def _from_all(piece: Tensor, numel: int, stretches: Stretches, *, everywhere: bool) -> Tensor | None:
-    """Put a flattened tensor together, where the ranks have about as much of it each, in one collective operation."""
-    sent = piece.new_zeros(max(length for _, length in stretches))
-    sent[: piece.numel()] = piece
-    parts = [torch.empty_like(sent) for _ in stretches] if everywhere or rank() == 0 else None
+def _gather_padded(shard: Tensor, numel: int, ranges: Ranges, *, everywhere: bool) -> Tensor | None:
+    """Gather shards of about equal size in one collective."""
+    padded = shard.new_zeros(max(length for _, length in ranges))
+    padded[: shard.numel()] = shard
+    received = [torch.empty_like(padded) for _ in ranges] if everywhere or rank() == 0 else None
     if everywhere:
-        dist.all_gather(parts, sent)
+        dist.all_gather(received, padded)
     else:
-        dist.gather(sent, parts, dst=0)
-    if parts is None:
+        dist.gather(padded, received, dst=0)
+    if received is None:
         return None
-    whole = piece.new_empty(numel)
-    for part, (start, length) in zip(parts, stretches, strict=True):
-        whole[start : start + length] = part[:length]
-    return whole
+    complete = shard.new_empty(numel)
+    for part, (start, length) in zip(received, ranges, strict=True):
+        complete[start : start + length] = part[:length]
+    return complete
 
 
-def _from_owners(piece: Tensor, numel: int, stretches: Stretches, *, everywhere: bool) -> Tensor | None:
-    """The same where few ranks have all of it (ZeRO-1, 2): each sends what it has, and nobody makes room for more."""
-    me = rank()
-    whole = piece.new_empty(numel) if everywhere or me == 0 else None
-    for owner, (start, length) in enumerate(stretches):
+def _gather_from_owners(shard: Tensor, numel: int, ranges: Ranges, *, everywhere: bool) -> Tensor | None:
+    """Gather shards that lie on few ranks (ZeRO-1 and 2): each owner sends its own, and no rank pads."""
+    complete = shard.new_empty(numel) if everywhere or rank() == 0 else None
+    for owner, (start, length) in enumerate(ranges):
         if not length:
             continue
-        stretch = piece if whole is None else whole[start : start + length]
-        if owner == me and whole is not None:
-            stretch.copy_(piece)
+        part = shard if complete is None else complete[start : start + length]
+        if owner == rank() and complete is not None:
+            part.copy_(shard)
         if everywhere:
-            dist.broadcast(stretch, src=owner)
-        elif owner == me and me != 0:
-            dist.send(stretch, dst=0)
-        elif owner != 0 and me == 0:
-            dist.recv(stretch, src=owner)
-    return whole
+            dist.broadcast(part, src=owner)
+        elif owner == rank() != 0:
+            dist.send(part, dst=0)
+        elif owner != 0 and rank() == 0:
+            dist.recv(part, src=owner)
+    return complete
 
 
 class Sharding(ABC):
-    """The parameters of a model by name, tied ones once, and this rank's stretch of each.
+    """The parameters of a model by name, tied ones once, and this rank's shard of each.
 
     Args:
         parameters: every parameter by its canonical name.
-        device: where a tensor must lie to be sent to other processes; None: where it is.
+        device: device on which tensors can be sent to other ranks; None for the tensor's own.
     """
 
     def __init__(self, parameters: dict[str, Any], *, device: torch.device | None = None):
         self.parameters = parameters
         self.device = device
         self.trained = [name for name in parameters if self.trains(name)]
-        """Names of the parameters that trained when this was made: what is averaged, and what is sent, goes by them."""
+        """Names of the parameters that were trainable at construction: the ones that are averaged."""
 
     # ---- One parameter ----
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter."""
+        """Return the shape of the complete parameter."""
         return torch.Size(self.parameters[name].shape)
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter is trained now."""
+        """Return whether the parameter is trainable now."""
         return bool(self.parameters[name].requires_grad)
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of the weights that the forward pass uses."""
+        """Return the dtype of the model's weights."""
         dtype: torch.dtype = self.parameters[name].dtype
         return dtype
 
     @abstractmethod
     def optimizer_shard(self, name: str) -> Tensor:
-        """The stretch of a trained parameter on this rank, as the optimizer has it: the tensor itself, no copy."""
+        """Return this rank's shard of a trainable parameter as the optimizer holds it: the tensor itself, no copy."""
 
     @abstractmethod
     def model_shard(self, name: str) -> Tensor:
-        """The stretch of any parameter on this rank, as the forward pass has it: the tensor itself, no copy."""
+        """Return this rank's shard of any parameter as the forward pass uses it: the tensor itself, no copy."""
 
     @abstractmethod
     def optimizer_start(self, name: str) -> int:
-        """First element of `optimizer_shard`, in the flattened parameter."""
+        """Return the index of the first element of `optimizer_shard` in the flattened parameter."""
 
     def model_start(self, name: str) -> int:
-        """First element of `model_shard`, in the flattened parameter."""
+        """Return the index of the first element of `model_shard` in the flattened parameter."""
         return self.optimizer_start(name)
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """What the optimizer keeps for `optimizer_shard` under `key`, of the same form; None if it keeps nothing yet."""
+        """Return the optimizer state `key` of `optimizer_shard`, or None before there is any."""
         return optimizer.state.get(self.parameters[name], {}).get(key)
 
     def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """The optimizer's parameter group of every parameter that it trains."""
-        of = {p: group for group in optimizer.param_groups for p in group["params"]}
-        return {name: of[parameter] for name, parameter in self.parameters.items() if parameter in of}
+        """Return the parameter group of every parameter that the optimizer trains."""
+        group_of = {p: group for group in optimizer.param_groups for p in group["params"]}
+        return {name: group_of[parameter] for name, parameter in self.parameters.items() if parameter in group_of}
 
     def check(self) -> None:
-        """Compare, of every trained parameter, what the optimizer has with what the forward pass has.
+        """Compare `optimizer_shard` with `model_shard` for every trainable parameter.
 
         Raises:
-            RuntimeError: if they are not the same weights: a back-end keeps them in another order than is known here.
+            RuntimeError: if they differ, because the back-end orders its weights in an unknown way.
         """
         for name in self.trained:
-            live, held = self.optimizer_shard(name).flatten(), self.model_shard(name).flatten()
+            shard, weights = self.optimizer_shard(name).flatten(), self.model_shard(name).flatten()
             offset = self.optimizer_start(name) - self.model_start(name)
-            same = held[offset : offset + live.numel()]
-            if not torch.allclose(live.to(same.device, same.dtype), same, rtol=0, atol=0, equal_nan=True):
+            same = weights[offset : offset + shard.numel()]
+            if not torch.allclose(shard.to(same.device, same.dtype), same, rtol=0, atol=0, equal_nan=True):
                 raise RuntimeError(
-                    f"The weights of {name} that the optimizer has on rank {rank()} are not those of the forward pass, "
-                    "so averages and x would be of other weights: please report this, with the versions and the "
-                    "configuration of the back-end."
+                    f"The optimizer's weights of {name} on rank {rank()} are not those of the forward pass. Please "
+                    "report this, with the versions and the configuration of the back-end."
                 )
 
-    # ---- Whole tensors ----
+    # ---- Complete tensors ----
 
     @cached_property
-    def _stretches(self) -> dict[tuple[str, bool], Stretches]:
-        """Start and length of what every rank holds of every parameter, `optimizer_shard` and `model_shard`; asked for once."""
-        mine, trained = {}, set(self.trained)
+    def _ranges(self) -> dict[tuple[str, bool], Ranges]:
+        """Range of every rank's `model_shard` (False) and `optimizer_shard` (True); all-gathered once."""
+        own, trained = {}, set(self.trained)
         for name in self.parameters:
-            mine[name, False] = (self.model_start(name), self.model_shard(name).numel())
+            own[name, False] = (self.model_start(name), self.model_shard(name).numel())
             if name in trained:
-                mine[name, True] = (self.optimizer_start(name), self.optimizer_shard(name).numel())
-        every = all_gather_object(mine)
-        return {key: [ranks[key] for ranks in every] for key in mine}
+                own[name, True] = (self.optimizer_start(name), self.optimizer_shard(name).numel())
+        ranks = all_gather_object(own)
+        return {key: [ranges[key] for ranges in ranks] for key in own}
 
-    def gather(self, name: str, piece: Tensor) -> Tensor:
-        """Put a value together of which every rank has the stretch that `optimizer_shard` is. Every rank must call it.
+    def gather(self, name: str, shard: Tensor) -> Tensor:
+        """Gather a complete value on every rank; collective.
 
         Args:
-            name: the parameter that the value has the shape of.
-            piece: this rank's stretch, of any dtype and device.
+            name: the parameter that the value belongs to.
+            shard: this rank's shard, shaped as `optimizer_shard`, of any dtype and device.
 
         Returns:
-            The whole value, on every rank; where nothing had to be sent, `piece` itself.
+            The complete value; where nothing had to be sent, `shard` itself.
         """
-        whole = self._assemble(name, piece, live=True)
-        assert whole is not None
-        return whole
+        complete = self._gather(name, shard, optimizer=True, everywhere=True)
+        assert complete is not None
+        return complete
 
     def gather_model(self, name: str) -> Tensor:
-        """The whole parameter as the forward pass has it, as `gather`."""
-        whole = self._assemble(name, self.model_shard(name).detach(), live=False)
-        assert whole is not None
-        return whole
+        """Gather the complete parameter as the forward pass uses it on every rank; collective."""
+        complete = self._gather(name, self.model_shard(name).detach(), optimizer=False, everywhere=True)
+        assert complete is not None
+        return complete
 
-    def gather_to_rank0(self, name: str, piece: Tensor | None) -> Tensor | None:
-        """Put a value together on the first rank alone; the others get None. Every rank must call it.
+    def gather_to_rank0(self, name: str, shard: Tensor | None) -> Tensor | None:
+        """Gather a complete value on rank 0; the other ranks get None. Collective.
 
         Args:
-            name: the parameter that the value has the shape of.
-            piece: this rank's stretch of it in the form of `optimizer_shard`; None on every rank: the parameter as the forward
-                pass has it.
+            name: the parameter that the value belongs to.
+            shard: this rank's shard, shaped as `optimizer_shard`; None on every rank for the parameter itself, as the
+                forward pass uses it.
         """
-        if piece is None:
-            return self._assemble(name, self.model_shard(name).detach(), live=False, everywhere=False)
-        return self._assemble(name, piece, live=True, everywhere=False)
+        if shard is None:
+            return self._gather(name, self.model_shard(name).detach(), optimizer=False, everywhere=False)
+        return self._gather(name, shard, optimizer=True, everywhere=False)
 
-    def _assemble(self, name: str, piece: Tensor, *, live: bool, everywhere: bool = True) -> Tensor | None:
+    def _gather(self, name: str, shard: Tensor, *, optimizer: bool, everywhere: bool) -> Tensor | None:
         shape = self.shape(name)
-        if self._is_whole(name, live=live):
-            return piece.view(shape) if everywhere or rank() == 0 else None
-        stretches = self._stretches[name, live]
-        piece = piece.reshape(-1).to(self.device or piece.device)
-        longest = max(length for _, length in stretches)
-        if longest * len(stretches) > 2 * shape.numel():
-            whole = _from_owners(piece, shape.numel(), stretches, everywhere=everywhere)
-        else:
-            whole = _from_all(piece, shape.numel(), stretches, everywhere=everywhere)
-        return None if whole is None else whole.view(shape)
+        if self._is_complete(name, optimizer=optimizer):
+            return shard.view(shape) if everywhere or rank() == 0 else None
+        ranges = self._ranges[name, optimizer]
+        shard = shard.reshape(-1).to(self.device or shard.device)
+        uneven = max(length for _, length in ranges) * len(ranges) > 2 * shape.numel()
+        gather = _gather_from_owners if uneven else _gather_padded
+        complete = gather(shard, shape.numel(), ranges, everywhere=everywhere)
+        return None if complete is None else complete.view(shape)
 
     @abstractmethod
-    def _is_whole(self, name: str, *, live: bool) -> bool:
-        """Whether every rank has all of `optimizer_shard`, or of `model_shard`, so that there is nothing to send."""
+    def _is_complete(self, name: str, *, optimizer: bool) -> bool:
+        """Return whether `optimizer_shard`, or `model_shard`, is the complete parameter on every rank."""
 
-    def local_shard(self, name: str, whole: Tensor) -> Tensor:
-        """This rank's stretch of a value of the parameter's shape, in the form of `optimizer_shard`: a view where that can be."""
-        live = self.optimizer_shard(name)
-        return whole.reshape(-1)[self.optimizer_start(name) : self.optimizer_start(name) + live.numel()].view(
-            live.shape
-        )
+    def local_shard(self, name: str, complete: Tensor) -> Tensor:
+        """Return this rank's shard of a complete value, shaped as `optimizer_shard`: a view where possible."""
+        like, start = self.optimizer_shard(name), self.optimizer_start(name)
+        return complete.reshape(-1)[start : start + like.numel()].view(like.shape)
 
     # ---- Other weights in the model ----
 
     @abstractmethod
-    def _write(self, name: str, piece: Tensor) -> None:
-        """Have the forward pass use a value, given in the form of `optimizer_shard`, cast to the dtype of its weights."""
+    def _write(self, name: str, shard: Tensor) -> None:
+        """Copy a value, shaped as `optimizer_shard`, into the weights of the forward pass, cast to their dtype."""
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Context in which `model_shard` may be changed, so that the next forward pass sees it."""
+        """Enter a context in which `model_shard` may be changed, so that the next forward pass sees it."""
         yield
 
     @contextmanager
-    def holding(self, pieces: Callable[[], Pieces]) -> Iterator[None]:
-        """Context in which the forward pass uses other values; its own come back bit for bit, whatever is raised.
+    def holding(self, shards: Callable[[], Shards]) -> Iterator[None]:
+        """Enter a context in which the forward pass uses other values; the weights are restored bit for bit.
 
         Args:
-            pieces: makes the values, in the form of `optimizer_shard`; asked one after another, each before it is written.
+            shards: makes the values, shaped as `optimizer_shard`; each is asked for just before it is written.
         """
-        kept: dict[str, Tensor] = {}
+        saved: dict[str, Tensor] = {}
         try:
             with torch.no_grad(), self.editing():
-                for name, piece in pieces():
-                    kept[name] = self.model_shard(name).detach().clone()
-                    self._write(name, piece)
+                for name, shard in shards():
+                    saved[name] = self.model_shard(name).detach().clone()
+                    self._write(name, shard)
             yield
         finally:
             with torch.no_grad(), self.editing():
-                for name, value in reversed(kept.items()):  # some may be the same memory
+                for name, value in reversed(saved.items()):  # some may share memory
                     self.model_shard(name).copy_(value)
 
     @contextmanager
-    def exchanging(self, pieces: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """As `holding`, without a copy of the weights where that can be: value and weights change places meanwhile.
+    def exchanging(self, shards: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Enter a context like `holding`, in which values and weights are swapped in place where possible.
 
         Args:
-            pieces: the values, in the form of `optimizer_shard`. Of those that changed places the tensor here has the weights.
+            shards: the values, shaped as `optimizer_shard`. Inside the context a swapped one holds the weights.
 
         Yields:
-            Where each value is now.
+            The tensor that holds each value inside the context.
 
         Raises:
-            RuntimeError: at the end, if something has written to the model's weights meanwhile: that is in the
-                values now. The weights are put back all the same. Nothing is raised where something else was.
+            RuntimeError: on leaving without another exception, if something wrote to swapped weights. That changed
+                the values; the weights are restored nevertheless.
         """
-        exchanged = {
-            name: self.model_shard(name).detach() for name, piece in pieces.items() if self._can_exchange(name, piece)
-        }
-        exchange = Exchange((weights, pieces[name]) for name, weights in exchanged.items())
-        copied = {name: piece for name, piece in pieces.items() if name not in exchanged}
+        swapped = {name: self.model_shard(name).detach() for name, s in shards.items() if self._can_exchange(name, s)}
+        exchange = Exchange((weights, shards[name]) for name, weights in swapped.items())
+        copied = {name: shard for name, shard in shards.items() if name not in swapped}
         with self.holding(copied.items):
             try:
                 with torch.no_grad(), self.editing():
-                    before = fingerprint(pieces[name] for name in exchanged)
-                    exchange.forth()
-                yield copied | exchanged
+                    before = fingerprint(shards[name] for name in swapped)
+                    exchange.swap()
+                yield copied | swapped
             finally:
                 with torch.no_grad(), self.editing():
-                    exchange.back()
-                    for name, weights in exchanged.items():
-                        if self.model_shard(name).data_ptr() != weights.data_ptr():  # moved, or cast to another dtype
+                    exchange.undo()
+                    for name, weights in swapped.items():
+                        if self.model_shard(name).data_ptr() != weights.data_ptr():  # moved or cast meanwhile
                             self.model_shard(name).copy_(weights)
-            after = fingerprint(pieces[name] for name in exchanged)
-            written = [name for name, one, other in zip(exchanged, before, after, strict=True) if one != other]
+            after = fingerprint(shards[name] for name in swapped)
+            written = [name for name, one, other in zip(swapped, before, after, strict=True) if one != other]
             if written:
                 raise RuntimeError(
-                    f"Something wrote to {written[0]} while it held other weights than its own, which have changed "
-                    "with that; its own are back. Copy the model before changing it."
+                    f"Something wrote to {written[0]} while it held other weights than its own, and changed those. "
+                    "Copy the model before changing it."
                 )
 
-    def _can_exchange(self, name: str, piece: Tensor) -> bool:
-        """Whether the forward pass uses the tensor `optimizer_shard`, and it and the value could as well change places."""
+    def _can_exchange(self, name: str, shard: Tensor) -> bool:
+        """Return whether the forward pass uses `optimizer_shard` itself, and a value could be swapped with it."""
         return False
 
     def shared(self) -> Sharding:
-        """A sharding in which every rank has its share of what this one has whole on every rank."""
+        """Return a sharding that divides among the ranks what each of them holds complete here."""
         return self
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One kind of weights of a model: its average, x of a schedule-free optimizer, or its parameters.
+
+    Attributes:
+        sharding: the sharding of the parameters.
+        shard: from a parameter's name to this rank's shard, shaped as `Sharding.optimizer_shard`; None, on every rank,
+            where these weights are the parameter itself.
+    """
+
+    sharding: Sharding
+    shard: Callable[[str], Tensor | None]
+
+    @classmethod
+    def of_model(cls, sharding: Sharding) -> Weights:
+        """Return the weights that the model holds."""
+        return cls(sharding, lambda name: None)
+
+    def gather_to_rank0(self, name: str) -> Tensor | None:
+        """Gather the complete tensor on rank 0; collective."""
+        return self.sharding.gather_to_rank0(name, self.shard(name))
+
+    def start_and_shard(self, name: str) -> tuple[int, Tensor]:
+        """Return the index of this rank's first element in the flattened parameter, and its shard."""
+        shard = self.shard(name)
+        if shard is None:
+            return self.sharding.model_start(name), self.sharding.model_shard(name).detach()
+        return self.sharding.optimizer_start(name), shard
+
+
+class Exchange:
+    """Swap pairs of tensors in place, block by block, so that an interruption at any point can be undone.
+
+    Args:
+        pairs: contiguous tensors of equal size, dtype and device.
+    """
+
+    def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]):
+        self._blocks = [
+            block
+            for one, other in pairs
+            for block in zip(one.view(-1).split(BLOCK), other.view(-1).split(BLOCK), strict=True)
+        ]
+        self._progress: tuple[int, int | None] = (0, None)
+        """Number of swapped blocks, and the block that is being swapped: one value, so never half changed."""
+        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        for one, _ in self._blocks:  # all memory, before anything is written
+            if (one.dtype, one.device) not in self._buffers:
+                size = max(block.numel() for block, _ in self._blocks)
+                self._buffers[one.dtype, one.device] = torch.empty(2, size, dtype=one.dtype, device=one.device)
+
+    def swap(self) -> None:
+        """Swap all pairs."""
+        while self._progress[0] < len(self._blocks):
+            self._swap_block(self._progress[0], swapped_then=self._progress[0] + 1)
+
+    def undo(self) -> None:
+        """Swap back what was swapped, also after an interruption."""
+        swapped, interrupted = self._progress
+        if interrupted is not None:
+            for tensor, saved in zip(self._blocks[interrupted], self._buffer(interrupted), strict=True):
+                tensor.copy_(saved)
+            self._progress = (swapped, None)
+        while self._progress[0] > 0:
+            self._swap_block(self._progress[0] - 1, swapped_then=self._progress[0] - 1)
+
+    def _swap_block(self, number: int, *, swapped_then: int) -> None:
+        (one, other), (saved_one, saved_other) = self._blocks[number], self._buffer(number)
+        saved_one.copy_(one)
+        saved_other.copy_(other)
+        self._progress = (self._progress[0], number)
+        one.copy_(saved_other)
+        other.copy_(saved_one)
+        self._progress = (swapped_then, None)
+
+    def _buffer(self, number: int) -> tuple[Tensor, Tensor]:
+        block = self._blocks[number][0]
+        buffer = self._buffers[block.dtype, block.device]
+        return buffer[0, : block.numel()], buffer[1, : block.numel()]
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> list[int]:
+    """Sum the bits of each float32 tensor: equal sums mean, but for rare coincidences, that nothing was written."""
+    return [
+        sum(int(block.view(torch.int32).sum(dtype=torch.int64)) for block in tensor.view(-1).split(BLOCK))
+        for tensor in tensors
+    ]

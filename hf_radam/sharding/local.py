@@ -1,4 +1,4 @@
-"""Parameters whose tensors on this rank are what trains: whole ones (one process, DDP), or rows of them (DTensors)."""
+"""Shardings whose shards are tensors of the model itself: complete parameters (one process, DDP) or rows (FSDP2)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from hf_radam.sharding.base import Sharding, canonical, world_size
+from hf_radam.sharding.base import Sharding, canonical, rank, world_size
 
 
-def local_part(value: Tensor) -> Tensor:
-    """What this rank has of a tensor: the tensor itself, or the local part of a DTensor; no copy."""
+def local_tensor(value: Tensor) -> Tensor:
+    """Return a tensor itself, or the local tensor of a DTensor; no copy."""
     detached = value.detach()
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def first_element(value: Tensor, name: str) -> int:
-    """First element of this rank's rows, in the flattened tensor.
+    """Return the index of this rank's first element in the flattened tensor.
 
     Raises:
-        ValueError: if the tensor is sharded otherwise than by rows.
+        ValueError: if the tensor is sharded along another dimension than the first.
     """
     if not isinstance(value, DTensor):
         return 0
@@ -39,9 +39,8 @@ def first_element(value: Tensor, name: str) -> int:
             f"Parameter {name} is sharded as {value.placements}; only sharding by rows (FSDP2) is supported, no tensor "
             "parallelism. Train with FSDP2, ZeRO or DDP."
         )
-    # As torch.chunk cuts: every rank but the last ones has the same number of rows.
-    ranks = value.device_mesh.size(dims[0])
-    rows_per_rank = math.ceil(value.shape[0] / ranks)
+    # As torch.chunk divides: every rank but the last ones has the same number of rows.
+    rows_per_rank = math.ceil(value.shape[0] / value.device_mesh.size(dims[0]))
     row = min(rows_per_rank * value.device_mesh.get_local_rank(dims[0]), value.shape[0])
     return row * math.prod(value.shape[1:])
 
@@ -50,8 +49,8 @@ class LocalSharding(Sharding):
     """Parameters as plain tensors or DTensors.
 
     Args:
-        named_parameters: names and parameters; one that appears under several names is taken once, by its first.
-        modules: the model's modules, of which FSDP2 keeps some gathered after a forward pass without a backward one.
+        named_parameters: names and parameters; a parameter with several names is taken once, by its first.
+        modules: the model's modules; FSDP2 leaves some of them gathered after a forward pass without a backward pass.
         device: as for `Sharding`.
     """
 
@@ -70,7 +69,7 @@ class LocalSharding(Sharding):
                 parameters[canonical(name)] = parameter
                 first_element(parameter, name)
         super().__init__(parameters, device=device)
-        self._gathering = [module for module in modules if isinstance(module, FSDPModule)]
+        self._fsdp_modules = [module for module in modules if isinstance(module, FSDPModule)]
 
     @property
     def is_sharded(self) -> bool:
@@ -78,43 +77,84 @@ class LocalSharding(Sharding):
         return any(isinstance(parameter, DTensor) for parameter in self.parameters.values())
 
     def optimizer_shard(self, name: str) -> Tensor:
-        """The tensor itself, or its local rows."""
-        return local_part(self.parameters[name])
+        """Return the tensor itself, or its local rows."""
+        return local_tensor(self.parameters[name])
 
     model_shard = optimizer_shard
 
     def optimizer_start(self, name: str) -> int:
-        """First element of the local rows."""
+        """Return the index of the first element of the local rows."""
         return first_element(self.parameters[name], name)
 
-    def _is_whole(self, name: str, *, live: bool) -> bool:
+    def _is_complete(self, name: str, *, optimizer: bool) -> bool:
         return not isinstance(self.parameters[name], DTensor)
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """The local part of the state."""
+        """Return the local rows of the state."""
         state = super().state(name, optimizer, key)
-        return None if state is None else local_part(state)
+        return None if state is None else local_tensor(state)
 
-    def _write(self, name: str, piece: Tensor) -> None:
-        # In place: the addresses stay what optimizers, compiled graphs and FSDP know.
-        self.optimizer_shard(name).copy_(piece)
+    def _write(self, name: str, shard: Tensor) -> None:
+        # In place: optimizers, compiled graphs and FSDP know the address.
+        self.optimizer_shard(name).copy_(shard)
 
-    def _can_exchange(self, name: str, piece: Tensor) -> bool:
-        live = self.optimizer_shard(name)
-        if piece.dtype != torch.float32 or live.dtype != torch.float32 or piece.device != live.device:
+    def _can_exchange(self, name: str, shard: Tensor) -> bool:
+        weights = self.optimizer_shard(name)
+        if shard.dtype != torch.float32 or weights.dtype != torch.float32 or shard.device != weights.device:
             return False
-        return piece.shape == live.shape and piece.is_contiguous() and live.is_contiguous()
+        return shard.shape == weights.shape and shard.is_contiguous() and weights.is_contiguous()
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Have FSDP2 let go of what it keeps gathered."""
-        # What is gathered already would be used as it is in the next forward pass, without a look at its shards.
-        for module in self._gathering:
+        """Reshard FSDP2's modules: the next forward pass would use gathered parameters without reading the shards."""
+        for module in self._fsdp_modules:
             module.reshard()
         yield
 
     def shared(self) -> Sharding:
-        """Equal stretches of whatever is whole on every rank."""
-        from hf_radam.sharding.slices import SlicedSharding
-
+        """Return equal slices of complete parameters, so that an average costs each rank 4/N bytes per element."""
         return self if self.is_sharded or world_size() == 1 else SlicedSharding(self.parameters, device=self.device)
+
+
+def equal_slice(numel: int, index: int, ranks: int) -> tuple[int, int]:
+    """Return start and length of a rank's slice: `ceil(numel / ranks)` elements, fewer for the last ranks."""
+    share = -(-numel // ranks)
+    start = min(index * share, numel)
+    return start, min(share, numel - start)
+
+
+class SlicedSharding(Sharding):
+    """Parameters that are complete on every rank (DDP), each rank taking an equal slice of each.
+
+    A parameter that is not contiguous is not sliced: every rank takes all of it.
+    """
+
+    def _slice(self, name: str) -> tuple[int, int]:
+        parameter = self.parameters[name]
+        if not parameter.is_contiguous():
+            return 0, parameter.numel()
+        return equal_slice(parameter.numel(), rank(), world_size())
+
+    def optimizer_shard(self, name: str) -> Tensor:
+        """Return this rank's slice of the flattened parameter: a view."""
+        parameter, (start, length) = self.model_shard(name), self._slice(name)
+        return parameter.view(-1)[start : start + length] if parameter.is_contiguous() else parameter
+
+    def model_shard(self, name: str) -> Tensor:
+        """Return the complete parameter."""
+        parameter: Tensor = self.parameters[name].detach()
+        return parameter
+
+    def optimizer_start(self, name: str) -> int:
+        """Return the index of the slice's first element."""
+        return self._slice(name)[0]
+
+    def model_start(self, name: str) -> int:
+        """Return zero."""
+        return 0
+
+    def _is_complete(self, name: str, *, optimizer: bool) -> bool:
+        return not optimizer or not self.parameters[name].is_contiguous()
+
+    def _write(self, name: str, shard: Tensor) -> None:
+        self.model_shard(name).copy_(self.gather(name, shard))

@@ -1,10 +1,10 @@
-"""DeepSpeed ZeRO: the float32 weights that the optimizer moves are partitioned, apart from those of the forward pass.
+"""DeepSpeed ZeRO: the optimizer updates float32 weights that are partitioned, apart from those of the forward pass.
 
-ZeRO-1 and 2 keep whole parameters for the forward pass on every rank and cut the float32 copies of a parameter group,
-laid end to end, into one stretch per rank; a parameter may lie across two of them, or not be on a rank at all. ZeRO-3
-cuts every parameter by itself, and the forward pass gathers what it needs.
+ZeRO-1 and 2 keep complete parameters for the forward pass on every rank and divide the float32 copies of a parameter
+group, laid end to end, among the ranks; a parameter may lie on two of them, or not be on a rank at all. ZeRO-3 divides
+every parameter by itself, and the forward pass gathers what it needs.
 
-DeepSpeed has public functions for whole values only, so this uses what they use (seen in DeepSpeed 0.19).
+DeepSpeed's public functions return complete values only, so this uses its private ones (DeepSpeed 0.19).
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from hf_radam.sharding.base import Sharding, canonical
 
 
 def zero_sharding(model: nn.Module, engine: Any, *, device: torch.device | None) -> Sharding:
-    """The sharding of DeepSpeed's `engine` around `model`.
+    """Return the sharding of a model in DeepSpeed's `engine`.
 
     Raises:
         ValueError: for stage 0.
     """
     if engine.zero_optimization_stage() == 0:
-        raise ValueError("DeepSpeed without ZeRO (stage 0) is not supported: set zero_optimization.stage to 1, 2 or 3.")
+        raise ValueError("DeepSpeed without ZeRO (stage 0) is not supported. Set zero_optimization.stage to 1, 2 or 3.")
     parameters = {canonical(name): parameter for name, parameter in model.named_parameters()}
     kind = FragmentSharding if engine.zero_optimization_stage() < 3 else PartitionSharding
     return kind(parameters, engine, device=device)
@@ -41,7 +41,7 @@ class FragmentSharding(Sharding):
         self.engine = engine
 
     def optimizer_shard(self, name: str) -> Tensor:
-        """The stretch of the parameter that lies in this rank's float32 partition, which may be none of it."""
+        """Return the range of the parameter in this rank's float32 partition; it may be empty."""
         mapping = self.parameters[name]._hp_mapping
         if mapping is None:
             return torch.empty(0, dtype=torch.float32, device=self.parameters[name].device)
@@ -49,21 +49,21 @@ class FragmentSharding(Sharding):
         return fragment
 
     def model_shard(self, name: str) -> Tensor:
-        """The whole parameter."""
-        whole: Tensor = self.parameters[name].detach()
-        return whole
+        """Return the complete parameter."""
+        parameter: Tensor = self.parameters[name].detach()
+        return parameter
 
     def optimizer_start(self, name: str) -> int:
-        """First element of the stretch."""
+        """Return the index of the first element of the range."""
         mapping = self.parameters[name]._hp_mapping
         return 0 if mapping is None else int(mapping.lp_fragment_address.start)
 
     def model_start(self, name: str) -> int:
-        """Zero: it is whole."""
+        """Return zero."""
         return 0
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """The same stretch of the optimizer's state of the whole partition."""
+        """Return the same range of the partition's state."""
         mapping, group = self.parameters[name]._hp_mapping, optimizer.param_groups[self._group_index[name]]
         state = optimizer.state.get(group["params"][0], {}).get(key)
         if state is None or mapping is None:
@@ -73,22 +73,22 @@ class FragmentSharding(Sharding):
 
     @cached_property
     def _group_index(self) -> dict[str, int]:
-        """The number of the group in whose partition each trained parameter lies."""
+        """Index of the group in whose partition each trainable parameter lies."""
         zero = self.engine.optimizer
-        # ZeRO-1 in bf16 has an optimizer of its own, which calls them by another name.
+        # The optimizer of ZeRO-1 in bf16 has another name for them.
         flattened = zero.bf16_groups if hasattr(zero, "bf16_groups") else zero.bit16_groups
         index = {id(parameter): number for number, group in enumerate(flattened) for parameter in group}
         return {name: index[id(self.parameters[name])] for name in self.trained}
 
     def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """The group in whose partition each parameter lies."""
+        """Return the group in whose partition each parameter lies."""
         return {name: optimizer.param_groups[number] for name, number in self._group_index.items()}
 
-    def _is_whole(self, name: str, *, live: bool) -> bool:
-        return not live
+    def _is_complete(self, name: str, *, optimizer: bool) -> bool:
+        return not optimizer
 
-    def _write(self, name: str, piece: Tensor) -> None:
-        self.parameters[name].detach().copy_(self.gather(name, piece))
+    def _write(self, name: str, shard: Tensor) -> None:
+        self.parameters[name].detach().copy_(self.gather(name, shard))
 
 
 class PartitionSharding(Sharding):
@@ -99,57 +99,56 @@ class PartitionSharding(Sharding):
         super().__init__(parameters, device=device)
 
     def shape(self, name: str) -> torch.Size:
-        """Shape of the whole parameter: a parameter that is not gathered says it has none."""
+        """Return the shape of the complete parameter; one that is not gathered has an empty shape itself."""
         return torch.Size(self.parameters[name].ds_shape)
 
     def _partition(self, name: str) -> tuple[int, int]:
-        """First element of this rank's partition, and how many there are: the last ones are padded."""
+        """Return start and length of this rank's partition without its padding."""
         parameter = self.parameters[name]
         length = parameter.ds_tensor.ds_numel
         start = min(length * self.optimizer._get_param_partition_rank(parameter), parameter.ds_numel)
         return start, min(length, parameter.ds_numel - start)
 
     def optimizer_shard(self, name: str) -> Tensor:
-        """The stretch of the parameter in this rank's float32 partition, without its padding."""
+        """Return the range of the parameter in this rank's float32 partition, without its padding."""
         partition, _ = self.optimizer._get_fp32_opt_state_partition(self.parameters[name], release_swap_buffers=True)
-        whole: Tensor = partition.detach()[: self._partition(name)[1]]
-        return whole
+        shard: Tensor = partition.detach()[: self._partition(name)[1]]
+        return shard
 
     def model_shard(self, name: str) -> Tensor:
-        """The same stretch as it is gathered for the forward pass."""
-        part: Tensor = self.parameters[name].ds_tensor.detach()[: self._partition(name)[1]]
-        return part
+        """Return the same range as it is gathered for the forward pass."""
+        shard: Tensor = self.parameters[name].ds_tensor.detach()[: self._partition(name)[1]]
+        return shard
 
     def optimizer_start(self, name: str) -> int:
-        """First element of the stretch."""
+        """Return the index of the first element of the range."""
         return self._partition(name)[0]
 
     def state(self, name: str, optimizer: torch.optim.Optimizer, key: str) -> Tensor | None:
-        """The same stretch of the optimizer's state."""
+        """Return the same range of the optimizer's state."""
         index, offset, _ = self.optimizer.grad_position[self.optimizer.get_param_id(self.parameters[name])]
         state = optimizer.state.get(self.optimizer.fp32_partitioned_groups_flat[index], {}).get(key)
         return None if state is None else state.narrow(0, offset, self._partition(name)[1])
 
     def groups(self, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
-        """The group of the sub-group that each parameter belongs to."""
+        """Return the group of the sub-group that each parameter belongs to."""
         zero = self.optimizer
         position = {name: zero.grad_position[zero.get_param_id(self.parameters[name])] for name in self.trained}
         return {name: optimizer.param_groups[zero.sub_group_to_group_id[sub[0]]] for name, sub in position.items()}
 
-    def _is_whole(self, name: str, *, live: bool) -> bool:
+    def _is_complete(self, name: str, *, optimizer: bool) -> bool:
         return False
 
-    def _write(self, name: str, piece: Tensor) -> None:
-        self.model_shard(name).copy_(piece)
+    def _write(self, name: str, shard: Tensor) -> None:
+        self.model_shard(name).copy_(shard)
 
     @contextmanager
     def editing(self) -> Iterator[None]:
-        """Have DeepSpeed let go of what it keeps gathered, and gather it anew afterwards."""
-        # What is gathered would be used as it is; small parameters stay so, and must be gathered anew.
+        """Have DeepSpeed release gathered parameters, and gather its persistent (small) ones again afterwards."""
         self.optimizer._partition_all_parameters()
         try:
             yield
         finally:
-            lasting = self.optimizer.persistent_parameters
-            if lasting:
-                lasting[0].all_gather(lasting)
+            persistent = self.optimizer.persistent_parameters
+            if persistent:
+                persistent[0].all_gather(persistent)

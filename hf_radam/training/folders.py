@@ -20,7 +20,7 @@ class FoldersMixin(PartsMixin):
 
     def _save_gathered(self, folder: Path) -> None:
         """Write the weights that are in the model, tensor by tensor: upstream gathers all, or writes none."""
-        self._save_folder(folder, Weights.of_forward_pass(self._evaluation.sharding), in_float32=False)
+        self._save_folder(folder, Weights.of_model(self._evaluation.sharding), in_float32=False)
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
@@ -39,7 +39,7 @@ class FoldersMixin(PartsMixin):
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
         self.accelerator.wait_for_everyone()
         if not self.is_fsdp_enabled:  # which writes them sharded by itself
-            weights = Weights.of_forward_pass(self._evaluation.sharding)
+            weights = Weights.of_model(self._evaluation.sharding)
             self._save_folder(folder, weights, in_float32=False, sharded=True)
 
     def _save_folder(self, folder: Path, weights: Weights, *, in_float32: bool = True, sharded: bool = False) -> None:

@@ -54,7 +54,7 @@ def peaks_of_a_save(folder, sharded, file_size):
     write = model_folders.save_sharded_folder if sharded else model_folders.save_model_folder
     for name in ("first", "model"):  # the first loads modules, and finds out who has what
         before = forget_the_peak()
-        write(folder / name, trainer._bare_model, Weights.of_forward_pass(sharding), processing_class=None)
+        write(folder / name, trainer._bare_model, Weights.of_model(sharding), processing_class=None)
     return in_status("VmHWM") - before, whole
 
 

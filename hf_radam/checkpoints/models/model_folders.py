@@ -115,8 +115,8 @@ def save_sharded_folder(
         dtype = widened(value.dtype) if in_float32 else value.dtype
         if key in name_of:
             name = name_of[key]
-            start, piece = weights.stretch(name)
-            read = partial(lambda name: weights.stretch(name)[1], name)
+            start, piece = weights.start_and_shard(name)
+            read = partial(lambda name: weights.start_and_shard(name)[1], name)
             stretches[key] = Stretch(weights.sharding.shape(name), dtype, start, piece.numel(), read)
         else:
             stretches[key] = Stretch(value.shape, dtype, 0, value.numel() if first else 0, value.detach)

@@ -140,7 +140,7 @@ def load_parts(folder: Path, model: nn.Module, sharding: Sharding) -> None:
 
 
 def read_pieces(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str, Tensor]:
-    """Read the trained parameters in float32 on the CPU, of each this process's part in the form of `Sharding.optimizer_shard`.
+    """Read the trained parameters in float32 on the CPU, shaped as `Sharding.optimizer_shard`.
 
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model.
