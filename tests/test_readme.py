@@ -167,17 +167,17 @@ def test_the_file_trees_are_complete():
     assert entries(examples) == {" " * 6 + path.name for path in modules}
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("benchmark", "benchmarking.report"), ("comparison", "comparing.report")])
+@pytest.mark.parametrize(("kind", "parts"), [("benchmark", "benchmark_report"), ("comparison", "compare_results")])
 def test_the_measured_tables_are_those_of_the_numbers(kind, parts):
-    import measured
+    import tables
 
     made_by = importlib.import_module(parts).PARTS
     data = json.loads((ROOT / "docs" / f"{kind}.json").read_text(encoding="utf-8"))
-    marked = [text for text in (README, *DOCS.values()) if measured.names(text, kind)]
+    marked = [text for text in (README, *DOCS.values()) if tables.names(text, kind)]
     assert README in marked
     for text in marked:
-        assert measured.written(text, kind, made_by, data) == text, f"write them anew with examples/{kind}"
-    assert {name for text in marked for name in measured.names(text, kind)} == set(made_by)
+        assert tables.written(text, kind, made_by, data) == text, f"write them anew with examples/{kind}"
+    assert {name for text in marked for name in tables.names(text, kind)} == set(made_by)
 
 
 def test_links_lead_to_files():

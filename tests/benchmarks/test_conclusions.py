@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCUMENT = " ".join((ROOT / "docs" / "comparison.md").read_text("utf-8").split())
 README = " ".join((ROOT / "README.md").read_text("utf-8").split())
 DATA = json.loads((ROOT / "docs" / "comparison.json").read_text("utf-8"))
@@ -44,7 +44,7 @@ AGAINST_WSD = above(WSD_S["losses"], WSD["losses"])
 SEEDS = 100 * (max(COSINE["losses"][2]) / min(COSINE["losses"][2]) - 1)
 WORST = max(100 * (a / b - 1) for a, b in zip(WSD_S["losses"][2], WSD["losses"][2], strict=True))
 FREE_GAINS = 100 * (1 - warmed(FREE, 2)[0] / FREE["losses"][2][0])
-SERVING = [arm["updates_to_serve"] for arm in (COSINE, EWA, WSD, WSD_S)]
+SERVING = [arm["steps_to_serve"] for arm in (COSINE, EWA, WSD, WSD_S)]
 LAST = EWA["losses"][2][0]
 GRIDS = {(grid["horizon"], grid["warmup"]): grid["losses"] for grid in COSINE["grids"]}
 AT_106 = min(GRIDS[1060, 106])
@@ -60,18 +60,18 @@ HOLDS = {claim["words"]: claim["holds"] for claim in DATA["claims"]}
         f"{AVERAGE_GAINS[1]:.1f} % at the second",
         f"an average lags, {AVERAGE_GAINS[0]:.2f} %, just short of the claim",
         f"where the average is {AGAINST_COSINE[2]:.1f} % above",
-        f"with one of 106 updates and the best rate for it, it ends {100 * (1 - AT_106 / LAST):.1f} % below the "
+        f"with one of 106 steps and the best rate for it, it ends {100 * (1 - AT_106 / LAST):.1f} % below the "
         "average (first seed)",
-        f"with {COSINE['warmups'][2]} updates and a rate of {COSINE['rates'][2]:g}, eight times the average's, "
+        f"with {COSINE['warmups'][2]} steps and a rate of {COSINE['rates'][2]:g}, eight times the average's, "
         f"{100 * (1 - COSINE['losses'][2][0] / LAST):.1f} % below",
-        f"The cosines take {SERVING[0]} updates in place of {SERVING[1]}**",
+        f"The cosines take {SERVING[0]} steps in place of {SERVING[1]}**",
         f"A decay gains {DECAY_GAINS[2]:.1f} % at the last horizon**, {DECAY_GAINS[1]:.1f} % at the second and, in its "
-        f"{0.2 * DATA['horizons'][0]:.0f} updates, {DECAY_GAINS[0]:.1f} % at the first, less than claimed",
+        f"{0.2 * DATA['horizons'][0]:.0f} steps, {DECAY_GAINS[0]:.1f} % at the first, less than claimed",
         f"the same at the first horizon, then {AGAINST_WSD[1]:.2f} and {AGAINST_WSD[2]:.2f} % above",
-        f"one seed is {WORST:.1f} % above. It makes {SERVING[3]} updates in place of {SERVING[2]}",
+        f"one seed is {WORST:.1f} % above. It makes {SERVING[3]} steps in place of {SERVING[2]}",
         f"Schedule-free is {min(FREE_AGAINST_COSINE):.1f} to {max(FREE_AGAINST_COSINE):.1f} % above the cosine in the "
         "mean**",
-        f"it is {-warmed(FREE, 0, **LINEAR)[1]:.1f} % below the cosine at 265 updates and "
+        f"it is {-warmed(FREE, 0, **LINEAR)[1]:.1f} % below the cosine at 265 steps and "
         f"{warmed(FREE, 1, **LINEAR)[1]:.1f} % above at 530, and with nothing that was tried nearer than "
         f"{warmed(FREE, 2)[1]:.1f} % at 1060",
         f"it ends at {warmed(EWA, 2, **TWICE)[0]:.3f} instead of {LAST:.3f}, {warmed(EWA, 2, **TWICE)[1]:.1f} % above "
@@ -96,7 +96,7 @@ def test_every_number_in_words(words):
         ),
         ("Raw and averaged weights have the same best rate here", EWA["rates"] == RAW["rates"]),
         (
-            "Against the cosine it holds at 265 and 530 updates and fails at 1060",
+            "Against the cosine it holds at 265 and 530 steps and fails at 1060",
             HOLDS["The average is at most 1 % above a cosine tuned for the horizon"] == [True, True, False],
         ),
         ("eight times the average's", COSINE["rates"][2] == 8 * EWA["rates"][2]),
@@ -111,7 +111,7 @@ def test_every_number_in_words(words):
             FREE["grids"][0]["losses"][-1] < FREE["grids"][0]["losses"][-2] > FREE["grids"][0]["losses"][-3],
         ),
         (
-            "At 265 updates it is hardly better",
+            "At 265 steps it is hardly better",
             0 < DATA["longer_cosines"][0]["loss"] / COSINE["losses"][0][0] - 1 < 1e-3,
         ),
         (
