@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import accelerate.utils.imports
 import torch
 from torch import nn
 from transformers import (
@@ -20,6 +22,9 @@ from transformers import (
 )
 
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
+
+# It reads a package's metadata again at each call: a sixth of the time of a training, a quarter of one that saves.
+accelerate.utils.imports._is_package_available = functools.cache(accelerate.utils.imports._is_package_available)
 
 VOCABULARY, LENGTH = 64, 16
 SIZES = {
