@@ -31,7 +31,7 @@ from clm_arguments import DataArguments, ModelArguments
 from clm_data import TextSize, load_texts, validation_blocks
 from clm_parser import InputError, fail
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_checkpoint
+from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_loadable_checkpoint
 from hf_radam.checkpoints.models.consolidation import consolidate
 from hf_radam.merging.folder import RECORD_NAME
 from run_clm import RECIPE, bits_per_byte, perplexity
@@ -143,7 +143,7 @@ def folders(path: Path) -> tuple[Path, Path | None]:
     if is_checkpoint(path):
         return path, path
     try:
-        newest = newest_checkpoint(path)
+        newest = newest_loadable_checkpoint(path)
     except FileNotFoundError:
         return path, None
     return (path if holds_model(path) else newest), newest

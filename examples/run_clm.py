@@ -29,7 +29,7 @@ from clm_processes import check_processes, check_stream, leave_the_others, set_u
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.runs import checkpoints, run_of
+from hf_radam.checkpoints.runs import list_checkpoints, run_of
 from hf_radam.training.agreement import DisagreementError
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
     output_dir = training_args.output_dir
     if training_args.extend_from is not None:
         return None  # the trainer goes on from that run, or from its own checkpoints of the longer schedule
-    last = next((str(place.path) for place in checkpoints(output_dir)), None)
+    last = next((str(place.path) for place in list_checkpoints(output_dir)), None)
     if wanted is None or wanted.lower() == "false":
         if training_args.do_train and last is not None:
             raise InputError(

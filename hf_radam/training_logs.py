@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_radam.checkpoints.loading import is_checkpoint
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
-from hf_radam.checkpoints.runs import newest, recorded_step
+from hf_radam.checkpoints.runs import newest_checkpoint, recorded_step
 from hf_radam.checkpoints.storage import sha256
 
 LOSS = re.compile(r"eval_(.+_)?loss")
@@ -70,7 +70,7 @@ def read_training_log(path: PathLike) -> TrainingLog:
         _check(folder)
         source = folder
     else:
-        place = newest(folder, _check)
+        place = newest_checkpoint(folder, _check)
         own = recorded_step(folder)
         if place is None and own is None:
             raise ValueError(f"{path} has no {TRAINER_STATE_NAME} that can be read, nor a checkpoint with one.")

@@ -52,8 +52,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
     "checkpoints.layouts": (within("checkpoints", "manifest dcp_folders"), set()),
     "checkpoints.optimizer_states": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
-    "checkpoints.integrity": (within("checkpoints", "storage manifest layouts"), {"safetensors", "transformers"}),
-    "checkpoints.runs": (within("checkpoints", "storage manifest layouts integrity"), {"transformers"}),
+    "checkpoints.verify": (within("checkpoints", "storage manifest layouts"), {"safetensors", "transformers"}),
+    "checkpoints.runs": (within("checkpoints", "storage manifest layouts verify"), {"transformers"}),
     "checkpoints.models.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
     "checkpoints.models.weight_files": ({"sharding"}, ANY),
     "checkpoints.models.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
@@ -72,18 +72,18 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "checkpoints.models.consolidation": (
-        within("checkpoints", "manifest storage integrity layouts")
+        within("checkpoints", "manifest storage verify layouts")
         | within("checkpoints.models", "model_class sharded_weights weight_files"),
         ANY,
     ),
     "checkpoints.loading": (
-        within("checkpoints", "manifest layouts integrity runs")
+        within("checkpoints", "manifest layouts verify runs")
         | within("checkpoints.models", "adapters consolidation model_class"),
         ANY,
     ),
     "checkpoints.extension": (
         {"argument_checks", "names", "training_args", "describe"}
-        | within("checkpoints", "storage manifest layouts integrity runs"),
+        | within("checkpoints", "storage manifest layouts verify runs"),
         set(),
     ),
     "inspection.phases": ({"schedules", "describe"}, set()),
@@ -92,19 +92,19 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "inspection.facts": (set(), set()),
     "inspection.checkpoint": (
         {"describe"}
-        | within("checkpoints", "manifest layouts integrity")
+        | within("checkpoints", "manifest layouts verify")
         | within("inspection", "phases peeking pickled facts"),
         set(),
     ),
     "inspection.uses": (
         {"describe"}
-        | within("checkpoints", "integrity manifest layouts runs loading")
+        | within("checkpoints", "verify manifest layouts runs loading")
         | within("checkpoints.models", "consolidation")
         | within("inspection", "phases facts"),
         {"transformers"},
     ),
     "inspection.run": (
-        within("checkpoints", "storage manifest layouts integrity runs loading")
+        within("checkpoints", "storage manifest layouts verify runs loading")
         | within("inspection", "peeking facts checkpoint uses"),
         set(),
     ),
@@ -118,14 +118,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "plots": ({"preview", "training_logs", "plot_parts"}, {"matplotlib"}),
     "merging.coefficients": ({"schedules", "windows"}, set()),
     "merging.sources": (
-        within("checkpoints", "manifest integrity runs loading")
+        within("checkpoints", "manifest verify runs loading")
         | within("checkpoints.models", "consolidation weight_reading")
         | within("inspection", "phases pickled"),
         {"torch", "safetensors", "transformers"},
     ),
     "merging.differences": (within("checkpoints", "manifest"), set()),
     "merging.folder": (
-        within("checkpoints", "storage manifest layouts integrity")
+        within("checkpoints", "storage manifest layouts verify")
         | within("checkpoints.models", "model_folders weight_files")
         | within("merging", "coefficients differences sources"),
         {"torch", "transformers"},
@@ -175,11 +175,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resume_checks": (
         {"averaging"}
-        | within("checkpoints", "manifest layouts integrity optimizer_states runs extension")
+        | within("checkpoints", "manifest layouts verify optimizer_states runs extension")
         | within("checkpoints.models", "weight_reading adapters model_folders"),
         ANY,
     ),
-    "training.verification": ({"sharding"} | within("checkpoints", "manifest integrity"), {"torch"}),
+    "training.verification": ({"sharding"} | within("checkpoints", "manifest verify"), {"torch"}),
     "training.moving": (
         {"sharding"} | within("checkpoints", "manifest layouts optimizer_states") | within("training", "verification"),
         {"torch"},
@@ -216,7 +216,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resuming": (
         {"sharding", "argument_checks", "averaging"}
-        | within("checkpoints", "storage manifest layouts integrity runs loading extension")
+        | within("checkpoints", "storage manifest layouts verify runs loading extension")
         | within("checkpoints.models", "weight_reading adapters model_folders")
         | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
         ANY,

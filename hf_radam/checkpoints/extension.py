@@ -15,11 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.argument_checks import HorizonError
-from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
-from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints, newest, recorded_step, run_of, step_of
+from hf_radam.checkpoints.runs import (
+    CheckpointRef,
+    check_resumable,
+    list_checkpoints,
+    newest_checkpoint,
+    recorded_step,
+    run_of,
+    step_of,
+)
 from hf_radam.checkpoints.storage import sha256
+from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
 from hf_radam.describe import decay_at, decays, describe_schedule
 from hf_radam.names import SchedulerName
 from hf_radam.training_args import RAdamTrainingArguments
@@ -51,19 +59,19 @@ def right_command(checkpoint: str, total_steps: int) -> str:
     return f"--extend_from {shlex.quote(str(run_of(Path(checkpoint))))} --max_steps {total_steps}"
 
 
-def extend(args: RAdamTrainingArguments, *, find: FindDamage = damage) -> Extension:
+def extend(args: RAdamTrainingArguments, *, verify_fn: VerifyFn = verify_checkpoint) -> Extension:
     """Choose where the extended run begins, and let its arguments go on with the old schedule.
 
     Args:
         args: `extend_from` is the run (or one checkpoint of it), `max_steps` the new total.
-        find: what finds the damage of a checkpoint.
+        verify_fn: verifies a checkpoint.
 
     Raises:
         CheckpointError: if no checkpoint of the run can be gone on from to that total; the message says why.
         HorizonError: if that total is no extension.
     """
     assert args.extend_from is not None
-    source = _source(Path(args.extend_from), args, find)
+    source = _source(Path(args.extend_from), args, verify_fn)
     manifest = read_manifest(source.path)
     old = "unknown (stock Trainer)"
     if manifest is not None:
@@ -86,9 +94,9 @@ def extend(args: RAdamTrainingArguments, *, find: FindDamage = damage) -> Extens
             )
         if own is None or own["schedule"] != keywords:
             raise CheckpointError("it is not on the schedule of the extended run.")
-        check_resumable(checkpoint, find=find)
+        check_resumable(checkpoint, verify_fn=verify_fn)
 
-    own = newest(str(args.output_dir), check_own, among=lambda place: place.step > source.step)
+    own = newest_checkpoint(str(args.output_dir), check_own, among=lambda place: place.step > source.step)
     begin = source if own is None else own
     words = f"Extending {args.extend_from} from {begin.path}\n  old: {old}\n  new: {new}"
     leaves_decay = own is None and manifest is not None and at_budget(manifest)
@@ -107,10 +115,14 @@ def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _source(root: Path, args: RAdamTrainingArguments, find: FindDamage) -> Place:
+def _source(root: Path, args: RAdamTrainingArguments, verify_fn: VerifyFn) -> CheckpointRef:
     """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
     alone = (root / TRAINER_STATE_NAME).is_file() and has_optimizer(root)  # a run has no optimizer
-    places = [Place(recorded_step(root) or 0, "", root)] if alone or step_of(root) is not None else checkpoints(root)
+    places = (
+        [CheckpointRef(recorded_step(root) or 0, "", root)]
+        if alone or step_of(root) is not None
+        else list_checkpoints(root)
+    )
     damaged: list[str] = []
     in_decay: list[str] = []
     total_checked = False
@@ -124,7 +136,7 @@ def _source(root: Path, args: RAdamTrainingArguments, find: FindDamage) -> Place
             if decay is not None:
                 in_decay.append(f"{place.path} stands in the decay from update {decay[0]} to {decay[1]}.")
                 continue
-            check_resumable(place.path, find=find)
+            check_resumable(place.path, verify_fn=verify_fn)
         except CheckpointError as error:
             damaged.append(str(error))
             continue

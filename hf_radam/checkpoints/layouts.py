@@ -1,11 +1,11 @@
-"""How a checkpoint keeps weights and optimizer: in one of four layouts, which its files tell apart.
+"""Tell how a checkpoint stores weights and optimizer: one of four layouts, by its files.
 
     one process, DDP      model.safetensors, optimizer.pt
-    FSDP2, full           model.safetensors, pytorch_model_fsdp.bin (the same again), optimizer.bin
+    FSDP2, full           model.safetensors, pytorch_model_fsdp.bin (the same weights), optimizer.bin
     FSDP2, sharded        pytorch_model_fsdp_0/, optimizer_0/
     DeepSpeed             global_stepN/, latest; model.safetensors or nothing
 
-Each has a scheduler.pt beside them, but for DeepSpeed's own schedules.
+Each has a scheduler.pt beside them, except with DeepSpeed's own schedules.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.dcp_folders import damaged_files, ranks
 from hf_radam.checkpoints.manifest import PathLike
 
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SCHEDULER_NAME = "scheduler.pt"
 OPTIMIZER_NAME = "optimizer.pt"
 FSDP_OPTIMIZER_NAME, FSDP_OPTIMIZER_FOLDER = "optimizer.bin", "optimizer_0"
 FSDP_WEIGHTS_NAME, FSDP_WEIGHTS_FOLDER = "pytorch_model_fsdp.bin", "pytorch_model_fsdp_0"
 SHARDED_FOLDER = "sharded"
-"""In a model folder: weights that we wrote in shards, `hf_radam.checkpoints.models.sharded_weights`."""
+"""In a model folder: weights in shards, as `hf-radam consolidate` joins them."""
 DEEPSPEED_LATEST, DEEPSPEED_FOLDER = "latest", "global_step"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the four.
+    """One of the four layouts.
 
     Attributes:
         words: what wrote it.
@@ -48,43 +54,56 @@ DEEPSPEED = Layout("DeepSpeed", DEEPSPEED_LATEST)
 
 
 def layout_of(checkpoint: PathLike) -> Layout:
-    """The layout of a checkpoint, whole or damaged; without any optimizer it is that of one process."""
+    """Return the layout of a checkpoint, complete or not; without an optimizer that of one process."""
     path = Path(checkpoint)
     if (path / DEEPSPEED_LATEST).is_file() or any(path.glob(f"{DEEPSPEED_FOLDER}*/")):
         return DEEPSPEED
-    for layout, names in (
-        (FSDP_SHARDED, (FSDP_OPTIMIZER_FOLDER, FSDP_WEIGHTS_FOLDER)),
-        (FSDP_FULL, (FSDP_OPTIMIZER_NAME, FSDP_WEIGHTS_NAME)),
-    ):
-        if any((path / name).exists() for name in names):
+    for layout in (FSDP_SHARDED, FSDP_FULL):
+        if any((path / str(name)).exists() for name in (layout.optimizer, layout.fsdp_weights)):
             return layout
     return PLAIN
 
 
 def has_optimizer(checkpoint: PathLike) -> bool:
-    """Whether a folder holds the state of an optimizer, in whatever layout."""
+    """Return whether a folder holds the state of an optimizer, in any layout."""
     return Path(checkpoint, layout_of(checkpoint).optimizer).exists()
 
 
+def has_weights(folder: PathLike) -> bool:
+    """Return whether a folder holds the weights of a model or of an adapter, other than in shards."""
+    path = Path(folder)
+    names = (*WEIGHT_FILES, *ADAPTER_FILES)
+    return any((path / name).is_file() for name in names) or any(path.glob("*/adapter_model.*"))
+
+
+def training_shards(checkpoint: PathLike) -> str | None:
+    """Return the name of the folder in which the back-end keeps the weights in shards, or None."""
+    path = Path(checkpoint)
+    if (path / FSDP_WEIGHTS_FOLDER).is_dir():
+        return FSDP_WEIGHTS_FOLDER
+    folder = deepspeed_folder(path)
+    return folder.name if folder is not None and folder.is_dir() else None
+
+
 def missing_state(checkpoint: PathLike) -> list[str]:
-    """What training cannot go on without and a checkpoint has not, as after a save with `save_only_model`."""
+    """Return the names of optimizer and scheduler states that a checkpoint lacks, as after `save_only_model`."""
     layout = layout_of(checkpoint)
-    # DeepSpeed keeps the state of a schedule of its own in its folder, and `scheduler.pt` is not written.
+    # DeepSpeed keeps the state of its own schedule in its folder; then `scheduler.pt` is not written.
     names = [layout.optimizer] if layout is DEEPSPEED else [layout.optimizer, SCHEDULER_NAME]
     return [name for name in names if not Path(checkpoint, name).exists()]
 
 
 def process_count(checkpoint: PathLike) -> int | None:
-    """How many processes have written a checkpoint, as the names of its files tell, or None if they do not."""
+    """Return how many processes wrote a checkpoint, judging by the names of its files; None if they do not tell."""
     path = Path(checkpoint)
     if (path / "rng_state.pth").is_file():
         return 1
-    found = [len(list(path.glob("rng_state_*.pth"))), ranks(path / FSDP_OPTIMIZER_FOLDER)]
-    return max(*found, len(_deepspeed_ranks(path))) or None
+    fsdp_ranks = {file.name.split("_")[2] for file in path.glob(f"{FSDP_OPTIMIZER_FOLDER}/__*_*.distcp")}
+    return max(len(list(path.glob("rng_state_*.pth"))), len(fsdp_ranks), len(_deepspeed_ranks(path))) or None
 
 
 def zero_stages(checkpoint: PathLike) -> tuple[int, ...]:
-    """The ZeRO stages in which DeepSpeed may have written a checkpoint, by its file names: 1 and 2 are alike."""
+    """Return the ZeRO stages that may have written a checkpoint, judging by its file names: 1 and 2 are alike."""
     if not _deepspeed_ranks(Path(checkpoint)):
         return (0,)
     partitioned = any(Path(checkpoint).glob(f"{DEEPSPEED_FOLDER}*/zero_pp_rank_*_model_states.pt"))
@@ -92,7 +111,7 @@ def zero_stages(checkpoint: PathLike) -> tuple[int, ...]:
 
 
 def deepspeed_folder(checkpoint: PathLike) -> Path | None:
-    """The folder that DeepSpeed would load from, which `latest` names, or None without a name of that form."""
+    """Return the folder that `latest` names, from which DeepSpeed loads; None without a valid name."""
     try:
         tag = Path(checkpoint, DEEPSPEED_LATEST).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
@@ -100,44 +119,7 @@ def deepspeed_folder(checkpoint: PathLike) -> Path | None:
     return Path(checkpoint, tag) if re.fullmatch(rf"{DEEPSPEED_FOLDER}\d+", tag) else None
 
 
-def damaged_parts(checkpoint: PathLike) -> dict[str, str]:
-    """What is wrong with the parts that a sharded layout cannot do without, by their paths in the checkpoint."""
-    path = Path(checkpoint)
-    wrong: dict[str, str] = {}
-    for folder in (FSDP_WEIGHTS_FOLDER, FSDP_OPTIMIZER_FOLDER):
-        if (path / folder).is_dir():
-            wrong |= {f"{folder}/{name}": problem for name, problem in damaged_files(path / folder).items()}
-    if layout_of(path) is FSDP_SHARDED and not (path / FSDP_WEIGHTS_FOLDER).is_dir():
-        wrong[FSDP_WEIGHTS_FOLDER] = "is missing"
-    if layout_of(path) is DEEPSPEED:
-        wrong |= _damaged_deepspeed(path)
-    return wrong
-
-
-def _damaged_deepspeed(path: Path) -> dict[str, str]:
-    folder = deepspeed_folder(path)
-    if folder is None:
-        return {DEEPSPEED_LATEST: "is missing, or names no folder of DeepSpeed's"}
-    if not any(folder.glob("*model_states.pt")):
-        return {folder.name: "has no model states"}
-    wrong: dict[str, str] = {}
-    count = process_count(path) or 0
-    for kind in ("optim", "model"):
-        files = sorted(file.name for file in folder.glob(f"*zero_pp_rank_*_{kind}_states.pt"))
-        names = [re.sub(r"(?<=zero_pp_rank_)\d+", str(rank), files[0]) for rank in range(count)] if files else []
-        wrong |= {f"{folder.name}/{name}": "is missing" for name in names if name not in files}
-    return wrong
-
-
-def _deepspeed_ranks(path: Path) -> set[int]:
-    """The ranks that have written their part of the optimizer into the folder that DeepSpeed would load from."""
+def _deepspeed_ranks(path: Path) -> set[str]:
     folder = deepspeed_folder(path)
     files = folder.glob("*zero_pp_rank_*_optim_states.pt") if folder else ()
-    matches = [re.search(r"zero_pp_rank_(\d+)_", file.name) for file in files]
-    return {int(match[1]) for match in matches if match}
-
-
-def state_files(checkpoint: PathLike) -> list[Path]:
-    """Files of torch's below the root that belong to the layout: those of DeepSpeed."""
-    folder = deepspeed_folder(checkpoint)
-    return sorted(folder.glob("*.pt")) if folder else []
+    return {match[1] for file in files if (match := re.search(r"zero_pp_rank_(\d+)_", file.name))}

@@ -14,8 +14,7 @@ from transformers.utils import (
     CONFIG_NAME,
 )
 
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, damaged_form, evaluation_folder
-from hf_radam.checkpoints.layouts import has_optimizer
+from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES, has_optimizer
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
     MANIFEST_NAME,
@@ -27,7 +26,8 @@ from hf_radam.checkpoints.manifest import (
 from hf_radam.checkpoints.models.adapters import base_and_adapter
 from hf_radam.checkpoints.models.consolidation import consolidated, is_sharded_alone
 from hf_radam.checkpoints.models.model_class import class_of
-from hf_radam.checkpoints.runs import checkpoints, newest, recorded_step, step_of
+from hf_radam.checkpoints.runs import list_checkpoints, newest_checkpoint, recorded_step, step_of
+from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -60,20 +60,20 @@ def load_evaluation_model(
     if is_checkpoint(root):
         return _load_checkpoint(root, model_class, from_pretrained_kwargs)
     if holds_model(root):
-        wrong = damaged_form(root, only="")
+        wrong = verify_checkpoint(root, only="")
         if not wrong:
             later = later_than_model(root)
             if later is not None:
                 logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
             return _from_pretrained(root, model_class, from_pretrained_kwargs)
         logger.warning("Passing over the model at the root of %s, which was not written to its end: %s.", root, wrong)
-    return _load_checkpoint(newest_checkpoint(root), model_class, from_pretrained_kwargs)
+    return _load_checkpoint(newest_loadable_checkpoint(root), model_class, from_pretrained_kwargs)
 
 
 def later_than_model(run: PathLike) -> str | None:
     """The name of a checkpoint that was made after the model at the root of a run, whose training then went on."""
     root = Path(run)
-    folders = [place.path for place in checkpoints(root) if (place.path / TRAINER_STATE_NAME).is_file()]
+    folders = [place.path for place in list_checkpoints(root) if (place.path / TRAINER_STATE_NAME).is_file()]
     written = recorded_step(root)  # of `save_state()`, where it was called
     if written is not None:
         later = [folder.name for folder in folders if (step_of(folder) or 0) > written]
@@ -107,7 +107,7 @@ def is_checkpoint(folder: PathLike) -> bool:
     return named and (path / TRAINER_STATE_NAME).is_file()
 
 
-def newest_checkpoint(run: PathLike) -> Path:
+def newest_loadable_checkpoint(run: PathLike) -> Path:
     """The latest checkpoint of a run whose evaluation weights are whole; others are passed over with a warning.
 
     Raises:
@@ -118,7 +118,7 @@ def newest_checkpoint(run: PathLike) -> Path:
         if not (holds_model(evaluation_folder(folder)) and is_checkpoint(folder)):
             raise CheckpointError(f"it has no {TRAINER_STATE_NAME} or no weights.")
 
-    place = newest(run, accept)
+    place = newest_checkpoint(run, accept)
     if place is None:
         raise FileNotFoundError(
             f"{run} holds neither a model (config.json and weights) nor a whole checkpoint-N folder."

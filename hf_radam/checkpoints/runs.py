@@ -1,8 +1,7 @@
-"""Find the checkpoints of a run: those at its root, and those that are pinned before the decay and at each budget."""
+"""Find, pin and rotate the checkpoints of a run: at its root, before the decay (WSD) and at each budget (WSD-S)."""
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -10,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import sort_checkpoints
-
-from hf_radam.checkpoints.integrity import FindDamage, check_whole, damage
 from hf_radam.checkpoints.layouts import missing_state
-from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike
+from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.checkpoints.manifest import recorded_step as recorded_step
 from hf_radam.checkpoints.storage import interrupted, remove
+from hf_radam.checkpoints.verify import VerifyFn, check_complete, verify_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -25,30 +23,25 @@ PREFIX = "checkpoint-"
 
 
 def step_of(checkpoint: PathLike) -> int | None:
-    """The number in a checkpoint's name, or None for another name."""
+    """Return the step in a checkpoint's name, or None for another name."""
     match = re.fullmatch(rf"{PREFIX}(\d+)", Path(checkpoint).name)
     return int(match[1]) if match else None
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The folder of the run that a checkpoint belongs to."""
+    """Return the folder of the run that a checkpoint belongs to."""
     parent = checkpoint.parent
     return parent.parent if parent.name in PINNED_FOLDERS else parent
 
 
-def recorded_step(folder: PathLike) -> int | None:
-    """The update that the trainer's state in a folder speaks of, or None where there is none that can be read."""
-    try:
-        return int(json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["global_step"])
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return None
-
-
 @dataclass(frozen=True)
-class Place:
-    """A checkpoint's place in a run: its update, the folder that keeps it pinned (or ``""``), and where it is now.
+class CheckpointRef:
+    """A checkpoint of a run.
 
-    It is not where it belongs only when a process was killed while one took the place of another.
+    Attributes:
+        step: the step in its name.
+        pinned_in: the folder that keeps it for good, or ``""`` at the root of the run.
+        path: where it is: in the run, or in its staging folder if its replacement was interrupted.
     """
 
     step: int
@@ -56,64 +49,68 @@ class Place:
     path: Path
 
 
-def checkpoints(run: PathLike) -> list[Place]:
-    """Every checkpoint of a run, whole or not: the latest first, and of one update the pinned one last."""
+def list_checkpoints(run: PathLike) -> list[CheckpointRef]:
+    """List the checkpoints of a run, complete or not: the latest first, pinned ones after others of their step."""
     root = Path(run)
-    places = []
+    refs = []
     for pinned_in in ("", *PINNED_FOLDERS):
-        named = {path: path for path in (root / pinned_in).glob(f"{PREFIX}*") if path.is_dir()}
-        named |= {target: now for target, now in interrupted(root) if target.parent == root / pinned_in}
-        places += [Place(step, pinned_in, now) for path, now in named.items() if (step := step_of(path)) is not None]
-    return sorted(places, key=lambda place: -place.step)
+        found = {path: path for path in (root / pinned_in).glob(f"{PREFIX}*") if path.is_dir()}
+        found |= {target: now for target, now in interrupted(root) if target.parent == root / pinned_in}
+        refs += [
+            CheckpointRef(step, pinned_in, now) for path, now in found.items() if (step := step_of(path)) is not None
+        ]
+    return sorted(refs, key=lambda ref: -ref.step)
 
 
-def newest(
-    run: PathLike, accept: Callable[[Path], None], *, among: Callable[[Place], bool] = lambda place: True
-) -> Place | None:
-    """The latest checkpoint for which `accept` raises no `CheckpointError`; others are passed over with a warning."""
-    for place in checkpoints(run):
-        if among(place):
-            try:
-                accept(place.path)
-            except CheckpointError as error:
-                logger.warning("Passing over %s: %s", place.path, error)
-                continue
-            return place
+def newest_checkpoint(
+    run: PathLike, accept: Callable[[Path], None], *, among: Callable[[CheckpointRef], bool] = lambda ref: True
+) -> CheckpointRef | None:
+    """Return the latest checkpoint for which `accept` raises no `CheckpointError`, warning of those passed over."""
+    for ref in filter(among, list_checkpoints(run)):
+        try:
+            accept(ref.path)
+        except CheckpointError as error:
+            logger.warning("Passing over %s: %s", ref.path, error)
+            continue
+        return ref
     return None
 
 
-def check_resumable(checkpoint: PathLike, *, find: FindDamage = damage) -> None:
-    """Raise `CheckpointError` if `find` finds damage, or a checkpoint was saved without what training goes on from."""
-    check_whole(checkpoint, find=find)
+def check_resumable(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_checkpoint) -> None:
+    """Raise `CheckpointError` unless a checkpoint is complete and verified, and has an optimizer and a scheduler."""
+    check_complete(checkpoint, verify_fn=verify_fn)
     for name in missing_state(checkpoint):
         raise CheckpointError(
-            f"{checkpoint} has no {name}, so training cannot go on from it (was it saved with save_only_model?). "
-            "To start a new run from its weights, load them as the model instead."
+            f"{checkpoint} has no {name}, so it cannot be resumed (was it saved with save_only_model?). To start a new "
+            "run from its weights, load it as the model instead."
         )
 
 
-def pinned_folder(schedule: Mapping[str, Any], update: int) -> str | None:
-    """The folder that keeps the state after an update for good, or None.
+def pinned_folder(schedule: Mapping[str, Any], step: int) -> str | None:
+    """Return the folder that keeps the state after a step for good, or None.
 
     Args:
-        schedule: keywords of `wsd` (kept: the state after its last stable update, unless there is none) or of `wsd_s`
-            (kept: the state at each budget).
-        update: updates that the schedule has counted.
+        schedule: keywords of `wsd` (pins the state after the last stable step) or `wsd_s` (pins it at each budget).
+        step: completed steps of the schedule.
     """
     if "budgets" in schedule:
-        return BUDGETS_FOLDER if update in schedule["budgets"] else None
-    return PRE_DECAY_FOLDER if 0 < update == schedule["total_steps"] - schedule["decay_steps"] else None
+        return BUDGETS_FOLDER if step in schedule["budgets"] else None
+    return PRE_DECAY_FOLDER if 0 < step == schedule["total_steps"] - schedule["decay_steps"] else None
 
 
 def rotate(run: Path, limit: int | None, *, protected: Collection[Path]) -> None:
-    """Keep `limit` checkpoints at the root of a run (all, if it is None or 0): the oldest go, the protected ones never.
+    """Remove the oldest checkpoints at the root of a run, by modification time, until `limit` are left.
 
-    Older is by modification time, as upstream has it: where a run was begun anew the higher numbers are the older ones.
+    Protected checkpoints stay; without a limit (None or 0) all stay. Step numbers do not tell the age where a run was
+    begun anew; they are used on file systems that set all times alike (upstream's rule).
     """
     if limit is None or limit <= 0:
         return
-    folders = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True) if step_of(path) is not None]
-    kept = {path.resolve() for path in protected}  # a resumed run may know its best one by another path
+    folders = [ref.path for ref in reversed(list_checkpoints(run)) if ref.path.parent == run]
+    times = {folder: folder.stat().st_mtime for folder in folders}
+    if folders and max(times.values()) - min(times.values()) >= 1.0:
+        folders.sort(key=times.__getitem__)
+    kept = {path.resolve() for path in protected}  # a resumed run may know its best checkpoint by another path
     free = [folder for folder in folders if folder.resolve() not in kept]
     excess = len(folders) - max(limit, len(folders) - len(free))
     for folder in free[: max(excess, 0)]:

@@ -1,18 +1,20 @@
-"""Folders that are there whole or not at all: written aside, flushed to the disk, then renamed into place.
+"""Commit folders atomically: stage them, flush them to the disk, then rename them into place.
 
     run/
+      _lock                               held while a process trains in this run
       _staging/checkpoint-500/            being written
-      _staging/replaced/checkpoint-500/   an older one of that name, while the new one takes its place
-      checkpoint-500/                     whole: it got its name by a rename after everything in it was on the disk
+      _staging/replaced/checkpoint-500/   the old one of that name, while the new one takes its place
+      checkpoint-500/                     complete: it was renamed after all of it was on the disk
 
-A rename within a file system is atomic, so a process that is killed leaves the old state or the new one. Only where a
-folder of that name exists are there two renames; `recover` finishes what was begun between them.
+A rename within a file system is atomic, so a killed process leaves the old state or the new one. Replacing a folder
+takes two renames; `recover_interrupted_save` finishes what was begun between them.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
 import re
 import shutil
@@ -21,22 +23,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType
 
-STAGING = "_staging"
-"""In the run's folder, so in its file system; upstream keeps names with a leading underscore off the hub."""
-REPLACED = "replaced"
-CHUNK = 2**18
-"""Bytes read at once for a checksum: few enough to be still in the processor's cache when they are summed."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+STAGING, REPLACED, LOCK_NAME = "_staging", "replaced", "_lock"
+"""In the run folder, so on its file system; upstream does not push names with a leading underscore to the hub."""
+CHUNK = 2**18  # bytes read at once: few enough to be in the processor's cache when they are hashed
+HASH_THREADS = 4
 NOTHING: Mapping[str, tuple[int, str]] = MappingProxyType({})
-SHA256_THREADS = 4
-"""Files of which a process takes the checksums at the same time, and which it flushes meanwhile."""
 
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})
-"""What a file system says that cannot flush a folder on its own; its files are flushed all the same."""
 NO_LINKS = frozenset({errno.EPERM, errno.EXDEV, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS})
+NO_LOCKS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK})
+"""Errors of file systems that cannot flush a folder, make hard links, or lock a file."""
+
+
+class RunInUseError(RuntimeError):
+    """Another process trains in the same run folder."""
 
 
 def sha256(file: Path) -> str:
-    """The sha256 of a file's bytes, in hexadecimal."""
+    """Return the hexadecimal sha256 of a file."""
     digest, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK))
     with file.open("rb", buffering=0) as stream:
         while count := stream.readinto(chunk):
@@ -45,7 +56,7 @@ def sha256(file: Path) -> str:
 
 
 def flush(path: Path) -> None:
-    """Have the operating system write a file, or the entries of a folder, to the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     if path.is_dir() and os.name == "nt":
         return  # a folder cannot be opened there
     descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)
@@ -59,71 +70,69 @@ def flush(path: Path) -> None:
 
 
 def rank_of(file: Path) -> int:
-    """The rank that wrote a file of a checkpoint, as its name tells; 0 if it does not."""
+    """Return the rank that wrote a file of a checkpoint, judging by its name; 0 if the name has none."""
     match = re.match(r"(?:__|rng_state_|(?:\w+_)?zero_pp_rank_)(\d+)[_.]", file.name)
     return int(match[1]) if match else 0
 
 
-class Sealing:
-    """Flushes the files of a folder and takes their checksums, those that are written early while others are written.
+class FileHasher:
+    """Hash and flush the files of a folder in background threads, while other files are still being written.
 
     Args:
-        folder: the folder, all of which `finish` seals.
+        folder: the folder; `finish` takes all files in it.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._pool = ThreadPoolExecutor(SHA256_THREADS)
-        self._begun: dict[Path, tuple[tuple[int, int, int], Future[str], Future[None]]] = {}
+        self._pool = ThreadPoolExecutor(HASH_THREADS)
+        self._submitted: dict[Path, tuple[tuple[int, int, int], Future[str], Future[None]]] = {}
 
-    def begin(self, files: Iterable[Path]) -> None:
-        """Start with these files, which are written to their end; with one that is under way already, nothing."""
+    def submit(self, files: Iterable[Path]) -> None:
+        """Start on complete files; a file that was submitted and has not changed since is skipped."""
         for file in files:
-            facts = _identity(file)
-            if file not in self._begun or self._begun[file][0] != facts:
-                # The disk writes a file while it is read for its checksum.
-                self._begun[file] = facts, self._pool.submit(sha256, file), self._pool.submit(flush, file)
+            stat = file.stat()
+            version = stat.st_size, stat.st_mtime_ns, stat.st_ino
+            if file not in self._submitted or self._submitted[file][0] != version:
+                # The disk writes a file while it is read to be hashed.
+                self._submitted[file] = version, self._pool.submit(sha256, file), self._pool.submit(flush, file)
 
     def finish(
-        self, *, only: Callable[[Path], bool] = lambda file: True, sealed: Mapping[str, tuple[int, str]] = NOTHING
+        self, *, only: Callable[[Path], bool] = lambda file: True, known: Mapping[str, tuple[int, str]] = NOTHING
     ) -> dict[str, tuple[int, str]]:
-        """Seal what is left, and the folders.
+        """Hash and flush the remaining files, and flush the folders.
 
         Args:
-            only: which files this process seals.
-            sealed: what others have sealed already: size and sha256, by path in the folder.
+            only: which files this process hashes.
+            known: size and hash, by path in the folder, of files that other ranks have hashed.
 
         Returns:
             Size in bytes and sha256 of every file, by its path in the folder.
         """
         inside = sorted(self.folder.rglob("*"))
-        files = [path for path in inside if path.is_file() and only(path)]
-        files = [path for path in files if path.relative_to(self.folder).as_posix() not in sealed]
+        files = {path.relative_to(self.folder).as_posix(): path for path in inside if path.is_file() and only(path)}
+        files = {name: file for name, file in files.items() if name not in known}
+        hashed = {}
         with self._pool:
-            self.begin(sorted(files, key=lambda file: -file.stat().st_size))
-            for file in files:
-                self._begun[file][2].result()
-            found = {
-                file.relative_to(self.folder).as_posix(): (self._begun[file][0][0], self._begun[file][1].result())
-                for file in files
-            }
-        for path in [path for path in inside if path.is_dir()][::-1] + [self.folder]:
-            flush(path)
-        return {**sealed, **found}
+            self.submit(sorted(files.values(), key=lambda file: -file.stat().st_size))
+            for name, file in files.items():
+                version, digest, flushed = self._submitted[file]
+                flushed.result()
+                hashed[name] = version[0], digest.result()
+        _flush_folders(self.folder)
+        return {**known, **hashed}
 
-    def abandon(self) -> None:
-        """Stop, and wait until no file is open any more; what was begun may be of files that are gone."""
+    def abort(self) -> None:
+        """Stop, and wait until every file is closed; submitted files may have been removed."""
         self._pool.shutdown(cancel_futures=True)
 
 
-def _identity(file: Path) -> tuple[int, int, int]:
-    """Size and what else tells a file from one of its name written later."""
-    facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns, facts.st_ino
+def _flush_folders(root: Path) -> None:
+    for folder in [path for path in sorted(root.rglob("*")) if path.is_dir()][::-1] + [root]:
+        flush(folder)
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """Make a folder with the same files: by hard links where the file system has them, else by copies, flushed."""
+    """Make a folder with the same files: hard links where the file system has them, else flushed copies."""
     if not source.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))  # `rglob` would find nothing
     target.mkdir(parents=True)
@@ -139,18 +148,15 @@ def link_tree(source: Path, target: Path) -> None:
                 raise
             shutil.copy2(path, copy)
             flush(copy)
-    for path in [path for path in sorted(target.rglob("*")) if path.is_dir()][::-1] + [target]:
-        flush(path)
+    _flush_folders(target)
 
 
-def publish(run: Path, inside: Path) -> None:
-    """Give a staged folder its place: `run/_staging/<inside>` becomes `run/<inside>`, safe at every instant.
-
-    A folder that has the name already is moved aside first, and removed afterwards.
+def commit(run: Path, inside: Path) -> None:
+    """Rename `run/_staging/<inside>` to `run/<inside>`; a folder of that name is moved aside first, then removed.
 
     Args:
         run: folder of the run.
-        inside: path of the folder in it; `Sealing` or `link_tree` flushed what is staged there.
+        inside: path of the folder in the run; what is staged there has been flushed.
     """
     staged, target, aside = run / STAGING / inside, run / inside, run / STAGING / REPLACED / inside
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +182,9 @@ def _move(source: Path, target: Path) -> None:
 
 
 def interrupted(run: Path) -> Iterator[tuple[Path, Path]]:
-    """Every folder that lost its place to a successor which did not take it any more.
+    """Yield each checkpoint whose replacement was interrupted: its path, and the folder that belongs there.
 
-    Yields:
-        The path the folder had, and where its successor is, which is whole: it was flushed before the first rename.
+    That folder is the staged successor, which was flushed before the first rename, else the old checkpoint.
     """
     staging = run / STAGING
     for aside in sorted([*(staging / REPLACED).glob("checkpoint-*"), *(staging / REPLACED).glob("_*/checkpoint-*")]):
@@ -188,24 +193,21 @@ def interrupted(run: Path) -> Iterator[tuple[Path, Path]]:
             yield run / inside, staging / inside if (staging / inside).is_dir() else aside
 
 
-def recover(run: Path) -> None:
-    """Finish what a killed process had begun, and remove what it left; nothing that was whole is lost.
-
-    Only a process that is about to write into the run may call this.
-    """
+def recover_interrupted_save(run: Path) -> None:
+    """Finish the renames that a killed process had begun, and remove what it staged. For the writing process only."""
     for target, successor in interrupted(run):
         _move(successor, target)
     remove_staging(run)
 
 
 def remove_staging(run: Path) -> None:
-    """Remove whatever is staged in a run."""
+    """Remove everything that is staged in a run."""
     if (run / STAGING).exists():
         shutil.rmtree(run / STAGING)
 
 
 def remove(run: Path, folder: Path) -> None:
-    """Remove a folder of the run at once: it loses its name before its first file goes."""
+    """Remove a folder of the run atomically: it loses its name before its first file goes."""
     trash = run / STAGING / "removed" / folder.name
     trash.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(trash)
@@ -215,7 +217,7 @@ def remove(run: Path, folder: Path) -> None:
 
 
 def free_space(folder: Path) -> str:
-    """Room that is left in the file system of `folder`, for a message."""
+    """Describe the free space of the file system that holds `folder`, for a message."""
     try:
         return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
     except OSError as error:

@@ -39,16 +39,16 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     Raises:
         ValueError: for a folder that is neither a checkpoint nor a run.
     """
-    from hf_radam.checkpoints.loading import is_checkpoint, newest_checkpoint
+    from hf_radam.checkpoints.loading import is_checkpoint, newest_loadable_checkpoint
     from hf_radam.checkpoints.models.consolidation import consolidate
-    from hf_radam.checkpoints.runs import checkpoints
+    from hf_radam.checkpoints.runs import list_checkpoints
 
     path = folder(arguments.path)
-    if not is_checkpoint(path) and not checkpoints(path):
+    if not is_checkpoint(path) and not list_checkpoints(path):
         raise ValueError(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
     arguments.stop.begun = True
     try:
-        path = path if is_checkpoint(path) else str(newest_checkpoint(path))
+        path = path if is_checkpoint(path) else str(newest_loadable_checkpoint(path))
         trust = arguments.trust_remote_code or None
         return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
     except (OSError, ValueError) as error:

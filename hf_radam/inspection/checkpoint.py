@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.integrity import damage, damaged_form
 from hf_radam.checkpoints.layouts import SCHEDULER_NAME, layout_of, missing_state, process_count
 from hf_radam.checkpoints.manifest import (
     EVALUATION_FOLDERS,
@@ -20,9 +19,10 @@ from hf_radam.checkpoints.manifest import (
     TRAINER_STATE_NAME,
     CheckpointError,
     PathLike,
-    is_ours,
+    has_hf_radam_files,
     read_manifest,
 )
+from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.describe import describe_schedule
 from hf_radam.inspection.facts import (
     DAMAGED,
@@ -62,8 +62,12 @@ def inspect_checkpoint(checkpoint: PathLike) -> CheckpointFacts:
         problems=problems,
         **method,
         **_standing(path, manifest, method),
-        root=_root(method["optim"], average, ours=is_ours(path), read=bool(groups)),
-        evaluation_folder=(manifest["evaluation"]["folder"] or "") if manifest else None if is_ours(path) else "",
+        root=_root(method["optim"], average, ours=has_hf_radam_files(path), read=bool(groups)),
+        evaluation_folder=(manifest["evaluation"]["folder"] or "")
+        if manifest
+        else None
+        if has_hf_radam_files(path)
+        else "",
         beside=[name for name in EVALUATION_FOLDERS if (path / name).is_dir()],
         averaging=manifest["averaging"] if manifest else None,
         schedule_free=average,
@@ -105,8 +109,8 @@ def _check_shape(manifest: Mapping[str, Any]) -> None:
 def _problems(path: Path, manifest: Any, trouble: str | None) -> dict[str, str]:
     try:
         if manifest is not None:
-            return damage(path)
-        wrong = damaged_form(path)
+            return verify_checkpoint(path)
+        wrong = verify_checkpoint(path)
     except OSError as error:
         return {".": f"cannot be read ({error})"}
     return wrong if trouble is None else {MANIFEST_NAME: trouble, **wrong}
@@ -125,7 +129,7 @@ def _state(path: Path, problems: Mapping[str, str]) -> str:
 def _writer(path: Path, manifest: Mapping[str, Any] | None) -> str:
     if manifest is not None:
         return f"hf_radam {manifest.get('hf_radam_version', '')}".strip()
-    return "hf_radam" if is_ours(path) else "stock Trainer"
+    return "hf_radam" if has_hf_radam_files(path) else "stock Trainer"
 
 
 def _method(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, Any]:

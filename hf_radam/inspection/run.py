@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.integrity import damaged_form
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, later_than_model
 from hf_radam.checkpoints.manifest import PathLike
-from hf_radam.checkpoints.runs import PREFIX, checkpoints, step_of
+from hf_radam.checkpoints.runs import PREFIX, list_checkpoints, step_of
 from hf_radam.checkpoints.storage import REPLACED, STAGING, interrupted
+from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 from hf_radam.inspection.facts import WHOLE, CheckpointFacts
 from hf_radam.inspection.uses import can_begin_extension, uses
@@ -75,17 +75,17 @@ def looks_like_checkpoint(folder: PathLike) -> bool:
 
 def looks_like_run(folder: PathLike) -> bool:
     """Whether a folder is that of a run: it has checkpoints, a model, or a save that was begun."""
-    return bool(checkpoints(folder)) or holds_model(folder) or bool(_leftovers(Path(folder)))
+    return bool(list_checkpoints(folder)) or holds_model(folder) or bool(_leftovers(Path(folder)))
 
 
 def inspect_run(run: PathLike) -> RunFacts:
     """Read everything that the folder of a run tells; nothing in it is changed, recovered or removed."""
     root = Path(run)
     entries = []
-    for place in checkpoints(root):
+    for place in list_checkpoints(root):
         name = Path(place.pinned_in, f"{PREFIX}{place.step}")
         entries.append(Entry(str(name), inspect_checkpoint(place.path)))
-    model = ModelFacts(damaged_form(root, ""), later_than_model(root)) if holds_model(root) else None
+    model = ModelFacts(verify_checkpoint(root, only=""), later_than_model(root)) if holds_model(root) else None
 
     def first(accepts: Callable[[CheckpointFacts], bool]) -> str | None:
         return next((str(root / entry.name) for entry in entries if accepts(entry.facts)), None)

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
-from hf_radam.checkpoints.integrity import evaluation_folder
 from hf_radam.checkpoints.layouts import DEEPSPEED, has_optimizer, layout_of, missing_state
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.models.consolidation import is_sharded_alone
-from hf_radam.checkpoints.runs import checkpoints, run_of
+from hf_radam.checkpoints.runs import list_checkpoints, run_of
+from hf_radam.checkpoints.verify import evaluation_folder
 from hf_radam.describe import decay_at
 from hf_radam.inspection.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y
 from hf_radam.inspection.phases import CONSTANT, FINISHED
@@ -77,7 +77,7 @@ def can_begin_extension(facts: CheckpointFacts) -> bool:
 
 def _latest_source(run: Path) -> Path | None:
     """The checkpoint that extending a run would begin with, if it is whole: its checksums are not looked at here."""
-    for place in checkpoints(run):
+    for place in list_checkpoints(run):
         with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
             manifest = read_manifest(place.path)
             if manifest and manifest["schedule"] and has_optimizer(place.path):

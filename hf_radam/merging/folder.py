@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from hf_radam.checkpoints.integrity import UNFINISHED
 from hf_radam.checkpoints.layouts import DEEPSPEED_LATEST
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.models.model_folders import say_float32
 from hf_radam.checkpoints.models.weight_files import Tensors, widened, write_weights
 from hf_radam.checkpoints.storage import flush
+from hf_radam.checkpoints.verify import INCOMPLETE_NAME
 from hf_radam.merging.coefficients import DECAY_SHAPES, coefficients
 from hf_radam.merging.differences import differences
 from hf_radam.merging.sources import Source, configuration, find_sources, is_statistic, not_constant
@@ -41,7 +41,7 @@ NOT_OF_THE_MODEL = frozenset(
         MANIFEST_NAME,
         SAFE_WEIGHTS_INDEX_NAME,
         WEIGHTS_INDEX_NAME,
-        UNFINISHED,
+        INCOMPLETE_NAME,
         DEEPSPEED_LATEST,
         "zero_to_fp32.py",
     }

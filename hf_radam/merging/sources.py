@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
-from hf_radam.checkpoints.integrity import ADAPTER_FILES, WEIGHT_FILES, check_whole
+from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES
 from hf_radam.checkpoints.loading import is_checkpoint
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike, read_manifest
 from hf_radam.checkpoints.models.consolidation import is_sharded_alone
 from hf_radam.checkpoints.models.weight_reading import weight_files
 from hf_radam.checkpoints.runs import recorded_step
+from hf_radam.checkpoints.verify import check_complete
 from hf_radam.inspection.phases import CONSTANT, multiplier
 from hf_radam.inspection.pickled import pickled_attributes
 
@@ -78,7 +79,7 @@ def find_sources(checkpoints: Sequence[PathLike]) -> list[Source]:
     for source in sources[:-1]:
         _check_same_model(source, sources[-1])
     for source in sources:
-        check_whole(source.path, only="")
+        check_complete(source.path, only="")
     return sources
 
 

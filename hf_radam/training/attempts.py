@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import list_checkpoints
 from hf_radam.random_state import keep_random_state
 
 logger = logging.get_logger(__name__)
@@ -74,7 +74,7 @@ class BeforeTheFirstAttempt:
 
 
 def _keep_checkpoints(folder: Path, checkpoint: str | None) -> Callable[[], None]:
-    before = {place.path for place in checkpoints(folder)}
+    before = {place.path for place in list_checkpoints(folder)}
 
     def put_back() -> None:
         if checkpoint is not None and not Path(checkpoint).is_dir():
@@ -82,7 +82,7 @@ def _keep_checkpoints(folder: Path, checkpoint: str | None) -> Callable[[], None
                 f"{checkpoint} was removed (save_total_limit) by an attempt that then ran out of memory, so training "
                 "cannot begin there again: resume from another checkpoint with a smaller per_device_train_batch_size."
             )
-        for written in [place.path for place in checkpoints(folder) if place.path not in before]:
+        for written in [place.path for place in list_checkpoints(folder) if place.path not in before]:
             logger.warning(f"Removing {written}, which an attempt has written that ran out of memory.")
             storage.remove(folder, written)
 

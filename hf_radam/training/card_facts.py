@@ -14,7 +14,7 @@ from hf_radam.checkpoints.loading import holds_model
 from hf_radam.checkpoints.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, read_manifest
 from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.models.consolidation import is_sharded_alone
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import list_checkpoints
 from hf_radam.describe import describe_schedule
 from hf_radam.model_card import TRAINING, Averaging, Best, Checkpoint, Evaluation, Facts, Loader
 from hf_radam.names import SchedulerName
@@ -95,7 +95,7 @@ def _averaging(trainer: PartsMixin, update: int) -> Averaging | None:
 
 
 def _checkpoint(trainer: PartsMixin, run: Path, model: Any) -> Checkpoint | None:
-    ours = [place.path for place in checkpoints(run) if (place.path / MANIFEST_NAME).is_file()]
+    ours = [place.path for place in list_checkpoints(run) if (place.path / MANIFEST_NAME).is_file()]
     loaded = trainer.state.best_model_checkpoint if trainer._best_model_loaded else None
     best = [place for place in ours if loaded is not None and place.resolve() == Path(loaded).resolve()]
     place = next(iter([*best, *ours]), None)

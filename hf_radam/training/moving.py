@@ -98,7 +98,7 @@ def _scattered(read: Callable[[], optimizer_states.State], optimizer: torch.opti
             "param_groups": state["param_groups"]
         }
 
-    state = decide_on_rank0(lambda find: outline())
+    state = decide_on_rank0(lambda verify_fn: outline())
     for number, kept in state["state"].items():
         for key, value in kept.items():
             if isinstance(value, Facts):

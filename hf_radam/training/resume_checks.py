@@ -19,7 +19,6 @@ from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints.extension import right_command
-from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stages
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
@@ -27,6 +26,7 @@ from hf_radam.checkpoints.models.model_folders import read_parameters
 from hf_radam.checkpoints.models.weight_reading import read_pieces
 from hf_radam.checkpoints.optimizer_states import read_groups
 from hf_radam.checkpoints.runs import check_resumable
+from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
 
 logger = logging.get_logger(__name__)
 
@@ -36,13 +36,13 @@ NOT_COMPARED = frozenset(
 )
 
 
-def check_checkpoint(checkpoint: str, *, find: FindDamage = damage) -> None:
+def check_checkpoint(checkpoint: str, *, verify_fn: VerifyFn = verify_checkpoint) -> None:
     """Raise `CheckpointError` if there is no checkpoint to resume from, or it is damaged, naming the bad files."""
     if not (Path(checkpoint) / TRAINER_STATE_NAME).is_file() and read_manifest(checkpoint) is None:
         raise CheckpointError(
             f"{checkpoint} has no {TRAINER_STATE_NAME}: to resume, give the folder of a whole checkpoint, checkpoint-N."
         )
-    check_resumable(checkpoint, find=find)
+    check_resumable(checkpoint, verify_fn=verify_fn)
 
 
 def check_deepspeed(checkpoint: str, *, stage: int | None, processes: int) -> None:

@@ -19,12 +19,20 @@ from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import Extension, extend
-from hf_radam.checkpoints.integrity import FindDamage, evaluation_folder
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.models import adapters, model_folders
 from hf_radam.checkpoints.models.weight_reading import load_parts
-from hf_radam.checkpoints.runs import PREFIX, check_resumable, checkpoints, newest, pinned_folder, run_of, step_of
+from hf_radam.checkpoints.runs import (
+    PREFIX,
+    check_resumable,
+    list_checkpoints,
+    newest_checkpoint,
+    pinned_folder,
+    run_of,
+    step_of,
+)
+from hf_radam.checkpoints.verify import VerifyFn, evaluation_folder
 from hf_radam.sharding import find_sharding
 from hf_radam.training import moving, resume_checks
 from hf_radam.training.agreement import check_agreement
@@ -108,30 +116,30 @@ class ResumingMixin(PartsMixin):
 
     def _warn_of_earlier_run(self) -> None:
         """Say so where a new run begins in the folder of another: its checkpoints stay, and may have higher numbers."""
-        found = checkpoints(str(self.args.output_dir))
+        found = list_checkpoints(str(self.args.output_dir))
         if found and self.is_world_process_zero():
             logger.warning(
                 f"{found[0].path} is of an earlier run. This one begins anew, and resume_from_checkpoint=True goes on "
                 "from the highest number, whichever run wrote it: give each run a folder of its own."
             )
 
-    def _extended(self, find: FindDamage) -> Extension:
-        storage.recover(Path(str(self.args.output_dir)))
-        return extend(self.args, find=find)
+    def _extended(self, verify_fn: VerifyFn) -> Extension:
+        storage.recover_interrupted_save(Path(str(self.args.output_dir)))
+        return extend(self.args, verify_fn=verify_fn)
 
-    def _newest(self, find: FindDamage) -> str:
+    def _newest(self, verify_fn: VerifyFn) -> str:
         run = Path(str(self.args.output_dir))
-        storage.recover(run)
-        place = newest(run, functools.partial(check_resumable, find=find))
+        storage.recover_interrupted_save(run)
+        place = newest_checkpoint(run, functools.partial(check_resumable, verify_fn=verify_fn))
         if place is None:
             raise CheckpointError(
                 f"There is no whole checkpoint in {run} to resume from: leave resume_from_checkpoint out to begin."
             )
         return str(place.path)
 
-    def _named(self, path: str, find: FindDamage) -> str:
-        resume_checks.check_checkpoint(path, find=find)
-        later = checkpoints(str(self.args.output_dir))[:1]
+    def _named(self, path: str, verify_fn: VerifyFn) -> str:
+        resume_checks.check_checkpoint(path, verify_fn=verify_fn)
+        later = list_checkpoints(str(self.args.output_dir))[:1]
         if later and later[0].step > (step_of(path) or later[0].step):
             logger.warning(
                 f"{later[0].path} is later than {path}, from which this run goes on. It stays until it is written "
@@ -239,7 +247,7 @@ class ResumingMixin(PartsMixin):
         """Look for the best checkpoint beside the one resumed: upstream forgets it where the run has moved."""
         best = run_of(checkpoint) / f"{PREFIX}{self.state.best_global_step}"
         if self.state.best_model_checkpoint is None and self.state.best_global_step:
-            if decide_on_rank0(lambda find: best.is_dir()):
+            if decide_on_rank0(lambda verify_fn: best.is_dir()):
                 self.state.best_model_checkpoint = str(best)
 
     def _keep_pinned(self, checkpoint: Path) -> None:
@@ -250,13 +258,13 @@ class ResumingMixin(PartsMixin):
             return
         run, place = Path(str(self.args.output_dir)), Path(folder, f"{PREFIX}{self.state.global_step}")
 
-        def keep(find: FindDamage) -> None:
+        def keep(verify_fn: VerifyFn) -> None:
             there = (run / place).exists()
-            if there and ((run / place).samefile(checkpoint) or not find(run / place)):
+            if there and ((run / place).samefile(checkpoint) or not verify_fn(run / place)):
                 return
-            storage.recover(run)
+            storage.recover_interrupted_save(run)
             storage.link_tree(checkpoint, run / storage.STAGING / place)
-            storage.publish(run, place)
+            storage.commit(run, place)
             storage.remove_staging(run)
 
         decide_on_rank0(keep)
@@ -269,7 +277,7 @@ class ResumingMixin(PartsMixin):
         best = self.state.best_model_checkpoint
         assert best is not None, "upstream asks only after a best checkpoint was saved"
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
-        folder: Path = decide_on_rank0(lambda find: evaluation_folder(best, find=find))
+        folder: Path = decide_on_rank0(lambda verify_fn: evaluation_folder(best, verify_fn=verify_fn))
         if is_sharded(self):
             load_parts(folder, self._bare_model, self._evaluation.sharding)
         else:

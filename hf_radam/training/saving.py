@@ -18,6 +18,7 @@ from transformers.utils import logging
 from hf_radam import __version__
 from hf_radam.checkpoints import manifest, storage
 from hf_radam.checkpoints.models import adapters
+from hf_radam.checkpoints.models.weight_files import parameter_dtypes
 from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
 from hf_radam.names import SchedulerName
 from hf_radam.sharding.base import all_gather_object
@@ -37,7 +38,7 @@ class SavingMixin(FoldersMixin):
 
     _saving_checkpoint: bool = False
     _uploads: Mapping[Path, Future[Any]] = MappingProxyType({})
-    _sealing: storage.Sealing | None = None
+    _hasher: storage.FileHasher | None = None
     _last_saved: tuple[int, bool] | None = None
     """Update of the last save, and whether it is at the run's root or only pinned."""
 
@@ -82,9 +83,9 @@ class SavingMixin(FoldersMixin):
     def _seal_weights(self, folder: str) -> None:
         """Flush the weights written so far, and take their checksums, while what comes after them is written."""
         if self.args.should_save:
-            if self._sealing is None or self._sealing.folder != Path(folder):
-                self._sealing = storage.Sealing(Path(folder))
-            self._sealing.begin(Path(folder).rglob("*.safetensors"))
+            if self._hasher is None or self._hasher.folder != Path(folder):
+                self._hasher = storage.FileHasher(Path(folder))
+            self._hasher.submit(Path(folder).rglob("*.safetensors"))
 
     # ---- When ----
 
@@ -154,7 +155,7 @@ class SavingMixin(FoldersMixin):
             self._write_checkpoint(model, trial, at_root=True)
             return
         run, name = Path(self._get_output_dir(trial)), f"{PREFIX}{self.state.global_step}"
-        if self.args.should_save and manifest.is_ours(run / name):
+        if self.args.should_save and manifest.has_hf_radam_files(run / name):
             storage.remove(run, run / name)  # upstream would write between our files
         super()._save_checkpoint(model, trial)
 
@@ -174,7 +175,7 @@ class SavingMixin(FoldersMixin):
         try:
             with self._checkpoint_mark(), self._with_optimizer(whole or pin is not None):
                 if self.args.should_save:
-                    storage.recover(run)
+                    storage.recover_interrupted_save(run)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
@@ -213,7 +214,7 @@ class SavingMixin(FoldersMixin):
             return {}
         index, own = self.args.process_index, {}
         if index > 0:
-            own = storage.Sealing(folder).finish(only=lambda file: storage.rank_of(file) == index)
+            own = storage.FileHasher(folder).finish(only=lambda file: storage.rank_of(file) == index)
         return {name: facts for each in all_gather_object(own) for name, facts in each.items()}
 
     def _publish(self, run: Path, name: str, places: list[Path], sealed: Mapping[str, tuple[int, str]]) -> None:
@@ -225,7 +226,7 @@ class SavingMixin(FoldersMixin):
             if staging / place != staging / name:
                 storage.link_tree(staging / name, staging / place)
         for place in places:
-            storage.publish(run, place)
+            storage.commit(run, place)
         storage.remove_staging(run)
 
     def _abandon(self, run: Path, name: str, error: BaseException) -> None:
@@ -233,13 +234,13 @@ class SavingMixin(FoldersMixin):
 
         What another process is still writing just then stays aside until the run goes on, when all of it is removed.
         """
-        if self._sealing is not None:
-            self._sealing.abandon()
-            self._sealing = None
+        if self._hasher is not None:
+            self._hasher.abort()
+            self._hasher = None
         of_disk = save_error(error, run / name)  # first, so that others hear of it before they miss what is removed
         if self.args.should_save:
             with suppress(OSError):
-                storage.recover(run)
+                storage.recover_interrupted_save(run)
         if of_disk is not None:
             raise of_disk from error
 
@@ -296,14 +297,22 @@ class SavingMixin(FoldersMixin):
             "schedule": None if schedule is None else dict(schedule.keywords),
             "schedule_step": self._updates_scheduled(),
             "extended_from": self._extended_from,
-            "averaging": manifest.describe_average(self.average, requested_start_step=self.args.ewa_start_step),
+            "averaging": self._describe_average(),
             "evaluation": {
                 "folder": source and adapters.evaluation_subfolder(source, self._bare_model),
-                **manifest.parameter_dtypes(self._bare_model),
+                **parameter_dtypes(self._bare_model),
             },
         }
-        manifest.write_manifest(folder, content, sealing=self._sealing, sealed=sealed)
-        self._sealing = None
+        manifest.write_manifest(folder, content, hasher=self._hasher, known=sealed)
+        self._hasher = None
+
+    def _describe_average(self) -> dict[str, Any] | None:
+        """Window and counters of the average, and the `ewa_start_step` that was asked for (it may have begun later)."""
+        average = self.average
+        if average is None:
+            return None
+        window = {"decay": average.decay, "half_life_ratio": average.half_life_ratio, "every": average.every}
+        return {**window, "requested_start_step": self.args.ewa_start_step, **average.counters()}
 
     # ---- Hub ----
 

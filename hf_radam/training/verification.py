@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from hf_radam.checkpoints.integrity import FindDamage, damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
+from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
 from hf_radam.sharding.base import all_gather_object, rank, world_size
 
 
@@ -28,18 +28,18 @@ class Seen(NamedTuple):
     """Number of the folder in its file system, which all machines know it by if they share that."""
 
 
-def decide_on_rank0(decide: Callable[[FindDamage], Any]) -> Any:
+def decide_on_rank0(decide: Callable[[VerifyFn], Any]) -> Any:
     """What `decide` returns or raises on the first process, on every process; all of them must call this.
 
     Args:
-        decide: called on the first process, with what finds the damage of a checkpoint in its place: `damage` itself,
-            by which the others help.
+        decide: called on the first process, with a `verify_checkpoint` in which the other
+            processes help.
 
     Raises:
         Exception: what `decide` raised.
     """
     if world_size() == 1:
-        return decide(damage)
+        return decide(verify_checkpoint)
     if rank() > 0:
         while (request := _from_first(None))[0] == "find":
             _look(*request[1:])
@@ -57,7 +57,7 @@ def decide_on_rank0(decide: Callable[[FindDamage], Any]) -> Any:
 
 
 def _ask(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
-    """`damage`, of which every process does its share; the others wait for this in `decide_on_rank0`."""
+    """`verify_checkpoint`, of which every process does its share; the others wait for this in `decide_on_rank0`."""
     _from_first(("find", Path(checkpoint), only))
     shares = _look(Path(checkpoint), only)
     for error in [share for share in shares if isinstance(share, Exception)]:
@@ -76,7 +76,7 @@ def _look(checkpoint: Path, only: str | None) -> list[Any]:
                 "the path of a folder that all machines see."
             )
         together = [number for number, each in enumerate(seen) if each == seen[rank()]]
-        mine = damage(checkpoint, only=only, share=(together.index(rank()), len(together)))
+        mine = verify_checkpoint(checkpoint, only=only, share=(together.index(rank()), len(together)))
     except Exception as error:
         mine = _sendable(error)
     return all_gather_object(mine)

@@ -10,7 +10,7 @@ import tiny
 from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainingArguments
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import list_checkpoints
 from hf_radam.optim.rectification import rectification
 from hf_radam.preview import DECAY, STABLE, WARM_UP, describe_factors, phases_of_keywords, phases_of_rates, preview
 
@@ -53,7 +53,7 @@ def test_every_learning_rate_is_that_of_a_real_run(name, tmp_path):
     assert covered == list(range(1, 21))
     for phase in found.phases:
         assert (phase.first_rate, phase.last_rate) == (rates.seen[phase.first - 1][0], rates.seen[phase.last - 1][0])
-    pinned = {f"{place.pinned_in}/checkpoint-{place.step}" for place in checkpoints(tmp_path) if place.pinned_in}
+    pinned = {f"{place.pinned_in}/checkpoint-{place.step}" for place in list_checkpoints(tmp_path) if place.pinned_in}
     assert {phase.kept for phase in found.phases if phase.kept} == pinned
 
 

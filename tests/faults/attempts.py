@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_radam import RAdamTrainer
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import list_checkpoints
 
 COMMON = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
@@ -104,7 +104,7 @@ def begin(run: Path, options: dict[str, Any], result: Path) -> None:
 def train(run: Path, options: dict[str, Any], result: Path, resume: str | None = None) -> None:
     """Train to the end: from the checkpoint named, else from the newest if there is one, else from the beginning."""
     trainer = make_trainer(run, options)
-    trainer.train(resume_from_checkpoint=resume or (bool(checkpoints(run)) or None))
+    trainer.train(resume_from_checkpoint=resume or (bool(list_checkpoints(run)) or None))
     torch.save(outcome(trainer), result)
 
 

@@ -102,8 +102,8 @@ def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_alre
 
 
 def recover_forking(source: Path, copies: Path) -> None:
-    """`storage.recover`, dying before each operation."""
-    die_at_every_operation(source, copies, storage.recover)
+    """`storage.recover_interrupted_save`, dying before each operation."""
+    die_at_every_operation(source, copies, storage.recover_interrupted_save)
 
 
 def resume_forking(source: Path, copies: Path, options: dict[str, Any]) -> None:

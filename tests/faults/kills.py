@@ -24,7 +24,7 @@ import torch
 from transformers.utils import logging
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.runs import Place, check_resumable, checkpoints
+from hf_radam.checkpoints.runs import CheckpointRef, check_resumable, list_checkpoints
 from hf_radam.checkpoints.storage import STAGING
 
 
@@ -97,7 +97,7 @@ class Victim:
 
     def inspect(self) -> None:
         """Whatever has a checkpoint's name is whole and the twin's; nothing that was saved or pinned is gone."""
-        places = checkpoints(self.run)
+        places = list_checkpoints(self.run)
         for place in places:
             check_resumable(place.path)
             self.compare_files(place)
@@ -114,13 +114,13 @@ class Victim:
             whole = load_evaluation_model(self.twin_of(places[0]))
             assert tiny.same(tiny.parameters(loaded), tiny.parameters(whole))
 
-    def twin_of(self, place: Place) -> Path:
+    def twin_of(self, place: CheckpointRef) -> Path:
         """The twin's checkpoint of the same update: pinned, if it is not at the root."""
         name = f"checkpoint-{place.step}"
         at_root = self.twin.run / name
         return at_root if at_root.exists() else self.twin.run / place.pinned_in / name
 
-    def compare_files(self, place: Place) -> None:
+    def compare_files(self, place: CheckpointRef) -> None:
         """The weights in a checkpoint are the twin's, byte for byte."""
         theirs = self.twin_of(place)
         files = sorted(p.relative_to(theirs) for p in theirs.rglob("*.safetensors"))
@@ -130,7 +130,7 @@ class Victim:
 
     def before_newest(self) -> str | None:
         """The checkpoint one save before the newest: a run resumed from it saves over the newest."""
-        root = [place for place in checkpoints(self.run) if place.path.parent == self.run]
+        root = [place for place in list_checkpoints(self.run) if place.path.parent == self.run]
         if len(root) == 2 and root[0].step - root[1].step == self.twin.options["save_steps"]:
             return str(root[1].path)
         return None

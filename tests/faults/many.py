@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainer
-from hf_radam.checkpoints.runs import checkpoints
+from hf_radam.checkpoints.runs import list_checkpoints
 
 SCENARIOS = {
     # keeps _pre_decay/checkpoint-4
@@ -91,7 +91,7 @@ def train(run: Path, backend: str, options: dict[str, Any], dies: tuple[int, int
     trainer.add_callback(begins)
     if dies is not None:
         trainer.add_callback(Dies(*dies))
-    trainer.train(resume_from_checkpoint=bool(checkpoints(run)) or None)
+    trainer.train(resume_from_checkpoint=bool(list_checkpoints(run)) or None)
     assert harness.is_really(trainer, backend)
     dist.barrier()
     return {"began at": begins.at} | on_this_rank(attempts.outcome(trainer))

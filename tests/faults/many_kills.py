@@ -18,7 +18,7 @@ import many
 from processes import harness
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.runs import check_resumable, checkpoints
+from hf_radam.checkpoints.runs import check_resumable, list_checkpoints
 
 UPDATES = {"max_steps": 12}
 
@@ -63,9 +63,9 @@ def soak(folder: Path, *, kills: int, processes: int, backend: str, seed: int) -
                 continue
             assert -signal.SIGKILL in [outcome.exit_code for outcome in each], each
             done += 1
-            for place in checkpoints(run):
+            for place in list_checkpoints(run):
                 check_resumable(place.path)
-            found = [place.step for place in checkpoints(run)]
+            found = [place.step for place in list_checkpoints(run)]
             assert max(found, default=0) >= newest, (newest, found)
             newest = max(found, default=0)
         for rank, twin in zip(ended, twins[name], strict=True):

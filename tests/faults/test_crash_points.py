@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.runs import check_resumable, checkpoints, newest
-from hf_radam.checkpoints.storage import STAGING, interrupted, recover
+from hf_radam.checkpoints.runs import check_resumable, list_checkpoints, newest_checkpoint
+from hf_radam.checkpoints.storage import STAGING, interrupted, recover_interrupted_save
 
 LIMIT = attempts.COMMON["save_total_limit"]
 
@@ -33,17 +33,17 @@ def folder(tmp_path):
 
 
 def names(run) -> set[tuple[str, int]]:
-    return {(place.pinned_in, place.step) for place in checkpoints(run)}
+    return {(place.pinned_in, place.step) for place in list_checkpoints(run)}
 
 
 def check(copy, *, at_least: int, pins: set[tuple[str, int]]) -> tuple:
     """What whoever looks into a run must find at any instant; returns what tells one such state from another."""
     died = (copy.parent / "died").read_text()
-    places = checkpoints(copy)
+    places = list_checkpoints(copy)
     for place in places:
         check_resumable(place.path)
         assert STAGING not in place.path.parts or (place.path in dict(interrupted(copy)).values()), died
-    found = newest(copy, check_resumable)
+    found = newest_checkpoint(copy, check_resumable)
     assert found is not None and found.step >= at_least, died
     assert pins <= names(copy), died
     assert sum(not place.pinned_in for place in places) <= LIMIT + 1, died
@@ -100,7 +100,7 @@ def test_a_save_may_die_anywhere(folder, scenario, update, again, before, after,
             crash_points.recover_forking, copy, folder / f"recovering-{number}", log=folder / "log of recovering"
         )
         for recovering in states(folder / f"recovering-{number}", at_least=update, pins=before).values():
-            recover(recovering)
+            recover_interrupted_save(recovering)
             assert names(recovering) == names(copy) and not list(interrupted(recovering))
 
 
@@ -130,5 +130,5 @@ def test_a_run_that_died_between_two_renames_is_extended(folder):
     longer = options | {"max_steps": 12, "extend_from": str(folder / "run")}
     attempts.finish(attempts.begin, folder / "run", longer, folder / "o", log=folder / "log")
     assert names(folder / "run") == {("_budgets", 7), ("_budgets", 12)}
-    for place in checkpoints(folder / "run"):
+    for place in list_checkpoints(folder / "run"):
         check_resumable(place.path)

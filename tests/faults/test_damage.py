@@ -16,8 +16,8 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
+from hf_radam.checkpoints.verify import verify_checkpoint
 
 MODEL = ("config.json", "generation_config.json", "model.safetensors")
 ROOT = (*MODEL, "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin")
@@ -122,9 +122,9 @@ def test_every_byte_of_the_manifest_counts(runs, tmp_path):
     whole = manifest.read_bytes()
     for position in range(len(whole)):
         manifest.write_bytes(flipped(whole, position, position % 8))
-        assert list(damage(tmp_path / "checkpoint-6", only="")) == [MANIFEST_NAME], position
+        assert list(verify_checkpoint(tmp_path / "checkpoint-6", only="")) == [MANIFEST_NAME], position
     manifest.write_bytes(whole)
-    assert not damage(tmp_path / "checkpoint-6")
+    assert not verify_checkpoint(tmp_path / "checkpoint-6")
 
 
 def test_resuming_fails_where_nothing_is_whole(runs, tmp_path):
@@ -205,4 +205,4 @@ def test_no_changed_bit_of_a_stock_archive_breaks_the_search(stock_run, tmp_path
     for position in range(max(0, len(whole) - 400), len(whole)):
         bit = int(torch.randint(8, (), generator=generator))
         (tmp_path / "checkpoint-6" / file).write_bytes(flipped(whole, position, bit))
-        assert set(damage(tmp_path / "checkpoint-6")) <= {file}
+        assert set(verify_checkpoint(tmp_path / "checkpoint-6")) <= {file}

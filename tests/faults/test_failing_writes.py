@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.runs import check_resumable, checkpoints
+from hf_radam.checkpoints.runs import check_resumable, list_checkpoints
 from hf_radam.checkpoints.storage import STAGING
 
 SAVES = {
@@ -60,7 +60,7 @@ def fail_and_go_on(folder, options, at, kind, twin, *, lift=lambda: None) -> str
     assert "go on with --resume_from_checkpoint true" in told
     if kind != "read-only":
         assert not (run / STAGING).exists()
-    places = checkpoints(run)
+    places = list_checkpoints(run)
     assert places and places[0].step < at
     load_evaluation_model(run)
     lift()

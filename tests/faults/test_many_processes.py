@@ -17,7 +17,7 @@ from processes import harness
 
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, read_manifest
-from hf_radam.checkpoints.runs import check_resumable, checkpoints, newest
+from hf_radam.checkpoints.runs import check_resumable, list_checkpoints, newest_checkpoint
 from hf_radam.checkpoints.storage import STAGING
 
 FSDP2 = ["fsdp2", "fsdp2_sharded"]
@@ -69,7 +69,7 @@ def twins(memory):
 
 def check_files(run, backend) -> None:
     """Every checkpoint of a run is whole, and its manifest has every file of every rank."""
-    for place in checkpoints(run):
+    for place in list_checkpoints(run):
         check_resumable(place.path)
         there = {p.relative_to(place.path).as_posix() for p in place.path.rglob("*") if p.is_file()}
         assert set(read_manifest(place.path)["files"]) == there - {MANIFEST_NAME}
@@ -94,7 +94,7 @@ def test_whichever_rank_dies_wherever(memory, twins, backend, death):
     assert other.error is not None and "time was up" not in other.error, other.output
 
     check_files(run, backend)
-    found = newest(run, check_resumable)
+    found = newest_checkpoint(run, check_resumable)
     assert found is not None and found.step == goes_on_from
     load_evaluation_model(run)
     resumed = harness.run(many.train, run, backend, options, backend=backend)
@@ -120,7 +120,7 @@ def test_a_disk_that_fails_one_rank_is_told_by_both(memory, twins, backend, rank
     assert f"could not be written: rank {rank}: {cause}" in told[1 - rank].error
 
     check_files(run, backend)
-    found = newest(run, check_resumable)
+    found = newest_checkpoint(run, check_resumable)
     assert found is not None and found.step == 2
     resumed = harness.run(many.train, run, backend, options, backend=backend)
     for outcome, twin in zip(resumed, twins(backend, "wsd+ewa"), strict=True):

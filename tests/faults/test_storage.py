@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_radam.checkpoints import storage
-from hf_radam.checkpoints.integrity import damaged_form
+from hf_radam.checkpoints.verify import damaged_form
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_a_disk_that_fails_to_flush_a_file_is_told(folder, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="Input/output error"):
-        storage.Sealing(folder).finish()
+        storage.FileHasher(folder).finish()
 
 
 def test_both_folders_of_a_rename_are_flushed(folder, monkeypatch):
@@ -70,7 +70,7 @@ def test_both_folders_of_a_rename_are_flushed(folder, monkeypatch):
     monkeypatch.setattr(storage, "flush", lambda path: (flushed.append(path), flush(path)))
     storage.link_tree(folder, run / storage.STAGING / "_pre_decay" / "checkpoint-5")
     flushed.clear()
-    storage.publish(run, Path("_pre_decay", "checkpoint-5"))
+    storage.commit(run, Path("_pre_decay", "checkpoint-5"))
     assert {run, run / "_pre_decay", run / storage.STAGING / "_pre_decay"} <= set(flushed)
 
 
@@ -79,7 +79,7 @@ def test_removing_a_folder_leaves_what_else_is_staged(folder):
     storage.link_tree(folder, aside)
     storage.remove(folder.parent, folder)
     assert not folder.exists() and aside.is_dir()
-    storage.recover(folder.parent)
+    storage.recover_interrupted_save(folder.parent)
     assert (folder.parent / "checkpoint-9" / "a.json").is_file() and not (folder.parent / storage.STAGING).exists()
 
 
@@ -90,7 +90,7 @@ def test_the_successor_is_taken_where_both_are_there(folder):
     storage.link_tree(folder, staging / "checkpoint-9")
     (staging / "checkpoint-9" / "new.json").write_text("{}")
     assert [now for _, now in storage.interrupted(folder.parent)] == [staging / "checkpoint-9"]
-    storage.recover(folder.parent)
+    storage.recover_interrupted_save(folder.parent)
     assert (folder.parent / "checkpoint-9" / "new.json").is_file()
 
 

@@ -15,8 +15,8 @@ import torch
 from inspecting import a_list, flip, inspect, nested, truncate
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import read_manifest, write_manifest
+from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 from hf_radam.inspection.pickled import Opaque, pickled_attributes
 from hf_radam.inspection.uses import uses
@@ -91,7 +91,7 @@ def test_random_damage_never_ends_in_a_traceback(run, made_by_stock, tmp_path, c
         place, length = (int(torch.randint(len(content), (), generator=generator)) for _ in range(2))
         file.write_bytes(content[:place] + bytes(min(length, 512)) + content[place + length % 600 :])
         code, text = inspect(checkpoint, capsys)
-        assert code == int(bool(damage(checkpoint))) and text, (round_, file)
+        assert code == int(bool(verify_checkpoint(checkpoint))) and text, (round_, file)
         file.write_bytes(content)
 
 

@@ -15,9 +15,9 @@ from tiny import METHODS, arguments, llama, trainer
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import extend
-from hf_radam.checkpoints.loading import newest_checkpoint
+from hf_radam.checkpoints.loading import newest_loadable_checkpoint
 from hf_radam.checkpoints.manifest import read_manifest, write_manifest
-from hf_radam.checkpoints.runs import check_resumable, newest
+from hf_radam.checkpoints.runs import check_resumable, newest_checkpoint
 from hf_radam.inspection.run import inspect_run
 
 
@@ -29,7 +29,7 @@ def extension_of(folder, output, total, **options):
 def test_what_is_taken_from_a_run_is_what_the_trainer_takes(made, name, tmp_path, capsys):
     facts = inspect_run(made / name)
     assert [Path(e.name).name for e in facts.checkpoints][:2] == ["checkpoint-20"] * 2 or name != "wsd_s"
-    assert facts.resumes == str(newest(made / name, check_resumable).path)
+    assert facts.resumes == str(newest_checkpoint(made / name, check_resumable).path)
     assert facts.evaluates == str(made / name)
     decay = {"decay_steps": 8} if name == "wsd" else {}
     assert facts.extends == str(extension_of(made / name, tmp_path, 40, **METHODS[name] | decay))
@@ -50,8 +50,8 @@ def test_a_run_without_a_root_model_and_with_damaged_checkpoints(run, capsys, ca
     truncate(folder / "checkpoint-18/trainer_state.json")
     facts = inspect_run(folder)
     assert facts.bad == ["checkpoint-20", "_budgets/checkpoint-20", "checkpoint-18"]
-    assert facts.resumes == str(newest(folder, check_resumable).path) == str(folder / "checkpoint-12")
-    assert facts.evaluates == str(newest_checkpoint(folder)) == str(folder / "checkpoint-20")
+    assert facts.resumes == str(newest_checkpoint(folder, check_resumable).path) == str(folder / "checkpoint-12")
+    assert facts.evaluates == str(newest_loadable_checkpoint(folder)) == str(folder / "checkpoint-20")
     code, text = inspect(folder, capsys)
     assert code == 1
     assert "checkpoint-20 20 of 20 finished damaged; optimizer.pt is" in text
@@ -95,7 +95,7 @@ def test_interrupted_and_extended_runs(tmp_path, capsys):
         run.train()
     facts = inspect_run(tmp_path / "run")
     assert (facts.model, facts.bad) == (None, []) and facts.newest_whole.update == 12
-    assert facts.evaluates == str(newest_checkpoint(tmp_path / "run"))
+    assert facts.evaluates == str(newest_loadable_checkpoint(tmp_path / "run"))
     text = inspect(tmp_path / "run", capsys)[1]
     assert f"--resume_from_checkpoint {tmp_path / 'run/checkpoint-12'}, with the flags the run was started" in text
 
@@ -120,8 +120,8 @@ def test_leftovers_are_told_and_left_alone(run, capsys):
     assert "_staging/checkpoint-24: a save that did not come to its end" in text
     assert "_staging/replaced/checkpoint-20: takes the place of checkpoint-20 when" in text
     resumes = inspect_run(folder).resumes
-    storage.recover(folder)
-    assert resumes == str(newest(folder, check_resumable).path) == str(folder / "checkpoint-20")
+    storage.recover_interrupted_save(folder)
+    assert resumes == str(newest_checkpoint(folder, check_resumable).path) == str(folder / "checkpoint-20")
 
 
 def test_a_model_that_is_older_than_the_run(run, capsys):
@@ -136,7 +136,7 @@ def test_save_only_model(tmp_path, capsys):
     trainer(tmp_path, save_strategy="steps", save_steps=10, save_only_model=True, **METHODS["ewa"]).train()
     code, text = inspect(tmp_path, capsys)
     assert code == 0 and "checkpoint-10 10 of 20 stable not resumable" in text
-    assert "true takes nothing" in text and newest(tmp_path, check_resumable) is None
+    assert "true takes nothing" in text and newest_checkpoint(tmp_path, check_resumable) is None
     assert "resume no: without optimizer.pt and scheduler.pt (save_only_model?)" in text
     assert f'load_evaluation_model("{tmp_path / "checkpoint-20"}") loads ewa/' in text
 
@@ -174,4 +174,4 @@ def test_a_model_that_was_not_written_to_its_end_is_not_what_is_evaluated(run, c
     truncate(folder / "model.safetensors")
     code, text = inspect(folder, capsys)
     assert code == 1 and f'load_evaluation_model("{folder}") takes {folder / "checkpoint-20"}' in text
-    assert newest_checkpoint(folder) == folder / "checkpoint-20"
+    assert newest_loadable_checkpoint(folder) == folder / "checkpoint-20"

@@ -18,11 +18,11 @@ from processes import harness
 from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
 from hf_radam.checkpoints.models import consolidation, model_folders, weight_files
 from hf_radam.checkpoints.models.consolidation import consolidate, is_sharded_alone
 from hf_radam.checkpoints.models.weight_reading import load_parts
+from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.cli import main
 from hf_radam.sharding import Weights, find_sharding
 
@@ -149,7 +149,7 @@ def test_loading_puts_the_shards_together(sharded, checkpoint):
     assert is_sharded_alone(checkpoint / beside)
     assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
     assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint / beside)) == pytest.approx(loss, abs=1e-6)
-    assert not damage(checkpoint)
+    assert not verify_checkpoint(checkpoint)
 
 
 def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
@@ -165,14 +165,14 @@ def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert (Path(beside) / "model.safetensors").as_posix() in damage(checkpoint)
+    assert (Path(beside) / "model.safetensors").as_posix() in verify_checkpoint(checkpoint)
 
 
 def test_the_training_weights_are_put_together_too(sharded, checkpoint):
     assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     saved = torch.load(sharded[0] / "training.pt")
-    assert tiny.same(tiny.parameters(model), saved) and not damage(checkpoint)
+    assert tiny.same(tiny.parameters(model), saved) and not verify_checkpoint(checkpoint)
 
 
 def test_shards_are_merged_once_they_are_put_together(checkpoint, tmp_path, capsys):

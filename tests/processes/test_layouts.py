@@ -18,11 +18,11 @@ from processes import harness
 from transformers import Trainer
 
 from hf_radam.checkpoints.dcp_folders import METADATA_NAME, plain_values, read_metadata
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.layouts import DEEPSPEED, FSDP_FULL, FSDP_SHARDED, layout_of, process_count, zero_stages
 from hf_radam.checkpoints.loading import load_evaluation_model
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import check_resumable
+from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 
 EXPECTED = {"fsdp2": FSDP_FULL, "fsdp2_sharded": FSDP_SHARDED, "zero2": DEEPSPEED, "zero3_ungathered": DEEPSPEED}
@@ -47,7 +47,7 @@ def written(request, tmp_path_factory):
 def test_a_whole_one_is_whole(written, capsys):
     backend, checkpoint = written
     layout = layout_of(checkpoint)
-    assert (layout, process_count(checkpoint), damage(checkpoint)) == (EXPECTED[backend], 2, {})
+    assert (layout, process_count(checkpoint), verify_checkpoint(checkpoint)) == (EXPECTED[backend], 2, {})
     check_resumable(checkpoint)
     code, text = inspect(checkpoint, capsys)
     assert code == 0 and f"layout {layout.words}, written by 2 processes" in text
@@ -115,7 +115,7 @@ def test_damage_is_told_by_the_file(written, tmp_path, capsys):
                 shutil.rmtree(copy / name)
             else:
                 (copy / name).unlink()
-            assert list(damage(copy)) == [name], harm
+            assert list(verify_checkpoint(copy)) == [name], harm
             with pytest.raises(CheckpointError, match=name):
                 check_resumable(copy)
             assert inspect(copy, capsys)[0] == 1
@@ -128,7 +128,7 @@ def test_without_the_optimizer_it_is_whole_but_training_cannot_go_on(written, tm
     copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     lost = copy / LOST[backend]
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
-    assert damage(copy) == {}
+    assert verify_checkpoint(copy) == {}
     with pytest.raises(CheckpointError, match=f"has no {LOST[backend]}, so training cannot go on"):
         check_resumable(copy)
     code, text = inspect(copy, capsys)

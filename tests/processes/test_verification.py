@@ -1,7 +1,7 @@
 """A checkpoint is verified by all processes together: each file by one of them, and every one hears of any damage.
 
 Oracles: the interpreter's own audit events, which tell what each process opened; counting every sha256 that is taken;
-`damage` by one process alone.
+`verify_checkpoint` by one process alone.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from processes import harness
 from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainer
-from hf_radam.checkpoints import integrity
-from hf_radam.checkpoints.integrity import damage, evaluation_folder
+from hf_radam.checkpoints import verify
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import check_resumable
+from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
 from hf_radam.training import verification
 from hf_radam.training.verification import decide_on_rank0
 
@@ -77,15 +77,15 @@ def job(run: Path) -> dict:
             opened.append(Path(str(arguments[0])).relative_to(newest).as_posix())
 
     sys.addaudithook(hook)
-    whole = decide_on_rank0(lambda find: find(newest))
+    whole = decide_on_rank0(lambda verify_fn: verify_fn(newest))
     looked_at, heard, for_evaluation = list(opened), {}, {}
     for file in files:
         change(file)
         heard[file.relative_to(newest).as_posix()] = said_by(
-            lambda: decide_on_rank0(lambda find: check_resumable(newest, find=find))
+            lambda: decide_on_rank0(lambda verify_fn: check_resumable(newest, verify_fn=verify_fn))
         )
         for_evaluation[file.relative_to(newest).as_posix()] = said_by(
-            lambda: decide_on_rank0(lambda find: evaluation_folder(newest, find=find))
+            lambda: decide_on_rank0(lambda verify_fn: evaluation_folder(newest, verify_fn=verify_fn))
         )
         change(file)
     return {"whole": whole, "looked at": looked_at, "heard": heard, "for evaluation": for_evaluation}
@@ -97,7 +97,9 @@ def damaged_job(run: Path) -> tuple[str, str, int]:
     begins = Begins()
     named = said_by(lambda: trainer_of(run, begins).train(resume_from_checkpoint=str(newest)))
     trainer_of(run, begins).train(resume_from_checkpoint=True)
-    gone = said_by(lambda: decide_on_rank0(lambda find: check_resumable(run / "checkpoint-9", find=find)))
+    gone = said_by(
+        lambda: decide_on_rank0(lambda verify_fn: check_resumable(run / "checkpoint-9", verify_fn=verify_fn))
+    )
     return named, gone, begins.at
 
 
@@ -109,7 +111,7 @@ def seen(tmp_path_factory):
 
 def test_each_file_is_looked_at_by_one_process(seen):
     run, (first, second) = seen
-    assert first["whole"] == second["whole"] == {} == damage(run / "checkpoint-6")
+    assert first["whole"] == second["whole"] == {} == verify_checkpoint(run / "checkpoint-6")
     mine, others = (set(rank["looked at"]) - {MANIFEST_NAME} for rank in (first, second))
     assert mine | others == read_manifest(run / "checkpoint-6")["files"].keys() and not mine & others
     assert sum(1 for name in mine | others if name.endswith("model.safetensors")) == 2
@@ -144,9 +146,9 @@ def test_the_shares_are_the_whole(seen, tmp_path, parts):
     (copy / "optimizer.pt").unlink()
     with (copy / "ewa/model.safetensors").open("ab") as file:
         file.write(b"1")
-    shares = [damage(copy, share=(part, parts)) for part in range(parts)]
+    shares = [verify_checkpoint(copy, share=(part, parts)) for part in range(parts)]
     assert sum(map(len, shares)) == 2
-    assert {name: problem for share in shares for name, problem in share.items()} == damage(copy)
+    assert {name: problem for share in shares for name, problem in share.items()} == verify_checkpoint(copy)
 
 
 # ---- What the trainer does ----
@@ -154,16 +156,16 @@ def test_the_shares_are_the_whole(seen, tmp_path, parts):
 
 @contextmanager
 def counted():
-    """The files of which `hf_radam.checkpoints.integrity` takes the sha256 meanwhile."""
-    files, take = [], integrity.sha256
+    """The files of which `hf_radam.checkpoints.verify` takes the sha256 meanwhile."""
+    files, take = [], verify.sha256
 
     def counting(file):
         files.append(str(file))
         return take(file)
 
-    integrity.sha256 = counting
+    verify.sha256 = counting
     yield files
-    integrity.sha256 = take
+    verify.sha256 = take
 
 
 def trained(run, *, resume=None, **options):
@@ -215,7 +217,7 @@ def copies(root):
     checkpoint, said = Path("checkpoint-3"), {}
 
     def look():
-        return said_by(lambda: decide_on_rank0(lambda find: check_resumable(checkpoint, find=find)))
+        return said_by(lambda: decide_on_rank0(lambda verify_fn: check_resumable(checkpoint, verify_fn=verify_fn)))
 
     said["whole"] = look()
     for owner in (0, 1):
@@ -261,11 +263,11 @@ def failing(folder, where):
     def fails(*args, **options):
         raise NotToBeSent("the reason")
 
-    def decide(find):
-        return fails() if where == "decide" else find(folder)
+    def decide(verify_fn):
+        return fails() if where == "decide" else verify_fn(folder)
 
     if where == dist.get_rank():
-        verification.damage = fails
+        verification.verify_checkpoint = fails
     try:
         decide_on_rank0(decide)
     except Exception as error:

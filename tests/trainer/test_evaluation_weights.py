@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_radam import RAdamTrainer, load_evaluation_model
-from hf_radam.checkpoints.loading import newest_checkpoint
+from hf_radam.checkpoints.loading import newest_loadable_checkpoint
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 # The mean of 16 fp32 losses in other batches: a few roundings of 6e-8 on values of size 4.
@@ -169,7 +169,7 @@ def test_an_unfinished_checkpoint_is_never_taken_for_the_training_weights(tmp_pa
         (tmp_path / "checkpoint-20" / name).unlink()
     with pytest.raises(CheckpointError, match="has ewa/ but no hf_radam.json"):
         load_evaluation_model(tmp_path / "checkpoint-20")
-    assert newest_checkpoint(tmp_path).name == "checkpoint-10"
+    assert newest_loadable_checkpoint(tmp_path).name == "checkpoint-10"
     (tmp_path / "checkpoint-10" / "hf_radam.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_evaluation_model(tmp_path / "checkpoint-10")

@@ -10,8 +10,8 @@ import tiny
 from transformers import Trainer
 
 from hf_radam.argument_checks import HorizonError
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
+from hf_radam.checkpoints.verify import verify_checkpoint
 
 WSD = {"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True, "ewa_every": 3}
 WSD_S = {"optim": "radam", "lr_scheduler_type": "wsd_s", "ewa": True, "ewa_decay": 0.9}
@@ -284,7 +284,7 @@ def test_a_damaged_pin_is_written_again_from_a_whole_checkpoint(tmp_path):
     run(tmp_path / "run", until=18, **options, max_steps=20)
     (tmp_path / "run/_pre_decay/checkpoint-18/optimizer.pt").unlink()
     run(tmp_path / "run", resume=str(tmp_path / "run/checkpoint-18"), **options, max_steps=20)
-    assert damage(tmp_path / "run/_pre_decay/checkpoint-18") == {}
+    assert verify_checkpoint(tmp_path / "run/_pre_decay/checkpoint-18") == {}
 
 
 @pytest.mark.parametrize("change", [{"max_steps": 18}, {"warmup_steps": 5}], ids=str)

@@ -10,9 +10,9 @@ import tiny
 from transformers import Trainer
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.integrity import damage
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.storage import STAGING
+from hf_radam.checkpoints.verify import verify_checkpoint
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 
@@ -28,7 +28,7 @@ def test_a_checkpoint_gets_its_name_last(tmp_path, monkeypatch):
 
     def spy(path, target):
         if path.parent.name == STAGING and Path(target).parent == tmp_path:
-            assert damage(path) == {} and read_manifest(path) is not None
+            assert verify_checkpoint(path) == {} and read_manifest(path) is not None
             seen.append(Path(target).name)
         return rename(path, target)
 
@@ -119,7 +119,10 @@ def test_what_is_being_uploaded_is_not_rotated_away(tmp_path, monkeypatch):
 def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
     trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_only_model=True)
     trainer.train()
-    assert damage(tmp_path / "checkpoint-20") == {} and not (tmp_path / "checkpoint-20" / "optimizer.pt").exists()
+    assert (
+        verify_checkpoint(tmp_path / "checkpoint-20") == {}
+        and not (tmp_path / "checkpoint-20" / "optimizer.pt").exists()
+    )
     shipped = load_evaluation_model(tmp_path)
     assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
     with pytest.raises(CheckpointError, match="There is no whole checkpoint in .* to resume from"):
@@ -243,4 +246,4 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", of_files_only)
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    assert damage(tmp_path / "checkpoint-20") == {}
+    assert verify_checkpoint(tmp_path / "checkpoint-20") == {}

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_radam.checkpoints import manifest
-from hf_radam.checkpoints.integrity import WEIGHT_FILES, check_whole, evaluation_folder
-from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER
+from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER, WEIGHT_FILES
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.checkpoints.models.model_class import meta_model
 from hf_radam.checkpoints.models.sharded_weights import CachedReader, read_sharded, shapes_in
 from hf_radam.checkpoints.models.weight_files import Tensors, write_weights, written_names
 from hf_radam.checkpoints.storage import flush
+from hf_radam.checkpoints.verify import check_complete, evaluation_folder
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def consolidate(
         OSError: if it cannot be written to.
     """
     if training_weights:
-        check_whole(checkpoint, only="")
+        check_complete(checkpoint, only="")
     folder = Path(checkpoint) if training_weights else evaluation_folder(checkpoint)
     if not is_sharded_alone(folder):
         return folder

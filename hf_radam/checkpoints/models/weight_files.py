@@ -178,3 +178,15 @@ def _write_index(folder: Path, tensors: Tensors, files: list[WeightFile], names:
         "weight_map": {key: name for file, name in zip(files, names, strict=True) for key in file.keys},
     }
     (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def parameter_dtypes(model: nn.Module) -> dict[str, Any]:
+    """The dtype that most parameters have, and those of the parameters that have another one, by name."""
+    dtypes: dict[str, str] = {}
+    numel: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        dtypes[canonical(name)] = dtype = str(parameter.dtype).removeprefix("torch.")
+        # Where it is partitioned by ZeRO-3 it shows no elements.
+        numel[dtype] = numel.get(dtype, 0) + int(getattr(parameter, "ds_numel", parameter.numel()))
+    common = max(numel, key=lambda dtype: numel[dtype])
+    return {"dtype": common, "other_dtypes": {name: d for name, d in dtypes.items() if d != common}}

@@ -1,0 +1,130 @@
+"""Verify the files of a checkpoint against the hashes in its manifest.
+
+A checkpoint of stock `Trainer` has no hashes: it only has to have a readable trainer state and some weights.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER, WEIGHT_FILES, has_weights, training_shards
+from hf_radam.checkpoints.manifest import (
+    MANIFEST_NAME,
+    TRAINER_STATE_NAME,
+    CheckpointError,
+    PathLike,
+    read_manifest,
+    recorded_step,
+)
+from hf_radam.checkpoints.storage import HASH_THREADS, sha256
+
+INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
+"""Upstream's just-in-time save leaves this file in a checkpoint that it could not complete."""
+
+
+class VerifyFn(Protocol):
+    """The signature of `verify_checkpoint` and of its distributed version."""
+
+    def __call__(self, checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
+        """See `verify_checkpoint`."""
+
+
+def verify_checkpoint(
+    checkpoint: PathLike, *, only: str | None = None, share: tuple[int, int] = (0, 1)
+) -> dict[str, str]:
+    """Verify a checkpoint.
+
+    Args:
+        checkpoint: its folder.
+        only: verify only the model in this folder of the checkpoint (``""`` is its root), which is all that evaluation
+            needs.
+        share: index of the share of files to verify, and number of shares, which are of about equal size.
+
+    Returns:
+        The problem of each bad file, by its path in the checkpoint; empty if the checkpoint is complete and verified.
+    """
+    path = Path(checkpoint)
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return {MANIFEST_NAME: str(error)}
+    index, count = share
+    if manifest is None:
+        return _verify_stock(path, only) if index == 0 else {}
+    files = {name: entry for name, entry in manifest["files"].items() if only is None or _is_of_model(name, only)}
+    names = _split(files, count)[index]
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        problems = dict(zip(names, pool.map(lambda name: _problem(path / name, files[name]), names), strict=True))
+    return {name: problem for name in files if (problem := problems.get(name)) is not None}
+
+
+def _split(files: Mapping[str, Any], count: int) -> list[list[str]]:
+    """Split file names into shares of about equal size: the largest first, each to the share that is smallest yet."""
+    shares: list[list[str]] = [[] for _ in range(count)]
+    sizes = [(0, index) for index in range(count)]
+    for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
+        size, index = sizes[0]
+        shares[index].append(name)
+        heapq.heapreplace(sizes, (size + files[name]["size"], index))
+    return shares
+
+
+def _is_of_model(name: str, folder: str) -> bool:
+    path = Path(name)
+    if path.parent == Path(folder, SHARDED_FOLDER) or (folder == "" and path.parent == Path(FSDP_WEIGHTS_FOLDER)):
+        return True
+    of_model = path.suffix in (".safetensors", ".bin", ".json")
+    return path.parent == Path(folder) and of_model and path.name not in (TRAINER_STATE_NAME, "training_args.bin")
+
+
+def _problem(file: Path, entry: Mapping[str, Any]) -> str | None:
+    try:
+        size = file.stat().st_size
+        if size != entry["size"]:
+            return f"is {size} bytes long, not {entry['size']}"
+        return None if sha256(file) == entry["sha256"] else "has another sha256 than when it was written"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error})"
+
+
+def _verify_stock(path: Path, only: str | None) -> dict[str, str]:
+    problems = {}
+    if only is None and recorded_step(path) is None:
+        problems[TRAINER_STATE_NAME] = "is missing or cannot be read"
+    if (path / INCOMPLETE_NAME).is_file():
+        problems[INCOMPLETE_NAME] = "says that the checkpoint was not saved completely"
+    if not has_weights(path):
+        shards = training_shards(path)
+        if shards is None:
+            problems[WEIGHT_FILES[0]] = "is missing, and there are no other weights"
+        elif only is not None:
+            problems[WEIGHT_FILES[0]] = f"is missing: the weights lie in {shards}/, in shards"
+    return problems
+
+
+def check_complete(checkpoint: PathLike, *, only: str | None = None, verify_fn: VerifyFn = verify_checkpoint) -> None:
+    """Raise `CheckpointError`, naming the bad files, unless the checkpoint is complete and verified."""
+    problems = verify_fn(checkpoint, only=only)
+    if MANIFEST_NAME in problems:
+        raise CheckpointError(problems[MANIFEST_NAME])
+    if problems:
+        listed = "; ".join(f"{Path(checkpoint, name)} {problem}" for name, problem in problems.items())
+        raise CheckpointError(f"The checkpoint is damaged: {listed}.")
+
+
+def evaluation_folder(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_checkpoint) -> Path:
+    """Return the folder of the model that evaluation used, complete and verified.
+
+    Raises:
+        CheckpointError: if that model or the manifest is damaged.
+    """
+    manifest = read_manifest(checkpoint)
+    folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
+    check_complete(checkpoint, only=folder, verify_fn=verify_fn)
+    return Path(checkpoint) / folder
