@@ -8,15 +8,14 @@ checkpoint before must have, bit for bit.
 import logging
 import re
 import shutil
-import zipfile
 
 import pytest
 import tiny
-import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
+from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.checkpoints.verify import verify_checkpoint
 
 MODEL = ("config.json", "generation_config.json", "model.safetensors")
@@ -136,73 +135,20 @@ def test_resuming_fails_where_nothing_is_whole(runs, tmp_path):
     load_evaluation_model(tmp_path / "run")  # needs no optimizer
 
 
-# ---- Checkpoints of stock Trainer: as far as their form tells ----
-
-TOLD = {
-    "model.safetensors": ("gone", "zeroed", "half", "one byte short", "empty", "one byte long", "bit of byte 0"),
-    "optimizer.pt": ("gone", "zeroed", "half", "empty", "bits"),
-    "scheduler.pt": ("gone", "zeroed", "half", "empty"),
-    "rng_state.pth": ("zeroed", "half", "empty", "bits"),
-    "training_args.bin": ("zeroed", "half", "empty"),
-    "trainer_state.json": ("gone", "zeroed", "half", "empty", "one byte long", "bit of byte 0"),
-    "config.json": ("zeroed", "half", "empty", "bit of byte 0"),
-}
-
-
-@pytest.fixture(scope="module")
-def stock_run(tmp_path_factory):
-    run = tmp_path_factory.mktemp("stock")
-    ours = tiny.arguments(run, optim="adamw_torch", lr_scheduler_type="constant", **SAVING)
-    fields = TrainingArguments.__dataclass_fields__
+def test_a_stock_checkpoint_needs_a_state_weights_and_a_completed_save(tmp_path):
     trainer = Trainer(
-        tiny.llama(),
-        TrainingArguments(**{k: v for k, v in ours.to_dict().items() if k in fields}),
-        train_dataset=tiny.TRAIN,
+        tiny.llama(), tiny.stock_arguments(tmp_path, optim="adamw_torch", **SAVING), train_dataset=tiny.TRAIN
     )
     trainer.train()
-    return run, tiny.parameters(trainer.model)
-
-
-def data_bits(file) -> dict[str, bytes]:
-    """One bit changed in the data of the largest part of an archive, in several places."""
-    if not zipfile.is_zipfile(file):
-        return {}
-    whole = file.read_bytes()
-    with zipfile.ZipFile(file) as archive:
-        largest = max(archive.infolist(), key=lambda part: part.file_size)
-        start = whole.index(archive.read(largest), largest.header_offset)
-    places = range(start, start + largest.file_size, max(1, largest.file_size // 7))
-    return {f"bits, {place}": flipped(whole, place, place % 8) for place in places}
-
-
-@pytest.mark.parametrize("file", TOLD)
-def test_damage_of_a_stock_checkpoint_is_told_by_its_form(stock_run, tmp_path, caplog, file):
-    run, end = stock_run
-    shutil.copytree(run, tmp_path / "run")
-    bad = tmp_path / "run/checkpoint-6" / file
-    whole = bad.read_bytes()
-    kinds = damages(whole) | data_bits(bad)
-    trainer = tiny.trainer(tmp_path / "run", tiny.llama(), optim="adamw_torch", ewa=True, **SIX)
-    before = tiny.parameters(trainer.model)
-    for how, content in kinds.items():
-        if how.split(",")[0] in TOLD[file]:
-            leave(bad, content)
-            with pytest.raises(CheckpointError, match=re.escape(file)):
-                trainer.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-6"))
-            assert tiny.same(before, tiny.parameters(trainer.model)), how
-    caplog.clear()
-    trainer.train(resume_from_checkpoint=True)
-    assert passed_over(caplog, file)
-    assert tiny.same(tiny.parameters(trainer.model), end)
-
-
-@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "training_args.bin"])
-def test_no_changed_bit_of_a_stock_archive_breaks_the_search(stock_run, tmp_path, file):
-    """Names, lengths, methods and flags in the directory of the archive, too: told or not, looking raises nothing."""
-    shutil.copytree(stock_run[0] / "checkpoint-6", tmp_path / "checkpoint-6")
-    whole = (tmp_path / "checkpoint-6" / file).read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    for position in range(max(0, len(whole) - 400), len(whole)):
-        bit = int(torch.randint(8, (), generator=generator))
-        (tmp_path / "checkpoint-6" / file).write_bytes(flipped(whole, position, bit))
-        assert set(verify_checkpoint(tmp_path / "checkpoint-6")) <= {file}
+    checkpoint = tmp_path / "checkpoint-6"
+    assert verify_checkpoint(checkpoint) == verify_checkpoint(checkpoint, only="") == {}
+    for name, contents in {"trainer_state.json": (b"", b"[]", b"{}", b"[" * 100_000), "model.safetensors": ()}.items():
+        complete = (checkpoint / name).read_bytes()
+        for content in (None, *contents):
+            leave(checkpoint / name, content)
+            assert list(verify_checkpoint(checkpoint)) == [name]
+            with pytest.raises(CheckpointError, match=name):
+                check_resumable(checkpoint)
+        leave(checkpoint / name, complete)
+    (checkpoint / "checkpoint-is-incomplete.txt").touch()
+    assert list(verify_checkpoint(checkpoint)) == ["checkpoint-is-incomplete.txt"]

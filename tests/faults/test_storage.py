@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from hf_radam.checkpoints import storage
-from hf_radam.checkpoints.verify import damaged_form
 
 
 @pytest.fixture
@@ -92,8 +91,3 @@ def test_the_successor_is_taken_where_both_are_there(folder):
     assert [now for _, now in storage.interrupted(folder.parent)] == [staging / "checkpoint-9"]
     storage.recover_interrupted_save(folder.parent)
     assert (folder.parent / "checkpoint-9" / "new.json").is_file()
-
-
-def test_upstreams_mark_of_an_unfinished_save_is_damage(folder):
-    (folder / "checkpoint-is-incomplete.txt").write_text("Checkpoint started")
-    assert damaged_form(folder)["checkpoint-is-incomplete.txt"] == "says that the save did not come to its end"

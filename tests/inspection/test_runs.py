@@ -59,13 +59,6 @@ def test_a_run_without_a_root_model_and_with_damaged_checkpoints(run, capsys, ca
     assert f"{folder / 'checkpoint-12'}: a checkpoint of hf_radam" in text
 
 
-def test_a_damaged_model_at_the_root(run, capsys):
-    folder = run("wsd")
-    truncate(folder / "model.safetensors")
-    code, text = inspect(folder, capsys)
-    assert code == 1 and "damaged: the model at the root" in text and "model.safetensors cannot be read" in text
-
-
 def test_a_decayed_checkpoint_says_what_to_extend_instead(run, tmp_path, capsys):
     folder = run("wsd")
     for step in (18, 20):
@@ -167,11 +160,3 @@ def test_a_run_of_an_adapter(tmp_path, capsys):
     lora.save_model()
     code, text = inspect(tmp_path, capsys)
     assert code == 0 and "checkpoint-20 20 of 20 finished whole" in text
-
-
-def test_a_model_that_was_not_written_to_its_end_is_not_what_is_evaluated(run, capsys):
-    folder = run("ewa")
-    truncate(folder / "model.safetensors")
-    code, text = inspect(folder, capsys)
-    assert code == 1 and f'load_evaluation_model("{folder}") takes {folder / "checkpoint-20"}' in text
-    assert newest_loadable_checkpoint(folder) == folder / "checkpoint-20"

@@ -64,61 +64,7 @@ def test_a_whole_one_is_whole(written, capsys):
         load_evaluation_model(checkpoint)
 
 
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-300])
-
-
-def flip(file):
-    """Change one bit among numbers, which are the stretches where hardly two bytes are the same."""
-    content = bytearray(file.read_bytes())
-    numbers = (p for p in range(len(content) // 2, len(content)) if len(set(content[p : p + 24])) > 18)
-    content[next(numbers) + 12] ^= 1
-    file.write_bytes(content)
-
-
-HARMS = {
-    "fsdp2": {
-        "optimizer.bin": (truncate, flip),
-        "pytorch_model_fsdp.bin": (truncate, flip),
-        "model.safetensors": (truncate,),
-        "scheduler.pt": (truncate, flip),
-    },
-    "fsdp2_sharded": {
-        "optimizer_0/__1_0.distcp": (truncate, flip, "remove"),
-        "optimizer_0/.metadata": (truncate, "remove"),
-        "pytorch_model_fsdp_0/__0_0.distcp": (truncate, flip, "remove"),
-        "pytorch_model_fsdp_0/.metadata": (truncate, "remove"),
-        "pytorch_model_fsdp_0": ("remove",),
-    },
-    "zero2": {
-        "latest": (truncate, "remove"),
-        "global_step2/mp_rank_00_model_states.pt": (truncate, flip),
-        "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt": (truncate, flip, "remove"),
-    },
-    "zero3_ungathered": {
-        "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt": (truncate, flip, "remove"),
-        "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt": (truncate, flip, "remove"),
-    },
-}
 LOST = {"fsdp2": "optimizer.bin", "fsdp2_sharded": "optimizer_0"}
-
-
-def test_damage_is_told_by_the_file(written, tmp_path, capsys):
-    backend, checkpoint = written
-    for name, harms in HARMS[backend].items():
-        for number, harm in enumerate(harms):
-            copy = tmp_path / f"{number}_{name.replace('/', '_')}" / checkpoint.name
-            shutil.copytree(checkpoint, copy)
-            if harm != "remove":
-                harm(copy / name)
-            elif (copy / name).is_dir():
-                shutil.rmtree(copy / name)
-            else:
-                (copy / name).unlink()
-            assert list(verify_checkpoint(copy)) == [name], harm
-            with pytest.raises(CheckpointError, match=name):
-                check_resumable(copy)
-            assert inspect(copy, capsys)[0] == 1
 
 
 def test_without_the_optimizer_it_is_whole_but_training_cannot_go_on(written, tmp_path, capsys):
@@ -129,7 +75,7 @@ def test_without_the_optimizer_it_is_whole_but_training_cannot_go_on(written, tm
     lost = copy / LOST[backend]
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
     assert verify_checkpoint(copy) == {}
-    with pytest.raises(CheckpointError, match=f"has no {LOST[backend]}, so training cannot go on"):
+    with pytest.raises(CheckpointError, match=f"has no {LOST[backend]}, so it cannot be resumed"):
         check_resumable(copy)
     code, text = inspect(copy, capsys)
     assert code == 0 and f"resume no: without {LOST[backend]} (save_only_model?)" in text

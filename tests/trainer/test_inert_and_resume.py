@@ -256,7 +256,7 @@ def test_incomplete_checkpoints_are_refused(tmp_path):
     for name, message in (
         ("ewa/model.safetensors", "ewa/model.safetensors is missing"),
         ("optimizer.pt", "optimizer.pt is missing"),
-        ("hf_radam.json", "has ewa/ but no hf_radam.json: it is damaged or was not finished"),
+        ("hf_radam.json", "has ewa/ but no hf_radam.json: it is damaged or incomplete"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             resumed_without(name)

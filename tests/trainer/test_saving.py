@@ -127,7 +127,7 @@ def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
     assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
     with pytest.raises(CheckpointError, match="There is no whole checkpoint in .* to resume from"):
         tiny.trainer(tmp_path, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=True)
-    assert "checkpoint-20 has no optimizer.pt, so training cannot go on from it" in caplog.text
+    assert "checkpoint-20 has no optimizer.pt, so it cannot be resumed" in caplog.text
 
 
 def test_what_is_pinned_can_be_resumed_whatever_save_only_model_says(tmp_path):
