@@ -189,17 +189,6 @@ def test_a_run_that_begins_in_the_folder_of_another_is_told(tmp_path, caplog):
     assert "_pre_decay/checkpoint-15 is of an earlier run. This one begins anew" in caplog.text
 
 
-def test_a_model_at_the_root_that_was_not_written_to_its_end_is_passed_over(tmp_path, caplog):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING)
-    trainer.train()
-    trainer.save_model()
-    weights = (tmp_path / "model.safetensors").read_bytes()
-    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])  # killed in save_model()
-    shipped = load_evaluation_model(tmp_path)
-    assert "Passing over the model at the root" in caplog.text and "model.safetensors" in caplog.text
-    assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
-
-
 def test_a_refused_resume_is_refused_again(tmp_path):
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
     trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"], weight_decay=0.3)
