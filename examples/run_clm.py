@@ -27,10 +27,10 @@ from clm_model import build_model, load_named_config, resolve_block_size
 from clm_parser import InputError, fail
 from clm_processes import check_processes, check_stream, leave_the_others, set_up_logging
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
-from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import list_checkpoints, run_of
 from hf_radam.training.agreement import DisagreementError
+from hf_radam.training_args import HorizonError
 
 logger = logging.getLogger(__name__)
 

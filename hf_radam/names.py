@@ -1,8 +1,9 @@
-"""Names of optimizers and schedules that the flags take: upstream's and ours."""
+"""Names that `--optim` and `--lr_scheduler_type` take: those of transformers and of this package."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import EnumMeta
 from typing import Any
 
 import torch
@@ -11,46 +12,65 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
 
 from hf_radam.optim import RAdam, RAdamScheduleFree
+from hf_radam.schedules import Schedule
 
-OUR_SCHEDULES = ("wsd", "wsd_s")
 CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
-"""Upstream's schedules under which schedule-free averaging is right."""
+"""Schedules of transformers under which schedule-free averaging is right."""
 
 
 class _OptimizerName(ExplicitEnum):
-    """Members hash by name, as upstream's do: its table of optimizers is a dict keyed by them."""
+    """Members hash by name, as in transformers: its table of optimizers is a dict keyed by them."""
 
     __hash__ = ExplicitEnum.__hash__
 
     def __format__(self, spec: str) -> str:
-        """Written as upstream's member is, where there is one: in a model card, for instance."""
+        """Format as the member of transformers with this value, if there is one: in a model card, for instance."""
         known = self.value in {member.value for member in OptimizerNames}
         return format(OptimizerNames(self.value) if known else str(self.value), spec)
 
 
-class _SchedulerName(ExplicitEnum):
-    """Members hash by value, so that upstream's `SchedulerType(member)` finds its own."""
+class _WithRegistered(EnumMeta):
+    """Make a member of each schedule that was registered since: `HfArgumentParser` takes the members as choices."""
+
+    def __iter__(cls) -> Any:
+        for name in Schedule.registered():
+            cls(name)
+        return super().__iter__()
+
+
+class _SchedulerName(ExplicitEnum, metaclass=_WithRegistered):
+    """Members hash by value, so that `SchedulerType(member)` finds its own."""
 
     __hash__ = str.__hash__
 
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        if value not in Schedule.registered():
+            return super()._missing_(value)
+        member = str.__new__(cls, value)
+        member._name_ = member._value_ = str(value)
+        cls._member_names_.append(member._name_)
+        cls._member_map_[member._name_] = cls._value2member_map_[value] = member
+        return member
 
-def _extended(base: Any, upstream: type[ExplicitEnum], name: str, ours: dict[str, str]) -> Any:
-    """An enum of `upstream`'s names and ours: search back-ends turn a value into `type(old_value)(value)`."""
-    members = {member.name: member.value for member in upstream} | ours
+
+def _extended(base: Any, upstream: type[ExplicitEnum], name: str, more: dict[str, str]) -> Any:
+    """Make an enum, as search back-ends turn a value into `type(old_value)(value)`."""
+    members = {member.name: member.value for member in upstream} | more
     return base(name, members, module=__name__)
 
 
 OptimizerName = _extended(
     _OptimizerName, OptimizerNames, "OptimizerName", {"RADAM": "radam", "RADAM_SCHEDULEFREE": "radam_schedulefree"}
 )
-"""Every optimizer that upstream knows, and ours: `radam`, `radam_schedulefree`."""
+"""Every optimizer of transformers, `radam` and `radam_schedulefree`."""
 SchedulerName = _extended(
     _SchedulerName, SchedulerType, "SchedulerName", {"AUTO": "auto", "WSD": "wsd", "WSD_S": "wsd_s"}
 )
-"""Every schedule that upstream knows, and ours: `auto`, `wsd`, `wsd_s`."""
+"""Every schedule of transformers, `auto`, `wsd`, `wsd_s`, and each `Schedule` that is defined later."""
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Callable[[str], Any]]]] = {}
-"""Our optimizers: their class, and the options that `--optim_args` may set, each with its type."""
+"""The optimizers of this package: their class, and the options that `--optim_args` may set, each with its type."""
 
 
 def _boolean(text: str) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,15 +18,14 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hf_radam.checkpoints.runs import PREFIX, pinned_folder
-from hf_radam.describe import decays, describe_schedule, warning_of_decays
+from hf_radam.checkpoints.runs import PREFIX
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import radam, schedule_free
 from hf_radam.optim.rectification import rectification
+from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, SchedulePast, describe_schedule
 from hf_radam.training_args import RAdamTrainingArguments
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
-WARM_UP, STABLE, DECAY = "warm-up", "stable", "decay"
 THRESHOLDS = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}
 
 
@@ -77,7 +76,7 @@ class Preview:
     warning: str | None
 
 
-def preview(args: RAdamTrainingArguments) -> Preview:
+def preview(args: RAdamTrainingArguments, past: SchedulePast | None = None) -> Preview:
     """Resolve the schedule of a run of `args.max_steps` updates.
 
     Raises:
@@ -89,23 +88,22 @@ def preview(args: RAdamTrainingArguments) -> Preview:
             "with the data: add --max_steps N."
         )
     total, name = args.max_steps, SchedulerName(args.lr_scheduler_type).value
-    schedule = args.schedule(total)
-    keywords = None if schedule is None else dict(schedule.keywords)
-    multiplier = upstream_multiplier(args, total) if schedule is None else schedule
+    schedule = args.schedule(total, past)
+    multiplier = upstream_multiplier(args, total, past) if schedule is None else schedule.multiplier
     rates = [args.learning_rate * multiplier(step) for step in range(total + 1)]
-    phases = phases_of_rates(rates) if keywords is None else phases_of_keywords(keywords, rates)
+    phases = phases_of_rates(rates) if schedule is None else phases_of_schedule(schedule, rates)
     return Preview(
-        words=describe_schedule(keywords, name=name, total_steps=total),
+        words=describe_schedule(schedule, name=name, total_steps=total),
         rates=rates[:-1],
         phases=phases,
         factors=_factors(args, total),
         optim=OptimizerName(args.optim).value,
         average=_average(args, total),
-        warning=warning_of_decays(keywords),
+        warning=None if schedule is None else schedule.warning(),
     )
 
 
-def upstream_multiplier(args: RAdamTrainingArguments, total: int) -> Callable[[int], float]:
+def upstream_multiplier(args: RAdamTrainingArguments, total: int, past: SchedulePast | None) -> Callable[[int], float]:
     """The function of the updates done by which upstream's scheduler multiplies the learning rate.
 
     Raises:
@@ -116,7 +114,7 @@ def upstream_multiplier(args: RAdamTrainingArguments, total: int) -> Callable[[i
         scheduler = get_scheduler(
             args.lr_scheduler_type,
             optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
-            num_warmup_steps=args.get_warmup_steps(total),
+            num_warmup_steps=args.resolve_warmup_steps(total, past),
             num_training_steps=total,
             scheduler_specific_kwargs=cast("dict[str, Any] | None", args.lr_scheduler_kwargs),
         )
@@ -131,25 +129,14 @@ def upstream_multiplier(args: RAdamTrainingArguments, total: int) -> Callable[[i
     return function
 
 
-def phases_of_keywords(keywords: Mapping[str, Any], rates: Sequence[float]) -> list[Phase]:
-    """The phases of `wsd` or `wsd_s`.
-
-    Args:
-        keywords: of the schedule.
-        rates: the learning rate of each update.
-    """
-    phases, begin, ramp = [], 0, keywords["warmup_steps"]
-    for start, end in decays(keywords):
-        for name, after, until in ((WARM_UP, begin, begin + ramp), (STABLE, begin + ramp, start), (DECAY, start, end)):
-            if until > after:
-                phases.append(_phase(name, after + 1, until, rates, kept=_kept(keywords, until)))
-        begin, ramp = end, keywords.get("rewarmup_steps", 0)
+def phases_of_schedule(schedule: Schedule, rates: Sequence[float]) -> list[Phase]:
+    """Return the phases of a schedule with the learning rate of each step."""
+    phases = []
+    for phase in schedule.phases():
+        folder = schedule.pinned_at(phase.end)
+        kept = None if folder is None else f"{folder}/{PREFIX}{phase.end}"
+        phases.append(_phase(phase.name, phase.start + 1, phase.end, rates, kept=kept))
     return phases
-
-
-def _kept(keywords: Mapping[str, Any], update: int) -> str | None:
-    folder = pinned_folder(keywords, update)
-    return None if folder is None else f"{folder}/{PREFIX}{update}"
 
 
 def phases_of_rates(rates: Sequence[float]) -> list[Phase]:

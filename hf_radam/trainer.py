@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
-from transformers import Trainer
+from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
-from hf_radam.describe import warning_of_decays
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
@@ -85,15 +84,15 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
         """Make our schedule where one is asked for; upstream then keeps it.
 
-        A `LambdaLR` over a partial of a pure function saves no hyper-parameter, and follows skipped fp16 updates.
+        A `LambdaLR` over a bound method saves no hyper-parameter, and follows skipped fp16 steps.
         """
-        schedule = self.args.schedule(num_training_steps)
+        schedule = self.args.schedule(num_training_steps, self._past)
+        scheduled = self.optimizer if optimizer is None else optimizer
         if schedule is not None and self.lr_scheduler is None:
-            if (warning := warning_of_decays(schedule.keywords)) is not None:
+            if (warning := schedule.warning()) is not None:
                 logger.warning(warning)
-            scheduled = self.optimizer if optimizer is None else optimizer
             assert scheduled is not None, "upstream makes the optimizer first"
-            self.lr_scheduler = LambdaLR(scheduled, schedule)
+            self.lr_scheduler = LambdaLR(scheduled, schedule.multiplier)
             self._created_lr_scheduler = True
         elif self._schedule_free is not None and self.args.lr_scheduler_type not in CONSTANT_SCHEDULES:
             name = SchedulerName(self.args.lr_scheduler_type).value
@@ -101,6 +100,18 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
                 f"lr_scheduler_type={name} with RAdamScheduleFree: schedule-free averaging "
                 "needs a constant learning rate. Use constant or constant_with_warmup."
             )
+        elif self._past is not None and self._past.warmup_steps is not None and self.lr_scheduler is None:
+            # A warm-up given as a ratio would be another one in the longer run.
+            kwargs: Any = self.args.lr_scheduler_kwargs
+            assert scheduled is not None, "upstream makes the optimizer first"
+            self.lr_scheduler = get_scheduler(
+                self.args.lr_scheduler_type,
+                optimizer=scheduled,
+                num_warmup_steps=self.args.resolve_warmup_steps(num_training_steps, self._past),
+                num_training_steps=num_training_steps,
+                scheduler_specific_kwargs=kwargs,
+            )
+            self._created_lr_scheduler = True
         return super().create_scheduler(num_training_steps, optimizer)
 
     # ---- Training ----
@@ -134,7 +145,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
                 "The model holds the best evaluation weights (load_best_model_at_end), which is not a state to train "
                 "on from: make a new trainer, and resume it from a checkpoint."
             )
-        self.args.check_horizon(max_steps)
+        self.args.check_horizon(max_steps, self._past)
         self._last_saved = None
         self._extended_from = None
         if self._active:

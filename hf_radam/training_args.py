@@ -1,98 +1,115 @@
-"""`RAdamTrainingArguments`: upstream's arguments plus the flags of our methods, checked when they are made."""
+"""`RAdamTrainingArguments`: the arguments of transformers plus the flags of this package, checked when made."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, ForwardRef
 
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from hf_radam import argument_checks
-from hf_radam.inherited_fields import check_decorated, keep_declared_fields
-from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
-from hf_radam.schedules import check_wsd, check_wsd_s, count_from_ratio, wsd, wsd_s
-from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
+from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OptimizerName, SchedulerName
+from hf_radam.schedules import SCHEDULE_FLAGS, Schedule, SchedulePast, check_decay, count_from_ratio
+from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO, check_averaging
 
 UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler_type"].default
+EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw", "folded")
+
+
+class HorizonError(ValueError):
+    """Arguments that do not fit into a run of this length, which may be known only when training begins."""
 
 
 @dataclass
 class RAdamTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with the flags of RAdamScheduleFree, WSD, WSD-S and EWA.
 
-    One inherited default changes: `lr_scheduler_type` is `auto`, and is resolved to a schedule's name when the
-    arguments are made. Every inherited flag keeps working, and with none of ours set everything is as upstream.
+    One inherited default changes: `lr_scheduler_type` is `auto`, and is resolved to the name of a schedule when the
+    arguments are made. Every inherited flag keeps working, and without the flags below all is as in transformers.
 
     Raises:
-        ValueError: for any value or combination under which a method would not do what it says; the message names
-            the flag, the value and the way out.
+        ValueError: For any value or combination under which a method would not do what it says.
     """
 
     optim: OptimizerName | str = field(
         default=TrainingArguments.__dataclass_fields__["optim"].default,
         metadata={
-            "help": "Optimizer: `radam` and `radam_schedulefree` (also `schedule_free_radam`) are ours; every upstream "
-            "name works too."
+            "help": "Optimizer: `radam`, `radam_schedulefree` (also as `schedule_free_radam`), or any name that "
+            "transformers knows."
         },
     )
     lr_scheduler_type: SchedulerName | str = field(
         default="auto",
         metadata={
-            "help": "Schedule: `wsd` and `wsd_s` are ours. `auto` is constant (after `warmup_steps`) for "
-            "`radam_schedulefree` and with `ewa`, `wsd` for `radam` alone, and upstream's default otherwise."
+            "help": "Schedule: `wsd`, `wsd_s`, or any name that transformers knows. `auto` is a constant learning rate "
+            "(after `warmup_steps`) for `radam_schedulefree` and with `ewa`, `wsd` for `radam` alone, and else the "
+            "default of transformers."
         },
     )
     decay_steps: float = field(
         default=0.1,
         metadata={
-            "help": "Length of the decay of `wsd` and `wsd_s`: updates, or below 1 a ratio of the whole run (WSD) or "
-            "of each budget (WSD-S)."
+            "help": "Length of the decay of `wsd` and `wsd_s`: in steps, or below 1 as a ratio of the whole run (WSD) "
+            "or of each budget (WSD-S)."
         },
     )
     decay_type: str = field(
         default="1-sqrt",
-        metadata={"help": "Shape of the decay: linear, cosine, 1-sqrt, exponential or inverse."},
+        metadata={"help": "Shape of the decay: `linear`, `cosine`, `1-sqrt`, `exponential` or `inverse`."},
     )
-    min_lr_ratio: float = field(default=0.0, metadata={"help": "Floor of the decay, as a ratio of `learning_rate`."})
+    min_lr_ratio: float = field(
+        default=0.0,
+        metadata={"help": "Learning rate at the end of the decay, as a ratio of `learning_rate`."},
+    )
     budgets: list[float] | None = field(
         default=None,
         metadata={
-            "help": "WSD-S: updates (below 1: ratios of the whole run) at which a decayed model is wanted; the end of "
-            "the run is always the last and need not be listed."
+            "help": "Steps at which `wsd_s` ends a decay, or ratios of the whole run below 1. The end of the run is "
+            "always the last budget and need not be listed; by default it is the only one."
         },
     )
     ewa: bool = field(
         default=False,
-        metadata={"help": "Keep an exponentially weighted average of the weights, evaluate and ship it."},
+        metadata={
+            "help": "Keep an EWA, an exponential moving average of the weights: it is what is evaluated and what ships."
+        },
     )
     ewa_half_life_ratio: float | None = field(
         default=None,
         metadata={
-            "help": "Growing window: half-life of the average as a ratio of the updates so far; "
-            f"{DEFAULT_HALF_LIFE_RATIO} unless `ewa_decay` is set."
+            "help": "Half-life of the average as a ratio of the steps since averaging began, so that its window grows "
+            f"with the run. {DEFAULT_HALF_LIFE_RATIO} unless `ewa_decay` is set."
         },
     )
     ewa_decay: float | None = field(
         default=None,
-        metadata={"help": "Fixed window instead: decay of the average per update."},
+        metadata={
+            "help": "Decay of the average per step, such as 0.999, for a window of fixed length in place of "
+            "`ewa_half_life_ratio`. By default the window grows."
+        },
     )
-    ewa_every: int = field(default=1, metadata={"help": "Average every this many updates; the window stays the same."})
-    ewa_start_step: int = field(default=0, metadata={"help": "Updates to let pass before averaging begins."})
+    ewa_every: int = field(
+        default=1, metadata={"help": "Steps between two averagings. The window of the average stays the same."}
+    )
+    ewa_start_step: int = field(
+        default=0, metadata={"help": "Completed steps before averaging begins. 0 averages from the first step on."}
+    )
     ewa_device: str | None = field(
         default=None,
         metadata={
-            "help": "`cpu` keeps the average in host memory, where it moves while a GPU computes on; the model's "
-            "device when not set."
+            "help": "`cpu` keeps the average in host memory and updates it there while a GPU computes on. By default "
+            "it is kept on the device of the model."
         },
     )
     ewa_eval_raw: bool = field(
         default=False,
-        metadata={"help": "Evaluate the training weights too and report them as `eval_raw_loss`."},
+        metadata={"help": "Evaluate the training weights too, and report their loss as `eval_raw_loss`."},
     )
     ewa_folded: bool = field(
         default=False,
@@ -105,47 +122,42 @@ class RAdamTrainingArguments(TrainingArguments):
     fused_optimizer: str = field(
         default="auto",
         metadata={
-            "help": "Make the updates of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
-            "`auto`, which does on CPUs where it can be."
+            "help": "Make each step of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
+            "`auto`, which does so on CPUs where it is possible."
         },
     )
     extend_from: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of a run to go on with until `max_steps`: from before its decay (WSD), from its last "
-            "budget (WSD-S), or from its last checkpoint; prints the old and the new schedule."
+            "help": "Folder of a run to continue to a larger `max_steps`: from the checkpoint before its decay (WSD), "
+            "at its last budget (WSD-S), or from its last checkpoint. Prints the old and the new schedule."
         },
     )
     recalibrate_batch_norm_batches: int = field(
         default=50,
         metadata={
-            "help": "Training batches from which BatchNorm statistics are taken again for averaged weights; 0 keeps "
-            "those of the training weights. No effect on a model without BatchNorm."
+            "help": "Training batches from which the BatchNorm statistics of averaged weights are computed; 0 takes "
+            "those of the training weights. Without effect on a model that has no BatchNorm layer."
         },
     )
-
-    # What an extended run keeps of the schedule it goes on with (`go_on_with_schedule`): no flags.
-    _kept_warmup_steps: int | None = field(default=None, init=False, repr=False)
-    _passed_budgets: dict[int, int] = field(default_factory=dict, init=False, repr=False)
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Keep the defaults of a dataclass that this is combined with, such as TRL's `SFTConfig`."""
         super().__init_subclass__(**keywords)
-        keep_declared_fields(cls)
+        _keep_declared_fields(cls)
 
     def __post_init__(self) -> None:
-        """Resolve names, let upstream check its part with stand-ins for ours, then check ours."""
-        check_decorated(type(self))
+        """Resolve names, let transformers check its part with stand-ins for names it lacks, then check the rest."""
+        _check_decorated(type(self))
         optim, schedule = self._resolved_names()
-        ours_optim, ours_schedule = optim in OPTIMIZERS, schedule in OUR_SCHEDULES
-        self.optim = OptimizerNames.ADAMW_TORCH if ours_optim else optim.value
-        self.lr_scheduler_type = SchedulerType.CONSTANT if ours_schedule else schedule.value
+        self.optim = OptimizerNames.ADAMW_TORCH if optim in OPTIMIZERS else optim.value
+        self.lr_scheduler_type = SchedulerType.CONSTANT if schedule in Schedule.registered() else schedule.value
         super().__post_init__()
         self.optim, self.lr_scheduler_type = optim, schedule
         self.check()
 
     def _resolved_names(self) -> tuple[Any, Any]:
-        """Optimizer and schedule as members of our enums, an alias or `auto` as what it stands for."""
+        """Return optimizer and schedule as enum members, an alias or `auto` as what it stands for."""
         optim, schedule = OptimizerName(self.optim), SchedulerName(self.lr_scheduler_type)
         if optim == "schedule_free_radam":
             optim = OptimizerName("radam_schedulefree")
@@ -155,6 +167,11 @@ class RAdamTrainingArguments(TrainingArguments):
             return optim, SchedulerName("constant_with_warmup" if self.warmup_steps else "constant")
         return optim, SchedulerName("wsd" if optim == "radam" else UPSTREAM_DEFAULT_SCHEDULE)
 
+    @property
+    def uses_hf_radam(self) -> bool:
+        """Whether any method of this package is on; if not, everything is left to transformers."""
+        return self.optim in OPTIMIZERS or self.lr_scheduler_type in Schedule.registered() or self.ewa
+
     def check(self) -> None:
         """Raise `ValueError` for values under which a method would not do what it says.
 
@@ -162,113 +179,62 @@ class RAdamTrainingArguments(TrainingArguments):
         (each trial of a search does).
         """
         self.optim, self.lr_scheduler_type = self._resolved_names()
-        argument_checks.check_names(self)
-        argument_checks.check_fused(self)
-        argument_checks.check_schedule(self)
-        argument_checks.check_ewa(self)
-        argument_checks.check_extension(self)
+        self._check_names()
+        self._check_fused()
+        self._check_schedule()
+        self._check_ewa()
+        self._check_extension()
         if self.uses_hf_radam:
-            argument_checks.check_numbers(self)
-            argument_checks.check_combinations(self)
+            self._check_numbers()
+            check_combinations(self)
         if self.max_steps > 0:
             self.check_horizon(self.max_steps)
 
-    def check_horizon(self, num_training_steps: int) -> None:
-        """Raise `HorizonError` (a `ValueError`) if schedule or averaging do not fit into a run of so many updates."""
-        try:
-            self.schedule(num_training_steps)
-        except ValueError as error:
-            raise argument_checks.HorizonError(str(error)) from error
-        if self.ewa and num_training_steps < self.ewa_start_step + self.ewa_every:
-            raise argument_checks.HorizonError(
+    def check_horizon(self, total_steps: int, past: SchedulePast | None = None) -> None:
+        """Raise `HorizonError` if schedule or averaging do not fit into a run of `total_steps` steps."""
+        self.schedule(total_steps, past)
+        first = self.ewa_start_step + self.ewa_every
+        if self.ewa and total_steps < first:
+            raise HorizonError(
                 f"ewa_start_step={self.ewa_start_step} and ewa_every={self.ewa_every} leave no averaging in a run of "
-                f"{num_training_steps} updates: the first would come with update "
-                f"{self.ewa_start_step + self.ewa_every}."
+                f"{total_steps} steps: the first would be after step {first}. Lower them."
             )
 
-    @property
-    def uses_hf_radam(self) -> bool:
-        """Whether any of our methods is on; if not, everything is upstream's."""
-        return self.optim in OPTIMIZERS or self.lr_scheduler_type in OUR_SCHEDULES or self.ewa
-
-    def schedule(self, num_training_steps: int) -> functools.partial[float] | None:
-        """Our schedule for a run of so many updates, as a partial of a pure function; None for upstream's schedules.
-
-        Raises:
-            ValueError: if decay, warm-up and budgets do not fit into the run.
-        """
-        if self.lr_scheduler_type not in OUR_SCHEDULES:
-            return None
-        options: dict[str, Any] = {
-            "warmup_steps": self.get_warmup_steps(num_training_steps),
-            "decay_type": self.decay_type,
-            "min_lr_ratio": self.min_lr_ratio,
-        }
-        if self.lr_scheduler_type == "wsd":
-            options["total_steps"] = num_training_steps
-            options["decay_steps"] = count_from_ratio(self.decay_steps, num_training_steps, name="decay_steps")
-            check_wsd(**options)
-            return functools.partial(wsd, **options)
-        options["budgets"], options["decay_steps"] = self._resolved_budgets(num_training_steps)
-        check_wsd_s(**options)
-        return functools.partial(wsd_s, **options)
-
-    def _resolved_budgets(self, num_training_steps: int) -> tuple[list[int], list[int]]:
-        """Budgets in updates and the length of the decay before each: first those that were passed, the end last."""
-        asked = [count_from_ratio(b, num_training_steps, name="budgets") for b in self.budgets or ()]
-        if any(budget > num_training_steps for budget in asked):
-            raise ValueError(
-                f"budgets={self.budgets} reach past the end of the run at {num_training_steps} updates: "
-                "raise max_steps or drop those budgets."
-            )
-        passed = {budget: length for budget, length in self._passed_budgets.items() if budget <= num_training_steps}
-        last = max(passed, default=0)
-        late = [budget for budget in asked if budget <= last and budget not in passed]
-        if late:
-            raise argument_checks.HorizonError(
-                f"budgets={self.budgets}: update {late[0]} of {num_training_steps} has passed in the run that is "
-                f"extended, which stands at its budget {last}: list later ones only, in updates."
-            )
-        budgets = [budget for budget in asked if budget > last]
-        if max(budgets, default=last) != num_training_steps:
-            budgets.append(num_training_steps)
-        lengths = [count_from_ratio(self.decay_steps, b, name="decay_steps") for b in budgets]
-        return [*passed, *budgets], [*passed.values(), *lengths]
-
-    def get_warmup_steps(self, num_training_steps: int) -> int:
-        """Updates of the warm-up, as upstream counts them; an extended run keeps those it had."""
-        kept = self._kept_warmup_steps
-        return super().get_warmup_steps(num_training_steps) if kept is None else kept
-
-    def go_on_with_schedule(self, *, warmup_steps: int, schedule: Mapping[str, Any] | None, step: int) -> None:
-        """Keep the past of a run that is extended: its warm-up, and the budgets of WSD-S that it has passed.
+    def schedule(self, total_steps: int, past: SchedulePast | None = None) -> Schedule | None:
+        """Return the schedule of a run of `total_steps` steps; None for the schedules of transformers.
 
         Args:
-            warmup_steps: the warm-up that the run had, in updates.
-            schedule: keywords of the schedule that the run had; None for one of upstream's.
-            step: updates that it has counted.
+            total_steps: Length of the run.
+            past: What a resumed or extended run keeps of the schedule that it followed so far.
 
         Raises:
-            HorizonError: if the arguments ask for another warm-up than the run had.
+            HorizonError: If decay, warm-up and budgets do not fit into the run.
         """
-        if self.warmup_steps >= 1 and self.warmup_steps != warmup_steps:
-            raise argument_checks.HorizonError(
-                f"warmup_steps={self.warmup_steps}, but the run that is extended had {warmup_steps}: leave it out."
-            )
-        self._kept_warmup_steps = warmup_steps
-        self.keep_passed_budgets(schedule, step=step)
+        kind = Schedule.registered().get(SchedulerName(self.lr_scheduler_type).value)
+        try:
+            return None if kind is None else kind.from_arguments(self, total_steps, past)
+        except ValueError as error:
+            raise HorizonError(str(error)) from error
 
-    def keep_passed_budgets(self, schedule: Mapping[str, Any] | None, *, step: int) -> None:
-        """Keep the budgets of WSD-S that a run has passed by update `step`, from its schedule's keywords."""
-        past = schedule if schedule is not None and "budgets" in schedule else {"budgets": [], "decay_steps": []}
-        passed = zip(past["budgets"], past["decay_steps"], strict=True)
-        self._passed_budgets = {budget: decay for budget, decay in passed if budget <= step}
+    def resolve_warmup_steps(self, total_steps: int, past: SchedulePast | None = None) -> int:
+        """Return the length of the warm-up in steps; an extended run keeps its own, whatever the ratio would give now.
+
+        Raises:
+            HorizonError: If another warm-up is asked for than the extended run had.
+        """
+        if past is None or past.warmup_steps is None:
+            return self.get_warmup_steps(total_steps)
+        if self.warmup_steps >= 1 and self.warmup_steps != past.warmup_steps:
+            raise HorizonError(
+                f"warmup_steps={self.warmup_steps}, but the run that is extended had {past.warmup_steps}. Leave it out."
+            )
+        return past.warmup_steps
 
     def optimizer_class_and_kwargs(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-        """Class and options of our optimizer; None for upstream's.
+        """Return class and options of the optimizer; None for those of transformers.
 
         Raises:
-            ValueError: if `optim_args` has an option that the optimizer does not know, or a value of another type.
+            ValueError: If `optim_args` has an option that the optimizer does not know, or a value of another type.
         """
         if self.optim not in OPTIMIZERS:
             return None
@@ -284,10 +250,183 @@ class RAdamTrainingArguments(TrainingArguments):
             name, _, value = option.partition("=")
             if name not in types:
                 raise ValueError(
-                    f"optim_args={self.optim_args!r}: {name_of_optimizer} has no option {name!r}, only {sorted(types)}."
+                    f"optim_args={self.optim_args!r}: {name_of_optimizer} has no option {name!r}. Use {[*types]}."
                 )
             try:
                 kwargs[name] = types[name](value)
             except ValueError as error:
                 raise ValueError(f"optim_args={self.optim_args!r}: {name}={value!r} is not valid: {error}.") from None
         return optimizer, kwargs
+
+    def _changed(self, names: Collection[str]) -> str | None:
+        """Return the first of the fields `names` that is not at its default, as text."""
+        defaults = {one.name: one.default for one in dataclasses.fields(self)}
+        return next((f"{name}={getattr(self, name)}" for name in names if getattr(self, name) != defaults[name]), None)
+
+    def _check_names(self) -> None:
+        """Refuse optimizers and schedules that do not go together, and flags that would have no effect."""
+        optim, schedule = OptimizerName(self.optim).value, SchedulerName(self.lr_scheduler_type).value
+        if optim in ("schedule_free_adamw", "schedule_free_sgd"):
+            raise ValueError(
+                f"optim={optim}: transformers evaluates and saves its gradient point, not its averaged weights. Use "
+                "radam_schedulefree."
+            )
+        if optim == "radam_schedulefree" and schedule not in CONSTANT_SCHEDULES:
+            raise ValueError(
+                f"lr_scheduler_type={schedule} with radam_schedulefree: schedule-free averaging needs a constant "
+                "learning rate. Use auto, constant or constant_with_warmup."
+            )
+        kind = Schedule.registered().get(schedule)
+        options = set() if kind is None else kind.option_names()
+        unused = self._changed([name for name in SCHEDULE_FLAGS if name not in options])
+        if unused:
+            fitting = {
+                name for name, one in Schedule.registered().items() if unused.split("=")[0] in one.option_names()
+            }
+            raise ValueError(
+                f"{unused} has no effect with lr_scheduler_type={schedule}. Use {' or '.join(sorted(fitting))}, or "
+                "leave it out."
+            )
+        unknown = (
+            [] if kind is None else [n for n in self.lr_scheduler_kwargs or {} if n not in options - {*SCHEDULE_FLAGS}]
+        )
+        if unknown:
+            raise ValueError(
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {unknown[0]} has no effect with {schedule}. Use "
+                f"{', '.join(sorted(options | {'warmup_steps'}))}."
+            )
+
+    def _check_fused(self) -> None:
+        """Check `fused_optimizer`, which a YAML file may give as a boolean, and write it as a word."""
+        wanted = str(self.fused_optimizer).lower()
+        if wanted not in ("auto", "true", "false"):
+            raise ValueError(f"fused_optimizer={self.fused_optimizer!r} is not known. Use auto, true or false.")
+        name = OptimizerName(self.optim).value
+        if wanted == "true" and name not in OPTIMIZERS:
+            raise ValueError(
+                f"fused_optimizer=true has no effect with optim={name}. Use {' or '.join(OPTIMIZERS)}, or leave it out "
+                "(transformers has adamw_torch_fused)."
+            )
+        if self.ewa_folded and (wanted == "false" or name not in OPTIMIZERS):
+            raise ValueError(
+                f"ewa_folded=True with optim={name}, fused_optimizer={wanted}: an average moves with the fused step of "
+                f"{' or '.join(OPTIMIZERS)} alone. Leave it out."
+            )
+        self.fused_optimizer = wanted
+
+    def _check_schedule(self) -> None:
+        """Check what can be before the length of the run is known."""
+        if self.recalibrate_batch_norm_batches < 0:
+            raise ValueError(
+                f"recalibrate_batch_norm_batches={self.recalibrate_batch_norm_batches} is negative. Use 0 to switch "
+                "it off."
+            )
+        if self.lr_scheduler_type in Schedule.registered():
+            check_decay(self.decay_type, self.min_lr_ratio)
+            for name, value in [("decay_steps", self.decay_steps), *(("budgets", b) for b in self.budgets or ())]:
+                count_from_ratio(value, 10**6, name=name)  # any length: only to ask whether it is a count or a ratio
+
+    def _check_ewa(self) -> None:
+        """Check the flags of the average, and refuse them without one."""
+        if not self.ewa:
+            unused = self._changed([f"ewa_{name}" for name in EWA_FLAGS])
+            if unused:
+                raise ValueError(f"{unused} has no effect without ewa. Set --ewa.")
+            return
+        check_averaging(
+            decay=self.ewa_decay,
+            half_life_ratio=self.ewa_half_life_ratio,
+            every=self.ewa_every,
+            start_step=self.ewa_start_step,
+            prefix="ewa_",
+        )
+        if self.ewa_device not in (None, "cpu"):
+            raise ValueError(f"ewa_device={self.ewa_device!r} is not known. Use cpu, or leave it out.")
+
+    def _check_extension(self) -> None:
+        """Check the flags of an extension, and that there is a run to extend."""
+        if self.extend_from is None:
+            return
+        schedule = SchedulerName(self.lr_scheduler_type).value
+        if schedule not in (*Schedule.registered(), *CONSTANT_SCHEDULES):
+            raise ValueError(
+                f"extend_from={self.extend_from} with lr_scheduler_type={schedule}: its past would change with its "
+                "length. Use wsd, wsd_s or a constant learning rate."
+            )
+        if self.max_steps <= 0:
+            raise ValueError(f"extend_from={self.extend_from} needs a new length of the run. Set --max_steps.")
+        if not Path(self.extend_from).is_dir():
+            raise ValueError(f"extend_from={self.extend_from} is not a folder. Give the folder of the run to extend.")
+        if str(self.resume_from_checkpoint).lower() not in ("none", "true", "false"):
+            raise ValueError(
+                f"extend_from={self.extend_from} and resume_from_checkpoint={self.resume_from_checkpoint} exclude each "
+                "other. Drop one; extend_from also takes a checkpoint."
+            )
+
+    def _check_numbers(self) -> None:
+        """Check numbers that transformers takes as they come; the optimizer checks its own."""
+        for name in ("learning_rate", "weight_decay"):
+            value = getattr(self, name)
+            if not 0.0 <= value < math.inf:
+                raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
+        warmup = self.warmup_steps
+        if not math.isfinite(warmup) or (warmup >= 1 and warmup != int(warmup)):
+            raise ValueError(f"warmup_steps={warmup} must be a whole number of steps, or a ratio below 1.")
+        made = self.optimizer_class_and_kwargs()
+        if made is not None:
+            optimizer, kwargs = made
+            optimizer([torch.zeros(1)], **kwargs)
+
+
+def check_combinations(args: RAdamTrainingArguments) -> None:
+    """Refuse options of transformers that would silently break what the methods of this package promise."""
+    if args.lr_scheduler_type == "constant" and args.warmup_steps:
+        raise ValueError(
+            f"lr_scheduler_type=constant ignores warmup_steps={args.warmup_steps}. Use auto or constant_with_warmup."
+        )
+    if args.auto_find_batch_size:
+        raise ValueError(
+            "auto_find_batch_size=True begins again at step 0 with weights that have trained. Set "
+            "per_device_train_batch_size, and gradient_accumulation_steps for the rest."
+        )
+    for name in ("bf16_full_eval", "fp16_full_eval"):
+        if getattr(args, name):
+            raise ValueError(
+                f"{name}=True leaves the parameters cast after an evaluation, so other weights would train and ship. "
+                "Use bf16=True (autocast), which evaluates in bf16 too."
+            )
+
+
+# ---- Defaults of a dataclass with several bases: those that a plain class would have ----
+# A field that several bases have is, to `dataclasses`, that of the first of them, and a base has every field that it
+# inherits: of `(RAdamTrainingArguments, SFTConfig)` the learning rate would be that of `TrainingArguments`, although
+# `SFTConfig` has another; in the other order the schedule would be, although `RAdamTrainingArguments` has another.
+
+
+def _keep_declared_fields(cls: type) -> None:
+    """Declare in a class that `@dataclass` is about to see every field that it would take from the wrong base."""
+    options = ("default", "default_factory", "init", "repr", "hash", "compare", "metadata", "kw_only")
+    for name, (base, declared) in _declared_fields(cls, own=cls.__annotations__).items():
+        # A type in quotes is looked up where it was written.
+        quoted = isinstance(declared.type, str)
+        cls.__annotations__[name] = ForwardRef(str(declared.type), module=base.__module__) if quoted else declared.type
+        setattr(cls, name, field(**{option: getattr(declared, option) for option in options}))
+
+
+def _check_decorated(cls: type) -> None:
+    if "__dataclass_fields__" not in vars(cls) and _declared_fields(cls, own=()):
+        raise TypeError(f"{cls.__name__} has fields of several dataclasses. Write @dataclass above it.")
+
+
+def _declared_fields(cls: type, *, own: Collection[str]) -> dict[str, tuple[type, dataclasses.Field[Any]]]:
+    """Return the fields, with the base that declares them, that would be taken from a base that only inherits them."""
+    bases = [base for base in cls.__mro__[1:] if "__dataclass_fields__" in vars(base)]
+    known = {base: vars(base)["__dataclass_fields__"] for base in bases}
+    declared: dict[str, tuple[type, dataclasses.Field[Any]]] = {}
+    for base in bases:
+        inherited = [known[further] for further in base.__mro__[1:] if further in known]
+        for name, one in known[base].items():
+            if name not in declared and not any(one is of_base.get(name) for of_base in inherited):
+                declared[name] = base, one  # a field that is inherited is the same object
+    taken = {name: one for base in reversed(bases) for name, one in known[base].items()}
+    return {name: found for name, found in declared.items() if found[1] is not taken[name] and name not in own}

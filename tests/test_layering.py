@@ -26,7 +26,7 @@ def within(package: str, names: str) -> set[str]:
 # module or sub-package: (modules of hf_radam that it may import, packages that it may import)
 TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "schedules": (set(), set()),
-    "describe": (set(), set()),
+    "describe": ({"schedules"}, set()),
     "sharding": (set(), {"torch", "deepspeed"}),
     "windows": (set(), set()),
     "kernels.building": (set(), {"torch"}),
@@ -41,10 +41,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "optim": ({"kernels", "sharding"} | within("kernels", "numbers plain folding"), {"torch", "schedulefree"}),
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
-    "names": ({"optim"}, ANY),
-    "argument_checks": ({"schedules", "windows", "names"}, ANY),
-    "inherited_fields": (set(), set()),
-    "training_args": ({"schedules", "windows", "names", "argument_checks", "inherited_fields"}, ANY),
+    "names": ({"optim", "schedules"}, ANY),
+    "training_args": ({"schedules", "windows", "names"}, ANY),
     "config_files": (set(), {"transformers", "yaml"}),
     "model_card": ({"windows"}, {"yaml"}),
     "checkpoints.storage": (set(), set()),
@@ -53,7 +51,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "checkpoints.layouts": (within("checkpoints", "manifest"), set()),
     "checkpoints.optimizer_states": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
     "checkpoints.verify": (within("checkpoints", "storage manifest layouts"), set()),
-    "checkpoints.runs": (within("checkpoints", "storage manifest layouts verify"), set()),
+    "checkpoints.runs": ({"schedules"} | within("checkpoints", "storage manifest layouts verify"), set()),
     "checkpoints.models.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
     "checkpoints.models.weight_files": ({"sharding"}, ANY),
     "checkpoints.models.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
@@ -82,8 +80,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "checkpoints.extension": (
-        {"argument_checks", "names", "training_args", "describe"}
-        | within("checkpoints", "storage manifest layouts verify runs"),
+        {"names", "schedules", "training_args"} | within("checkpoints", "storage manifest layouts verify runs"),
         set(),
     ),
     "inspection.phases": ({"schedules", "describe"}, set()),
@@ -110,7 +107,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
     "preview": (
-        {"describe", "names", "optim", "training_args", "windows"} | within("checkpoints", "runs"),
+        {"schedules", "names", "optim", "training_args", "windows"} | within("checkpoints", "runs"),
         {"torch", "transformers"},
     ),
     "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
@@ -161,7 +158,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.collected": (set(), set()),
     "training.support": (
-        {"optim", "names", "argument_checks"}
+        {"optim", "names", "schedules", "training_args"}
         | within("checkpoints.models", "adapters")
         | within("training", "backends collected"),
         ANY,
@@ -170,7 +167,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
     "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
-        {"averaging", "optim", "names", "training_args"} | within("training", "support evaluation attempts"),
+        {"averaging", "optim", "names", "schedules", "training_args"}
+        | within("training", "support evaluation attempts"),
         ANY,
     ),
     "training.resume_checks": (
@@ -199,7 +197,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.raw_names": (set(), set()),
     "training.card_facts": (
-        {"describe", "model_card", "names", "windows"}
+        {"schedules", "model_card", "names", "windows"}
         | within("checkpoints", "manifest runs loading")
         | within("checkpoints.models", "adapters consolidation")
         | within("training", "parts raw_names"),
@@ -215,7 +213,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         ANY,
     ),
     "training.resuming": (
-        {"sharding", "argument_checks", "averaging"}
+        {"sharding", "schedules", "training_args", "averaging"}
         | within("checkpoints", "storage manifest layouts verify runs loading extension")
         | within("checkpoints.models", "weight_reading adapters model_folders")
         | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
@@ -226,7 +224,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.curves": (set(), {"transformers"}),
     "training.reporting": (within("training", "card card_facts curves parts"), set()),
     "trainer": (
-        {"averaging", "optim", "batch_norm", "describe", "random_state", "names", "sharding", "training_args"}
+        {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
             "support given collected backends fusing evaluation attempts just_in_time saving reporting resuming search "

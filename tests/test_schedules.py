@@ -5,27 +5,44 @@ relative where the oracle is another form of the same function (a few float64 ro
 """
 
 import doctest
+import json
 import math
+import pickle
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pytest
+import tiny
 import torch
-from transformers import TrainingArguments, get_wsd_schedule
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import HfArgumentParser, TrainingArguments, get_wsd_schedule
 
-from hf_radam import schedules
-from hf_radam.schedules import DECAY_TYPES, check_wsd, check_wsd_s, count_from_ratio, decay_multiplier, wsd, wsd_s
+from hf_radam import RAdamTrainingArguments, schedules
+from hf_radam.schedules import (
+    DECAY_TYPES,
+    WSD,
+    WSDS,
+    Phase,
+    Schedule,
+    SchedulePast,
+    count_from_ratio,
+    decay_multiplier,
+    describe_schedule,
+    wsd,
+    wsd_s,
+)
 
 NAN, INF = float("nan"), float("inf")
 UPSTREAM_SHAPES = ["linear", "cosine", "1-sqrt"]
 FLOOR_OF = {"linear": 0.0, "cosine": 0.0, "1-sqrt": 0.0, "exponential": 0.1, "inverse": 0.1}
 
 
-def learning_rates(make_scheduler, updates):
-    """Return the learning rate that each of `updates` updates really gets from a scheduler (base lr 1)."""
+def learning_rates(make_scheduler, steps):
+    """Return the learning rate that each of `steps` steps really gets from a scheduler (base lr 1)."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     scheduler = make_scheduler(optimizer)
     seen = []
-    for _ in range(updates):
+    for _ in range(steps):
         seen.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         scheduler.step()
@@ -43,12 +60,14 @@ def test_whole_curve_equals_transformers_after_the_warmup(total, decay, warmup, 
         partial(get_wsd_schedule, num_warmup_steps=warmup, num_decay_steps=decay, num_training_steps=total, **sizes),
         total + 5,
     )
-    curve = partial(wsd, total_steps=total, decay_steps=decay, warmup_steps=warmup, **sizes)
-    ours = learning_rates(partial(torch.optim.lr_scheduler.LambdaLR, lr_lambda=curve), total + 5)
-    assert ours[warmup:] == upstream[warmup:]
-    assert ours[:warmup] == [n / warmup for n in range(warmup)]
+    schedule = WSD(total_steps=total, decay_steps=decay, warmup_steps=warmup, **sizes)
+    rates = learning_rates(partial(LambdaLR, lr_lambda=schedule.multiplier), total + 5)
+    assert rates[warmup:] == upstream[warmup:]
+    assert rates[:warmup] == [n / warmup for n in range(warmup)]
     if floor == 0.0:
-        assert ours == upstream
+        assert rates == upstream
+    pure = partial(wsd, total_steps=total, decay_steps=decay, warmup_steps=warmup, **sizes)
+    assert [pure(step) for step in range(total + 5)] == rates
 
 
 @pytest.mark.parametrize("floor", [0.01, 0.1, 0.5])
@@ -82,7 +101,7 @@ def test_wsd_boundaries(decay_type):
     f = partial(wsd, total_steps=100, decay_steps=20, warmup_steps=10, decay_type=decay_type, min_lr_ratio=floor)
     assert [f(s) for s in (0, 1, 9, 10, 11)] == [0.0, 0.1, 0.9, 1.0, 1.0]  # n - 1 over w, whatever the floor
     assert [f(79), f(80)] == [1.0, 1.0] and f(81) < 1.0
-    assert f(99) == decay_multiplier(19 / 20, decay_type, floor) > floor  # no update is spent at the floor
+    assert f(99) == decay_multiplier(19 / 20, decay_type, floor) > floor  # no step is spent at the floor
     assert [f(s) for s in (100, 101, 10**9)] == [floor] * 3
 
 
@@ -126,9 +145,10 @@ def test_wsd_s_warms_up_at_the_start_and_again_after_each_budget():
 @pytest.mark.parametrize(("total", "decay", "warmup"), [(300, 30, 0), (97, 11, 7), (50, 50, 0), (12, 5, 7)])
 def test_one_budget_is_wsd_number_for_number(total, decay, warmup, decay_type):
     shape = dict(warmup_steps=warmup, decay_type=decay_type, min_lr_ratio=FLOOR_OF[decay_type])
+    one = WSDS(budgets=[total], decay_steps=[decay], rewarmup_steps=3, **shape)
     for step in range(total + 3):
-        one = wsd_s(step, budgets=[total], decay_steps=[decay], rewarmup_steps=3, **shape)
-        assert one == wsd(step, total_steps=total, decay_steps=decay, **shape)
+        assert one.multiplier(step) == wsd(step, total_steps=total, decay_steps=decay, **shape)
+        assert one.multiplier(step) == wsd_s(step, **one.to_dict())
 
 
 def test_wsd_and_wsd_s_agree_before_the_first_decay_of_a_longer_plan():
@@ -166,21 +186,21 @@ def test_count_from_ratio_is_upstreams_rule_for_warmup_steps(value, tmp_path):
 @pytest.mark.parametrize("value", [0, 0.0, -1, -0.1, 1.5, 30.5, NAN, INF, -INF, True, "0.1", None])
 def test_count_from_ratio_rejects(value):
     with pytest.raises(
-        ValueError, match=r"^--decay_steps must be a whole number of updates.* or a ratio .*got "
+        ValueError, match=r"^--decay_steps must be a whole number of steps.* or a ratio .*got "
     ) as error:
         count_from_ratio(value, 300, name="--decay_steps")
     assert repr(value) in str(error.value)
 
 
-# Errors: the check alone and the schedule itself say the same words
+# Errors: at construction, and so in the pure functions
 
-WSD = dict(total_steps=100, decay_steps=10)
-WSD_S = dict(budgets=[50, 100], decay_steps=[5, 10])
+SIZES = dict(total_steps=100, decay_steps=10)
+BUDGETS = dict(budgets=[50, 100], decay_steps=[5, 10])
 NOT_A_COUNT = [NAN, INF, -1, 1.5, True, "7", None]
 
 
-def expect(check, schedule, arguments, message):
-    for call in (check, partial(schedule, 0)):
+def expect(kind, pure, arguments, message):
+    for call in (kind, partial(pure, 0)):
         with pytest.raises(ValueError, match=message):
             call(**arguments)
 
@@ -191,23 +211,23 @@ def expect(check, schedule, arguments, message):
     + [("warmup_steps", value, 0) for value in NOT_A_COUNT],
 )
 def test_wsd_rejects_what_is_no_count(name, value, least):
-    message = f"^{name} must be a whole number of updates, {least} or more, got {value!r}"
-    expect(check_wsd, wsd, {**WSD, name: value}, message)
+    message = f"^{name} must be a whole number of steps, {least} or more, got {value!r}"
+    expect(WSD, wsd, {**SIZES, name: value}, message)
 
 
 @pytest.mark.parametrize("value", NOT_A_COUNT)
 def test_wsd_s_rejects_what_is_no_count(value):
-    tail = f"must be a whole number of updates, [01] or more, got {value!r}"
-    expect(check_wsd_s, wsd_s, {**WSD_S, "warmup_steps": value}, f"^warmup_steps {tail}")
-    expect(check_wsd_s, wsd_s, {**WSD_S, "rewarmup_steps": value}, f"^rewarmup_steps {tail}")
-    expect(check_wsd_s, wsd_s, {**WSD_S, "budgets": [50, value]}, f"^each of budgets {tail}")
-    expect(check_wsd_s, wsd_s, {**WSD_S, "decay_steps": [value, 10]}, f"^each of decay_steps {tail}")
+    tail = f"must be a whole number of steps, [01] or more, got {value!r}"
+    expect(WSDS, wsd_s, {**BUDGETS, "warmup_steps": value}, f"^warmup_steps {tail}")
+    expect(WSDS, wsd_s, {**BUDGETS, "rewarmup_steps": value}, f"^rewarmup_steps {tail}")
+    expect(WSDS, wsd_s, {**BUDGETS, "budgets": [50, value]}, f"^each of budgets {tail}")
+    expect(WSDS, wsd_s, {**BUDGETS, "decay_steps": [value, 10]}, f"^each of decay_steps {tail}")
 
 
 @pytest.mark.parametrize("step", NOT_A_COUNT)
 def test_step_must_be_a_count(step):
-    for curve in (partial(wsd, **WSD), partial(wsd_s, **WSD_S)):
-        with pytest.raises(ValueError, match=f"^step must be a whole number of updates, 0 or more, got {step!r}"):
+    for curve in (partial(wsd, **SIZES), partial(wsd_s, **BUDGETS)):
+        with pytest.raises(ValueError, match=f"^step must be a whole number of steps, 0 or more, got {step!r}"):
             curve(step)
 
 
@@ -222,19 +242,19 @@ def test_step_must_be_a_count(step):
         for shape in ("sqrt", "Linear", None)
     ]
     + [
-        ({"decay_type": shape}, rf"^decay_type='{shape}' never reaches min_lr_ratio=0\.0: set --min_lr_ratio 0\.1")
+        ({"decay_type": shape}, rf"^decay_type='{shape}' never reaches min_lr_ratio=0\.0\. Set --min_lr_ratio 0\.1")
         for shape in ("exponential", "inverse")
     ],
 )
 def test_bad_shapes_and_floors_are_rejected(changes, message):
-    expect(check_wsd, wsd, {**WSD, **changes}, message)
-    expect(check_wsd_s, wsd_s, {**WSD_S, **changes}, message)
+    expect(WSD, wsd, {**SIZES, **changes}, message)
+    expect(WSDS, wsd_s, {**BUDGETS, **changes}, message)
 
 
 def test_decay_and_warmup_longer_than_the_run_are_rejected():
-    check_wsd(total_steps=100, decay_steps=60, warmup_steps=40)
-    message = r"^warmup_steps=41 and decay_steps=60 need 101 updates, but the run has 100: .*--max_steps 101"
-    expect(check_wsd, wsd, dict(total_steps=100, decay_steps=60, warmup_steps=41), message)
+    WSD(total_steps=100, decay_steps=60, warmup_steps=40)
+    message = r"^warmup_steps=41 and decay_steps=60 need 101 steps, but the run has 100\. .*--max_steps 101"
+    expect(WSD, wsd, dict(total_steps=100, decay_steps=60, warmup_steps=41), message)
 
 
 @pytest.mark.parametrize(
@@ -251,30 +271,185 @@ def test_decay_and_warmup_longer_than_the_run_are_rejected():
         (dict(budgets=[300, 200], decay_steps=[1, 1]), r"^budgets must increase, got 200 after 300"),
         (
             dict(budgets=[50, 100], decay_steps=[45, 10], warmup_steps=6),
-            r"^the decay of 45 updates before budget 50 \(with warmup_steps=6\) .*past update 0, .*to 44 or less",
+            r"^The decay of 45 steps before budget 50 \(with warmup_steps=6\) .*past step 0\. .*to 44 or less",
         ),
         (
             dict(budgets=[50, 100], decay_steps=[5, 51]),
-            r"^the decay of 51 updates before budget 100 \(with rewarmup_steps=0\) .*past update 50, .*to 50 or less",
+            r"^The decay of 51 steps before budget 100 \(with rewarmup_steps=0\) .*past step 50\. .*to 50 or less",
         ),
         (
             dict(budgets=[50, 100], decay_steps=[5, 48], rewarmup_steps=3),
-            r"\(with rewarmup_steps=3\) reaches back past update 50, .*to 47 or less",
+            r"\(with rewarmup_steps=3\) reaches back past step 50\. .*to 47 or less",
         ),
     ],
 )
 def test_bad_budgets_are_rejected(arguments, message):
-    expect(check_wsd_s, wsd_s, arguments, message)
+    expect(WSDS, wsd_s, arguments, message)
 
 
 def test_decays_that_just_fit_are_accepted():
-    check_wsd_s(budgets=(50, 100), decay_steps=(44, 47), warmup_steps=6, rewarmup_steps=3)
+    WSDS(budgets=(50, 100), decay_steps=(44, 47), warmup_steps=6, rewarmup_steps=3)
 
 
-@pytest.mark.parametrize("progress", [-1e-9, 1.0000001, NAN])
-def test_progress_outside_the_decay_is_rejected(progress):
-    with pytest.raises(ValueError, match=r"^progress must lie in \[0, 1\], got"):
-        decay_multiplier(progress, "linear", 0.0)
+# What the objects know
+
+
+def test_phases_decays_and_pins_of_wsd():
+    schedule = WSD(total_steps=100, decay_steps=20, warmup_steps=10)
+    assert schedule.phases() == [Phase("warm-up", 0, 10), Phase("stable", 10, 80), Phase("decay", 80, 100)]
+    assert schedule.decays() == [(80, 100)]
+    assert [schedule.decay_at(step) for step in (79, 80, 81, 99, 100, 101)] == [None] * 2 + [(80, 100)] * 3 + [None]
+    assert [schedule.pinned_at(step) for step in (0, 79, 80, 81, 100)] == [None, None, "_pre_decay", None, None]
+    assert not any(schedule.resets_to_peak(step) for step in range(102))
+    assert WSD(total_steps=9, decay_steps=9).pinned_at(0) is None
+    assert WSD(total_steps=9, decay_steps=9).phases() == [Phase("decay", 0, 9)]
+    assert schedule.describe() == (
+        "wsd, 100 steps: warm-up 10 steps, peak, 1-sqrt decay over steps 80-100 to 0 of the peak"
+    )
+
+
+def test_phases_decays_and_pins_of_wsd_s():
+    schedule = WSDS(budgets=[50, 100], decay_steps=[5, 10], warmup_steps=4, rewarmup_steps=3, min_lr_ratio=0.1)
+    assert schedule.total_steps == 100
+    assert schedule.phases() == [
+        *(Phase("warm-up", 0, 4), Phase("stable", 4, 45), Phase("decay", 45, 50)),
+        *(Phase("warm-up", 50, 53), Phase("stable", 53, 90), Phase("decay", 90, 100)),
+    ]
+    found = [schedule.decay_at(step) for step in (45, 46, 49, 50, 51, 91, 99, 100)]
+    assert found == [None, (45, 50), (45, 50), None, None, (90, 100), (90, 100), None]
+    assert [step for step in range(102) if schedule.pinned_at(step) == "_budgets"] == [50, 100]
+    assert [step for step in range(102) if schedule.resets_to_peak(step)] == [50, 100]
+    assert schedule.describe() == (
+        "wsd_s, 100 steps: warm-up 4 steps, peak, 1-sqrt decay over steps 45-50, 90-100 to 0.1 of the peak"
+    )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "manifest"),
+    [
+        (
+            WSD(total_steps=20, decay_steps=8),
+            {"total_steps": 20, "decay_steps": 8, "warmup_steps": 0, "decay_type": "1-sqrt", "min_lr_ratio": 0.0},
+        ),
+        (
+            WSDS(budgets=(10, 20), decay_steps=(4, 8)),
+            {
+                "budgets": [10, 20],
+                "decay_steps": [4, 8],
+                "warmup_steps": 0,
+                "decay_type": "1-sqrt",
+                "min_lr_ratio": 0.0,
+            },
+        ),
+    ],
+)
+def test_a_schedule_survives_the_manifest_and_pickle(schedule, manifest):
+    """The keywords are those of manifests of format 2."""
+    assert schedule.to_dict() == manifest
+    read = Schedule.from_dict(schedule.name, json.loads(json.dumps(manifest)))
+    assert read == schedule and hash(read) == hash(schedule)
+    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    assert read != replace(schedule, warmup_steps=1)
+
+
+def test_what_is_no_schedule_is_refused():
+    for name, mapping, message in (
+        ("cosine", {}, "There is no schedule 'cosine'"),
+        ("wsd", {"total_steps": 9}, "does not describe a schedule 'wsd'.*decay_steps"),
+        ("wsd", SIZES | {"power": 2}, "does not describe a schedule 'wsd'.*power"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Schedule.from_dict(name, mapping)
+    with pytest.raises(ValueError, match="The schedule name 'wsd' is taken by WSD. Choose another name"):
+
+        class Second(Schedule):
+            name = "wsd"
+
+
+def test_a_decay_without_an_effect_is_warned_of():
+    assert WSD(total_steps=9, decay_steps=2).warning() is None
+    assert WSD(total_steps=9, decay_steps=1).warning().startswith("A decay of 1 step has no effect")
+    assert WSDS(budgets=(9, 19), decay_steps=(2, 1)).warning() is not None
+
+
+def test_describe_schedule_knows_name_and_length_of_others():
+    assert describe_schedule(None, name="cosine", total_steps=50) == "cosine, 50 steps"
+    assert describe_schedule(None, name="cosine", total_steps=None) == "cosine"
+
+
+def test_a_saved_scheduler_holds_nothing_of_the_schedule():
+    """States are loaded in both directions with those of checkpoints in which the multiplier was a partial."""
+
+    def scheduler(function):
+        return LambdaLR(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), function)
+
+    old, new = partial(wsd, **SIZES), WSD(total_steps=200, decay_steps=50).multiplier
+    for source, target in ((old, new), (new, old), (new, new)):
+        state = scheduler(source).state_dict()
+        assert state["lr_lambdas"] == [{}]
+        loaded = scheduler(target)
+        loaded.load_state_dict(state)
+        assert loaded.lr_lambdas == [target] and loaded.lr_lambdas[0](95) == target(95)
+
+
+# A new schedule: one class
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(Schedule):
+    """Half the learning rate after each `period` of the last `decay_steps` steps."""
+
+    name = "halving"
+    decay_steps: int
+    period: int
+
+    def multiplier(self, step):
+        if step < self.warmup_steps:
+            return step / self.warmup_steps
+        return 0.5 ** max(0, (step - self.total_steps + self.decay_steps) // self.period + 1)
+
+    def phases(self):
+        start = self.total_steps - self.decay_steps
+        ramp = [Phase("warm-up", 0, self.warmup_steps)] if self.warmup_steps else []
+        return [*ramp, Phase("stable", self.warmup_steps, start), Phase("decay", start, self.total_steps)]
+
+
+OPTIONS = {"optim": "radam", "lr_scheduler_type": "halving", "lr_scheduler_kwargs": {"period": 5}, "decay_steps": 0.1}
+
+
+def test_a_schedule_of_ones_own_is_one_class(tmp_path):
+    args = tiny.arguments(tmp_path, **OPTIONS, warmup_steps=3, max_steps=100)
+    schedule = args.schedule(100)
+    assert schedule == Halving(total_steps=100, warmup_steps=3, decay_steps=10, period=5)
+    assert Schedule.from_dict("halving", json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert [schedule.multiplier(step) for step in (1, 3, 89, 90, 95)] == [1 / 3, 1, 1, 0.5, 0.25]
+    assert schedule.pinned_at(90) == "_pre_decay" and schedule.decay_at(95) == (90, 100)
+    assert schedule.describe().endswith(
+        "steps: warm-up over steps 0-3, stable over steps 3-90, decay over steps 90-100"
+    )
+    assert args.uses_hf_radam and args.lr_scheduler_type == "halving"
+    longer = args.schedule(200, SchedulePast(90, schedule, warmup_steps=3))
+    assert (longer.total_steps, longer.warmup_steps, longer.decay_steps) == (200, 3, 20)
+    copy = pickle.loads(pickle.dumps(args))
+    assert copy.schedule(100) == schedule and type(args.lr_scheduler_type)("halving") == "halving"
+    flags = "--output_dir x --max_steps 50 --optim radam --lr_scheduler_type halving --decay_steps 10".split()
+    flags += ["--lr_scheduler_kwargs", '{"period": 2}']
+    (parsed,) = HfArgumentParser([RAdamTrainingArguments]).parse_args_into_dataclasses(flags)
+    assert parsed.schedule(50) == Halving(total_steps=50, decay_steps=10, period=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr_scheduler_kwargs": None}, "does not fit lr_scheduler_type=halving: .*period"),
+        ({"lr_scheduler_kwargs": {"periods": 5}}, "periods has no effect with halving. Use decay_steps, period"),
+        ({"min_lr_ratio": 0.5}, "min_lr_ratio=0.5 has no effect with lr_scheduler_type=halving. Use wsd or wsd_s"),
+    ],
+    ids=str,
+)
+def test_its_options_are_checked(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.arguments(tmp_path, **OPTIONS | change)
 
 
 def test_docstring_examples():

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_radam.argument_checks import HorizonError
 from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import (
@@ -28,9 +27,9 @@ from hf_radam.checkpoints.runs import (
 )
 from hf_radam.checkpoints.storage import sha256
 from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
-from hf_radam.describe import decay_at, decays, describe_schedule
 from hf_radam.names import SchedulerName
-from hf_radam.training_args import RAdamTrainingArguments
+from hf_radam.schedules import Schedule, SchedulePast, describe_schedule
+from hf_radam.training_args import HorizonError, RAdamTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +41,14 @@ class Extension:
     Attributes:
         checkpoint: what it goes on from: the source, or a later checkpoint of its own.
         leaves_decay: whether that is the end of a decay of WSD-S, where the learning rate goes back to the peak.
-        kept: what `RAdamTrainingArguments.go_on_with_schedule` wants to know of the old schedule; empty if nothing.
+        past: what stays of the old schedule; None of a stock run.
         identity: what tells the source from any other checkpoint; written into those of the extended run.
         words: the old and the new schedule, for the user.
     """
 
     checkpoint: Path
     leaves_decay: bool
-    kept: Mapping[str, Any]
+    past: SchedulePast | None
     identity: str
     words: str
 
@@ -60,7 +59,7 @@ def right_command(checkpoint: str, total_steps: int) -> str:
 
 
 def extend(args: RAdamTrainingArguments, *, verify_fn: VerifyFn = verify_checkpoint) -> Extension:
-    """Choose where the extended run begins, and let its arguments go on with the old schedule.
+    """Choose where the extended run begins, and what stays of the old schedule.
 
     Args:
         args: `extend_from` is the run (or one checkpoint of it), `max_steps` the new total.
@@ -73,15 +72,15 @@ def extend(args: RAdamTrainingArguments, *, verify_fn: VerifyFn = verify_checkpo
     assert args.extend_from is not None
     source = _source(Path(args.extend_from), args, verify_fn)
     manifest = read_manifest(source.path)
-    old = "unknown (stock Trainer)"
+    old, past = "unknown (stock Trainer)", None
     if manifest is not None:
-        old = describe_schedule(
-            manifest["schedule"], name=manifest["method"]["lr_scheduler_type"], total_steps=manifest["max_steps"]
-        )
-    schedule = args.schedule(args.max_steps)
-    keywords = None if schedule is None else dict(schedule.keywords)
-    _check_decay_to_come(keywords, manifest["schedule_step"] if manifest else source.step, source.path)
-    new = describe_schedule(keywords, name=SchedulerName(args.lr_scheduler_type).value, total_steps=args.max_steps)
+        name, schedule = manifest["method"]["lr_scheduler_type"], schedule_of(manifest)
+        old = describe_schedule(schedule, name=name, total_steps=manifest["max_steps"])
+        past = SchedulePast(manifest["schedule_step"], schedule, manifest["warmup_steps"])
+    args.resolve_warmup_steps(args.max_steps, past)
+    schedule = args.schedule(args.max_steps, past)
+    _check_decay_to_come(schedule, past.step if past else source.step, source.path)
+    new = describe_schedule(schedule, name=SchedulerName(args.lr_scheduler_type).value, total_steps=args.max_steps)
 
     identity = manifest[OWN_CHECKSUM] if manifest else sha256(source.path / TRAINER_STATE_NAME)
     in_place = _same_folder(run_of(source.path), args.output_dir)
@@ -92,31 +91,30 @@ def extend(args: RAdamTrainingArguments, *, verify_fn: VerifyFn = verify_checkpo
             raise HorizonError(
                 f"{checkpoint} in output_dir is not of this extension of {args.extend_from}: give another output_dir."
             )
-        if own is None or own["schedule"] != keywords:
+        if own is None or schedule_of(own) != schedule:
             raise CheckpointError("it is not on the schedule of the extended run.")
         check_resumable(checkpoint, verify_fn=verify_fn)
 
     own = newest_checkpoint(str(args.output_dir), check_own, among=lambda place: place.step > source.step)
     begin = source if own is None else own
     words = f"Extending {args.extend_from} from {begin.path}\n  old: {old}\n  new: {new}"
-    leaves_decay = own is None and manifest is not None and at_budget(manifest)
-    return Extension(begin.path, leaves_decay, _kept(manifest) if manifest else {}, identity, words)
+    leaves_decay = own is None and past is not None and _at_budget(past)
+    return Extension(begin.path, leaves_decay, past, identity, words)
 
 
 def _same_folder(one: Path, other: str | None) -> bool:
     return one.resolve() == Path(str(other)).resolve()
 
 
-def _kept(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "warmup_steps": manifest["warmup_steps"],
-        "schedule": manifest["schedule"],
-        "step": manifest["schedule_step"],
-    }
+def schedule_of(manifest: Mapping[str, Any]) -> Schedule | None:
+    """Return the schedule that a manifest tells of; None for one of transformers."""
+    if manifest["schedule"] is None:
+        return None
+    return Schedule.from_dict(manifest["method"]["lr_scheduler_type"], manifest["schedule"])
 
 
 def _source(root: Path, args: RAdamTrainingArguments, verify_fn: VerifyFn) -> CheckpointRef:
-    """The latest checkpoint of the run that the new schedule can begin with; `args` then know what stays of the old."""
+    """Return the latest checkpoint of the run that the new schedule can begin with."""
     alone = (root / TRAINER_STATE_NAME).is_file() and has_optimizer(root)  # a run has no optimizer
     places = (
         [CheckpointRef(recorded_step(root) or 0, "", root)]
@@ -132,7 +130,9 @@ def _source(root: Path, args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Ch
             if manifest is not None and not total_checked:
                 _check_total(manifest, root, args)
                 total_checked = True
-            decay = None if manifest is None else decay_at(manifest["schedule"], manifest["schedule_step"])
+            decay = None
+            if manifest is not None and (schedule := schedule_of(manifest)) is not None:
+                decay = schedule.decay_at(manifest["schedule_step"])
             if decay is not None:
                 in_decay.append(f"{place.path} stands in the decay from update {decay[0]} to {decay[1]}.")
                 continue
@@ -142,8 +142,6 @@ def _source(root: Path, args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Ch
             continue
         for text in damaged:
             logger.warning("Passing over: %s", text)
-        if manifest is not None:
-            args.go_on_with_schedule(**_kept(manifest))
         return place
     why = " ".join([*damaged, *in_decay]) or "There is no checkpoint in it."
     raise CheckpointError(f"extend_from={root}: nothing to go on from to {args.max_steps} updates. {why}")
@@ -167,9 +165,9 @@ def _check_total(newest_manifest: Mapping[str, Any], root: Path, args: RAdamTrai
         )
 
 
-def _check_decay_to_come(schedule: Mapping[str, Any] | None, step: int, checkpoint: Path) -> None:
+def _check_decay_to_come(schedule: Schedule | None, step: int, checkpoint: Path) -> None:
     """Raise `HorizonError` if a decay of the new schedule should have begun before the checkpoint."""
-    for start, end in decays(schedule):
+    for start, end in [] if schedule is None else schedule.decays():
         if start < step < end:
             raise HorizonError(
                 f"The decay to update {end} would begin at {start}, before {checkpoint} at update {step}: raise "
@@ -177,6 +175,5 @@ def _check_decay_to_come(schedule: Mapping[str, Any] | None, step: int, checkpoi
             )
 
 
-def at_budget(manifest: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint stands at a budget of its WSD-S schedule."""
-    return manifest["schedule_step"] in (manifest["schedule"] or {}).get("budgets", ())
+def _at_budget(past: SchedulePast) -> bool:
+    return past.schedule is not None and past.schedule.resets_to_peak(past.step)

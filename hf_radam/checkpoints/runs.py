@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from hf_radam.checkpoints.layouts import missing_state
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.checkpoints.manifest import recorded_step as recorded_step
 from hf_radam.checkpoints.storage import interrupted, remove
 from hf_radam.checkpoints.verify import VerifyFn, check_complete, verify_checkpoint
+from hf_radam.schedules import BUDGETS_FOLDER, PRE_DECAY_FOLDER
 
 logger = logging.getLogger(__name__)
 
-PRE_DECAY_FOLDER, BUDGETS_FOLDER = "_pre_decay", "_budgets"
 PINNED_FOLDERS = (PRE_DECAY_FOLDER, BUDGETS_FOLDER)
 PREFIX = "checkpoint-"
 
@@ -84,18 +83,6 @@ def check_resumable(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_checkp
             f"{checkpoint} has no {name}, so it cannot be resumed (was it saved with save_only_model?). To start a new "
             "run from its weights, load it as the model instead."
         )
-
-
-def pinned_folder(schedule: Mapping[str, Any], step: int) -> str | None:
-    """Return the folder that keeps the state after a step for good, or None.
-
-    Args:
-        schedule: keywords of `wsd` (pins the state after the last stable step) or `wsd_s` (pins it at each budget).
-        step: completed steps of the schedule.
-    """
-    if "budgets" in schedule:
-        return BUDGETS_FOLDER if step in schedule["budgets"] else None
-    return PRE_DECAY_FOLDER if 0 < step == schedule["total_steps"] - schedule["decay_steps"] else None
 
 
 def rotate(run: Path, limit: int | None, *, protected: Collection[Path]) -> None:

@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from hf_radam.checkpoints.extension import extend
     from hf_radam.preview import preview
 
-    words = extend(args).words if args.extend_from is not None else None
-    resolved = preview(args)
-    lines = [words, ""] if words else []
+    extension = extend(args) if args.extend_from is not None else None
+    resolved = preview(args, None if extension is None else extension.past)
+    lines = [extension.words, ""] if extension is not None else []
     lines += report(resolved, args, width=shutil.get_terminal_size().columns, ascii_only=only_ascii())
     if passed_over:
         lines += ["", f"not about training, so passed over: {', '.join(passed_over)}"]

@@ -15,9 +15,9 @@ from hf_radam.checkpoints.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, rea
 from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.models.consolidation import is_sharded_alone
 from hf_radam.checkpoints.runs import list_checkpoints
-from hf_radam.describe import describe_schedule
 from hf_radam.model_card import TRAINING, Averaging, Best, Checkpoint, Evaluation, Facts, Loader
 from hf_radam.names import SchedulerName
+from hf_radam.schedules import describe_schedule
 from hf_radam.training.parts import PartsMixin
 from hf_radam.training.raw_names import prefixes, raw_twins
 from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
@@ -30,7 +30,7 @@ def facts_of(trainer: PartsMixin) -> Facts:
     args, state = trainer.args, trainer.state
     schedule = SchedulerName(args.lr_scheduler_type).value
     total = state.max_steps or args.max_steps
-    ours = args.schedule(total) if total > 0 else None
+    ours = args.schedule(total, trainer._past) if total > 0 else None
     best = _best(trainer)
     update = best.update if best is not None and best.loaded else None
     model, run = trainer._bare_model, Path(str(args.output_dir))
@@ -40,9 +40,7 @@ def facts_of(trainer: PartsMixin) -> Facts:
         version=__version__,
         optimizer=trainer._optimizer_name,
         schedule=schedule,
-        schedule_in_words=describe_schedule(
-            None if ours is None else ours.keywords, name=schedule, total_steps=total if total > 0 else None
-        ),
+        schedule_in_words=describe_schedule(ours, name=schedule, total_steps=total if total > 0 else None),
         updates=state.global_step,
         averaging=_averaging(trainer, state.global_step if update is None else update),
         kind=_kind(trainer),

@@ -15,10 +15,9 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
-from hf_radam.argument_checks import HorizonError
 from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints import storage
-from hf_radam.checkpoints.extension import Extension, extend
+from hf_radam.checkpoints.extension import Extension, extend, schedule_of
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.models import adapters, model_folders
@@ -28,11 +27,11 @@ from hf_radam.checkpoints.runs import (
     check_resumable,
     list_checkpoints,
     newest_checkpoint,
-    pinned_folder,
     run_of,
     step_of,
 )
 from hf_radam.checkpoints.verify import VerifyFn, evaluation_folder
+from hf_radam.schedules import SchedulePast
 from hf_radam.sharding import find_sharding
 from hf_radam.training import moving, resume_checks
 from hf_radam.training.agreement import check_agreement
@@ -41,6 +40,7 @@ from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.parts import PartsMixin
 from hf_radam.training.shared_folder import check_shared_folder
 from hf_radam.training.verification import decide_on_rank0
+from hf_radam.training_args import HorizonError
 
 logger = logging.get_logger(__name__)
 
@@ -69,7 +69,7 @@ class ResumingMixin(PartsMixin):
         """
         # Before anything else: a process on which our methods are off would not look for a checkpoint with the others.
         check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
-        self._extension = None
+        self._extension = self._past = None
         if self._refused and self.model_init is None:
             raise RuntimeError(
                 "This trainer has loaded parts of a checkpoint that was then refused: make a new trainer and model."
@@ -100,8 +100,7 @@ class ResumingMixin(PartsMixin):
                     "from: drop one."
                 )
             self._extension = decide_on_rank0(self._extended)
-            if self._extension.kept:
-                self.args.go_on_with_schedule(**self._extension.kept)
+            self._past = self._extension.past
             if self.is_world_process_zero():
                 print(self._extension.words)
             return str(self._extension.checkpoint)
@@ -111,7 +110,7 @@ class ResumingMixin(PartsMixin):
         chosen: str = decide_on_rank0(self._newest if wanted is True else functools.partial(self._named, str(wanted)))
         resumed = read_manifest(chosen)
         if resumed is not None:
-            self.args.keep_passed_budgets(resumed["schedule"], step=resumed["schedule_step"])
+            self._past = SchedulePast(resumed["schedule_step"], schedule_of(resumed))
         return chosen
 
     def _warn_of_earlier_run(self) -> None:
@@ -252,8 +251,8 @@ class ResumingMixin(PartsMixin):
 
     def _keep_pinned(self, checkpoint: Path) -> None:
         """Pin the checkpoint that is gone on from where this run would have pinned it and has not."""
-        schedule = self.args.schedule(self.state.max_steps)
-        folder = None if schedule is None else pinned_folder(schedule.keywords, self._updates_scheduled())
+        schedule = self.args.schedule(self.state.max_steps, self._past)
+        folder = None if schedule is None else schedule.pinned_at(self._updates_scheduled())
         if folder is None:
             return
         run, place = Path(str(self.args.output_dir)), Path(folder, f"{PREFIX}{self.state.global_step}")

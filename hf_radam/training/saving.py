@@ -19,7 +19,7 @@ from hf_radam import __version__
 from hf_radam.checkpoints import manifest, storage
 from hf_radam.checkpoints.models import adapters
 from hf_radam.checkpoints.models.weight_files import parameter_dtypes
-from hf_radam.checkpoints.runs import PREFIX, pinned_folder, rotate
+from hf_radam.checkpoints.runs import PREFIX, rotate
 from hf_radam.names import SchedulerName
 from hf_radam.sharding.base import all_gather_object
 from hf_radam.training.backends import is_sharded
@@ -137,10 +137,10 @@ class SavingMixin(FoldersMixin):
 
     def _pinned_in(self) -> str | None:
         """The folder in which the state after the update just made is kept for good, if it is."""
-        schedule = self.args.schedule(self.state.max_steps)
+        schedule = self.args.schedule(self.state.max_steps, self._past)
         if schedule is None or self.accelerator.optimizer_step_was_skipped:
             return None
-        return pinned_folder(schedule.keywords, self._updates_scheduled())
+        return schedule.pinned_at(self._updates_scheduled())
 
     # ---- Where and how ----
 
@@ -280,7 +280,7 @@ class SavingMixin(FoldersMixin):
             self._saving_checkpoint = False
 
     def _write_manifest(self, folder: Path, sealed: Mapping[str, tuple[int, str]] = storage.NOTHING) -> None:
-        schedule = self.args.schedule(self.state.max_steps)
+        schedule = self.args.schedule(self.state.max_steps, self._past)
         source = self._evaluation.source
         content = {
             "hf_radam_version": __version__,
@@ -293,8 +293,8 @@ class SavingMixin(FoldersMixin):
             "max_steps": self.state.max_steps,
             "learning_rate": self.args.learning_rate,
             "weight_decay": self.args.weight_decay,
-            "warmup_steps": self.args.get_warmup_steps(self.state.max_steps),
-            "schedule": None if schedule is None else dict(schedule.keywords),
+            "warmup_steps": self.args.resolve_warmup_steps(self.state.max_steps, self._past),
+            "schedule": None if schedule is None else schedule.to_dict(),
             "schedule_step": self._updates_scheduled(),
             "extended_from": self._extended_from,
             "averaging": self._describe_average(),

@@ -6,13 +6,14 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 
-from hf_radam.argument_checks import check_combinations
 from hf_radam.checkpoints.models.adapters import check_adapter, is_peft
-from hf_radam.names import OPTIMIZERS, OUR_SCHEDULES, OptimizerName, SchedulerName
+from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.checks import low_precision
+from hf_radam.schedules import Schedule
 from hf_radam.training.backends import check_backend
 from hf_radam.training.collected import is_of_trl, keeps_metrics
+from hf_radam.training_args import check_combinations
 
 
 def given_optimizer_class(trainer: Any) -> type | None:
@@ -44,11 +45,6 @@ def check_supported(trainer: Any) -> None:
             raise ValueError(
                 "An adapter that was put in with model.add_adapter() cannot be resumed by Trainer: use "
                 "peft.get_peft_model."
-            )
-        if args.auto_find_batch_size and args.world_size > 1:
-            raise ValueError(
-                "auto_find_batch_size with several processes: when one of them runs out of memory the others do not "
-                "begin anew with it. Set per_device_train_batch_size, and gradient_accumulation_steps for the rest."
             )
     own_weights = args.ewa or schedule_free or (args.uses_hf_radam and args.load_best_model_at_end)
     if own_weights and getattr(args, "use_vllm", False):  # TRL's GRPOTrainer and RLOOTrainer have it
@@ -89,5 +85,5 @@ def _check_given_optimizer(trainer: Any) -> None:
             raise ValueError(
                 f"optim={optim} and an optimizer of class {given.__name__} given to the trainer: drop one."
             )
-    if trainer.lr_scheduler is not None and schedule in OUR_SCHEDULES:
+    if trainer.lr_scheduler is not None and schedule in Schedule.registered():
         raise ValueError(f"lr_scheduler_type={schedule} and a schedule given to the trainer: drop one.")

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from hf_radam import RAdamTrainingArguments
 from hf_radam.checkpoints.runs import list_checkpoints
 from hf_radam.optim.rectification import rectification
-from hf_radam.preview import DECAY, STABLE, WARM_UP, describe_factors, phases_of_keywords, phases_of_rates, preview
+from hf_radam.preview import DECAY, STABLE, WARM_UP, describe_factors, phases_of_rates, phases_of_schedule, preview
 
 UPSTREAM = {"optim": "adamw_torch"}
 RUNS = {
@@ -91,8 +91,8 @@ def test_the_curve_alone_tells_the_same_phases_as_the_keywords(tmp_path, kind, d
     budgets = {"budgets": [30, 60]} if kind == "wsd_s" else {}
     args = tiny.arguments(tmp_path, max_steps=100, **options, **budgets)
     schedule = args.schedule(100)
-    rates = [schedule(step) for step in range(101)]
-    assert parts(phases_of_keywords(schedule.keywords, rates)) == parts(phases_of_rates(rates))
+    rates = [schedule.multiplier(step) for step in range(101)]
+    assert parts(phases_of_schedule(schedule, rates)) == parts(phases_of_rates(rates))
 
 
 def test_the_factor_and_its_words(tmp_path):

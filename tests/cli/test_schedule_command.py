@@ -61,7 +61,7 @@ def test_flags_win_over_the_file(capsys, monkeypatch):
         "50",
     ]
     text = printed(words, capsys, monkeypatch)
-    assert "wsd, 5000 updates: warm-up 50 updates, peak until update 4500, 1-sqrt decay over updates 4500-5000" in text
+    assert "wsd, 5000 steps: warm-up 50 steps, peak, 1-sqrt decay over steps 4500-5000" in text
     assert re.search(r"^stable +51-4500 +89.0 % +0.004 +_pre_decay/checkpoint-4500$", text, re.MULTILINE)
 
 
@@ -89,12 +89,12 @@ def test_a_json_file(capsys, monkeypatch, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"lr_scheduler_type": "cosine", "max_steps": 50, "block_size": 8}), encoding="utf-8")
     text = printed([str(path)], capsys, monkeypatch)
-    assert text.startswith("cosine, 50 updates\n") and "passed over: block_size" in text
+    assert text.startswith("cosine, 50 steps\n") and "passed over: block_size" in text
 
 
 def test_a_gpus_configuration_is_answered_without_one(capsys, monkeypatch):
     flags = ["--max_steps", "50", "--bf16", "--tf32", "true", "--fsdp", "true", "--deepspeed", "nowhere.json"]
-    assert printed(flags, capsys, monkeypatch).startswith("linear, 50 updates\n")
+    assert printed(flags, capsys, monkeypatch).startswith("linear, 50 steps\n")
 
 
 def test_a_run_that_is_extended_keeps_its_past(tmp_path, capsys, monkeypatch):
@@ -104,7 +104,7 @@ def test_a_run_that_is_extended_keeps_its_past(tmp_path, capsys, monkeypatch):
     flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
     more = ["--extend_from", str(tmp_path / "run"), "--max_steps", "60", "--output_dir", str(tmp_path / "longer")]
     text = printed([*flags, *more], capsys, monkeypatch)
-    assert "new: wsd_s, 60 updates: warm-up 2 updates, peak, 1-sqrt decays over updates 16-20, 56-60" in text
+    assert "new: wsd_s, 60 steps: warm-up 2 steps, peak, 1-sqrt decay over steps 16-20, 56-60" in text
     assert re.findall(r"^warm-up +1-2 ", text, re.MULTILINE)
 
 
@@ -112,7 +112,7 @@ REFUSED = {
     "flag": (["--max_step", "5"], "unknown flag --max_step: did you mean --max_steps"),
     "value": (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
     "no length": (["--optim", "radam"], "max_steps is not set"),
-    "too long": (["--optim", "radam", "--max_steps", "9", "--decay_steps", "20"], "need 20 updates, but the run has 9"),
+    "too long": (["--optim", "radam", "--max_steps", "9", "--decay_steps", "20"], "need 20 steps, but the run has 9"),
     "no file": (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
     "not a config": (["data.csv"], "'data.csv' is not a .yaml, .yml or .json file"),
     "picture": (["--max_steps", "9", "--png", "a.jpg"], "a.jpg must end in .png"),

@@ -161,7 +161,7 @@ def test_flags_only(folder):
     assert refused.returncode == 2 and "extend the run: --extend_from flags --max_steps 8" in refused.stderr
     done = launch(*flags, "--output_dir", "longer", "--extend_from", "flags", cwd=folder)
     assert done.returncode == 0, done.stderr
-    assert "new: wsd, 8 updates: peak until update 7, 1-sqrt decay over updates 7-8" in done.stdout
+    assert "new: wsd, 8 steps: peak, 1-sqrt decay over steps 7-8" in done.stdout
     assert sorted(path.name for path in (folder / "longer" / "_pre_decay").iterdir()) == ["checkpoint-7"]
 
 

@@ -27,7 +27,7 @@ def test_each_method_is_named_with_its_place_and_its_learning_rate(made, name, c
     assert (facts.optim, facts.lr_scheduler_type) == (args.optim.value, args.lr_scheduler_type.value)
     assert facts.ewa == args.ewa
     schedule = args.schedule(20)
-    assert facts.learning_rates == [1e-2 * (1.0 if schedule is None else schedule(12))]
+    assert facts.learning_rates == [1e-2 * (1.0 if schedule is None else schedule.multiplier(12))]
     assert facts.phase == "stable"
     assert facts.root == ("y" if "schedule_free" in name else "training weights")
     assert facts.evaluation_folder == ("ewa" if "ewa" in name else "schedule_free" if "schedule_free" in name else "")

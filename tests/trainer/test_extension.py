@@ -9,9 +9,10 @@ import pytest
 import tiny
 from transformers import Trainer
 
-from hf_radam.argument_checks import HorizonError
+from hf_radam import RAdamTrainer
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.verify import verify_checkpoint
+from hf_radam.training_args import HorizonError
 
 WSD = {"optim": "radam", "lr_scheduler_type": "wsd", "ewa": True, "ewa_every": 3}
 WSD_S = {"optim": "radam", "lr_scheduler_type": "wsd_s", "ewa": True, "ewa_decay": 0.9}
@@ -87,11 +88,23 @@ def test_the_warm_up_stays_where_it_was_though_it_was_a_ratio(tmp_path, capsys):
     options = WSD | {"warmup_steps": 0.5, "decay_steps": 0.2}
     run(tmp_path / "short", **options, max_steps=20)
     extended = run(tmp_path / "extended", source=tmp_path / "short", **options, max_steps=40)
-    assert "warm-up 10 updates, peak until update 32" in capsys.readouterr().out
+    assert "warm-up 10 steps, peak, 1-sqrt decay over steps 32-40" in capsys.readouterr().out
     planned = run(tmp_path / "planned", **options | {"warmup_steps": 10}, max_steps=40)
     assert_same(extended, planned)
-    with pytest.raises(ValueError, match="warmup_steps=12, but the run that is extended had 10: leave it out"):
+    with pytest.raises(ValueError, match="warmup_steps=12, but the run that is extended had 10. Leave it out"):
         run(tmp_path / "x", source=tmp_path / "short", **options | {"warmup_steps": 12}, max_steps=40)
+
+
+def test_arguments_can_be_used_again_after_an_extension(tmp_path):
+    options = WSD_S | {"warmup_steps": 0.1, "decay_steps": 4}
+    run(tmp_path / "short", **options, max_steps=20)
+    args = tiny.arguments(tmp_path / "longer", **options, max_steps=40, extend_from=str(tmp_path / "short"))
+    for folder, warmup_steps, budgets in (("longer", 2, [20, 40]), ("again", 4, [40])):
+        args.output_dir = str(tmp_path / folder)
+        RAdamTrainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train()
+        schedule = read_manifest(tmp_path / folder / "_budgets" / "checkpoint-40")["schedule"]
+        assert (schedule["warmup_steps"], schedule["budgets"]) == (warmup_steps, budgets)
+        args.extend_from = None
 
 
 def test_several_extensions_in_a_row_in_place_and_elsewhere(tmp_path, capsys):
@@ -109,7 +122,7 @@ def test_wsd_s_several_extensions_in_a_row(tmp_path):
     last = run(tmp_path / "c", source=tmp_path / "b", **WSD_S, budgets=[50], max_steps=60)
     whole = run(tmp_path / "whole", **WSD_S, budgets=[20, 40, 50], max_steps=60)
     assert_same(last, whole)
-    with pytest.raises(ValueError, match="budgets=\\[30\\]: update 30 of 60 has passed .* stands at its budget 40"):
+    with pytest.raises(ValueError, match="budgets=\\[30\\]: the run is past step 30 of 60, at its budget 40"):
         run(tmp_path / "x", source=tmp_path / "b", **WSD_S, budgets=[30], max_steps=60)
 
 
@@ -182,7 +195,7 @@ def test_what_is_no_extension_is_refused(tmp_path):
     ):
         with pytest.raises((CheckpointError, HorizonError), match=re.escape(message)):
             run(tmp_path / "x", source=tmp_path / name, **options, max_steps=total)
-    with pytest.raises(ValueError, match="both say where to go on from"):
+    with pytest.raises(ValueError, match="exclude each other|both say where to go on from"):
         run(tmp_path / "x", source=tmp_path / "ewa", resume=str(tmp_path), **ewa, max_steps=30)
 
 

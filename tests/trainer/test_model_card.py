@@ -29,11 +29,10 @@ TAGS = {
     "schedule_free_ewa": ["hf_radam", "schedule-free", "ewa"],
 }
 WORDS = {
-    "wsd": "- Schedule: wsd, 20 updates: peak until update 12, 1-sqrt decay over updates 12-20 to 0 of the peak\n"
-    "- Averaging: none\n",
-    "wsd_s": "- Schedule: wsd_s, 20 updates: peak, 1-sqrt decays over updates 6-10, 12-20 to 0 of the peak\n",
+    "wsd": "- Schedule: wsd, 20 steps: peak, 1-sqrt decay over steps 12-20 to 0 of the peak\n- Averaging: none\n",
+    "wsd_s": "- Schedule: wsd_s, 20 steps: peak, 1-sqrt decay over steps 6-10, 12-20 to 0 of the peak\n",
     "ewa": "every update, with a half-life of 0.0625 of the updates since it began; 1.25 updates after update 20\n",
-    "schedule_free": "- Schedule: constant, 20 updates\n- Averaging: none\n",
+    "schedule_free": "- Schedule: constant, 20 steps\n- Averaging: none\n",
     "schedule_free_ewa": "every 3 updates, with a decay of 0.9 per update, which is a half-life of 6.579 updates; ",
 }
 
