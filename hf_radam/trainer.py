@@ -12,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput, has_length
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
@@ -21,7 +21,6 @@ from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.around_update import tell_of_updates
-from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.collected import collected_apart
 from hf_radam.training.evaluation import EvaluationWeights
@@ -116,28 +115,6 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
 
     # ---- Training ----
 
-    def _inner_training_loop(
-        self,
-        batch_size: int | None = None,
-        args: Any = None,
-        resume_from_checkpoint: str | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """Begin each further attempt of `auto_find_batch_size` where the first began.
-
-        Upstream would begin it with the weights, the optimizer and the random state that the failed one left.
-        """
-        if self._active and self.args.auto_find_batch_size:
-            if self._before_the_first_attempt is None:
-                self._before_the_first_attempt = BeforeTheFirstAttempt(
-                    self, self._bare_model, checkpoint=resume_from_checkpoint, folder=self._get_output_dir(trial)
-                )
-            else:
-                logger.warning(f"Out of memory: training begins anew with {batch_size} sequences per process.")
-                self._before_the_first_attempt.put_back()
-        return super()._inner_training_loop(batch_size, args, resume_from_checkpoint, trial, ignore_keys_for_eval)
-
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Begin the average, or go on with the checkpoint's, once the parameters are the ones that will train."""
         if self._best_model_loaded:
@@ -155,8 +132,6 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
             self._evaluation = EvaluationWeights(self._bare_model)
             return prepared
         check_prepared(self)
-        if self.args.auto_find_batch_size:
-            self.state.train_batch_size = self._train_batch_size  # on resuming, upstream keeps the checkpoint's
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
         sharding.check()
         choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
@@ -234,7 +209,7 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
     def _recalibrate_batch_norm(self) -> None:
         """Take the statistics of the same seeded training batches, for whatever weights the model holds."""
         count = self.args.recalibrate_batch_norm_batches
-        batch_size = self._train_batch_size  # may have been found
+        batch_size = self._train_batch_size
         dataset: Any = self.train_dataset
         generator = torch.Generator().manual_seed(self.args.seed)
         order = torch.randperm(len(dataset), generator=generator)[: count * batch_size].tolist()

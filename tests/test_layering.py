@@ -165,10 +165,8 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.given": ({"training_args"}, {"transformers"}),
     "training.evaluation": ({"averaging", "optim", "batch_norm", "sharding"}, {"torch"}),
-    "training.attempts": ({"random_state"} | within("checkpoints", "storage manifest runs"), ANY),
     "training.parts": (
-        {"averaging", "optim", "names", "schedules", "training_args"}
-        | within("training", "support evaluation attempts"),
+        {"averaging", "optim", "names", "schedules", "training_args"} | within("training", "support evaluation"),
         ANY,
     ),
     "training.resume_checks": (
@@ -227,7 +225,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
-            "support given collected backends fusing evaluation attempts just_in_time saving reporting resuming search "
+            "support given collected backends fusing evaluation just_in_time saving reporting resuming search "
             "around_update raw_names",
         ),
         ANY,

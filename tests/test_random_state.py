@@ -1,4 +1,4 @@
-"""What is drawn inside `preserved_random_state` leaves no trace, a seed draws the same; `keep_random_state` undoes."""
+"""What is drawn inside `preserved_random_state` leaves no trace, and a seed draws the same each time."""
 
 import random
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_radam.random_state import keep_random_state, preserved_random_state
+from hf_radam.random_state import preserved_random_state
 
 
 def draw():
@@ -35,11 +35,3 @@ def test_a_seed_draws_the_same_each_time():
             inside.append(draw())
         draw()
     assert inside[0] == inside[1]
-
-
-def test_a_kept_state_can_be_put_back_more_than_once():
-    put_back = keep_random_state()
-    first = draw()
-    for _ in range(2):
-        put_back()
-        assert draw() == first

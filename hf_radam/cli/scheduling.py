@@ -86,10 +86,10 @@ def _training_arguments(arguments: argparse.Namespace) -> tuple[RAdamTrainingArg
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments
 
-    parser = ConfigArgumentParser([RAdamTrainingArguments], refuse=arguments.refuse, passes_over=True)
+    parser = ConfigArgumentParser([RAdamTrainingArguments], refuse=arguments.refuse, allow_other_keys=True)
     # The hardware that the run is for need not be here, and changes no learning rate.
     (args,) = parser.parse(arguments.training_flags, use_cpu=True, tf32=None, deepspeed=None, fsdp=None)
-    return args, parser.passed_over
+    return args, parser.other_keys
 
 
 def report(resolved: Preview, args: RAdamTrainingArguments, *, width: int, ascii_only: bool) -> list[str]:

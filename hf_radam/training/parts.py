@@ -12,7 +12,6 @@ from hf_radam.averaging import WeightAverage
 from hf_radam.names import OptimizerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.schedules import SchedulePast
-from hf_radam.training.attempts import BeforeTheFirstAttempt
 from hf_radam.training.evaluation import EvaluationWeights
 from hf_radam.training.support import is_schedule_free
 from hf_radam.training_args import RAdamTrainingArguments
@@ -34,8 +33,6 @@ class PartsMixin(_Base):
     average: WeightAverage | None
     _evaluation: EvaluationWeights
     _best_model_loaded: bool = False
-    _before_the_first_attempt: BeforeTheFirstAttempt | None = None
-    """What `auto_find_batch_size` begins every further attempt with."""
     _past: SchedulePast | None = None
     """What a resumed or extended run keeps of the schedule that it followed so far."""
     _extended_from: str | None = None

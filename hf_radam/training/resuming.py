@@ -61,8 +61,6 @@ class ResumingMixin(PartsMixin):
     ) -> TrainOutput:
         """Choose the checkpoint to go on from, whole and verified: upstream takes the one with the highest number.
 
-        At the end, however it comes, let go of what `auto_find_batch_size` kept.
-
         Raises:
             ValueError: on every process, if they were started with different flags, models or data.
             CheckpointError: if the checkpoint named is damaged, or there is none to go on from.
@@ -84,8 +82,6 @@ class ResumingMixin(PartsMixin):
         except (CheckpointError, HorizonError):
             self._refused = resume_from_checkpoint is not None
             raise
-        finally:
-            self._before_the_first_attempt = None
 
     # ---- Which checkpoint ----
 

@@ -75,12 +75,12 @@ def test_yaml_values_are_read_as_flags_are(write):
 
 def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
     settings = {"learning_rate": 1e-7, "budgets": [0.25, 60], "lr_scheduler_type": "wsd_s", "max_steps": 100}
-    settings |= {"ewa": True, "seed": None, "run_name": "tab\there", "block_size": 32}
+    settings |= {"ewa": True, "seed": None, "run_name": "tab\there \U0001f600", "block_size": 32}
     path = tmp_path / "run.json"
-    path.write_text(json.dumps(settings, indent="\t"), encoding="utf-8")
+    path.write_text(json.dumps(settings, indent="\t"), encoding="utf-8")  # which escapes the emoji as a pair
     _, data, args = parse_arguments([str(path), "--max_steps", "200"])
     assert (args.learning_rate, args.budgets, args.ewa, args.seed) == (1e-7, [0.25, 60.0], True, 42)
-    assert (args.run_name, args.max_steps, data.block_size) == ("tab\there", 200, 32)
+    assert (args.run_name, args.max_steps, data.block_size) == ("tab\there \U0001f600", 200, 32)
     path.write_text('{"seed": 1, "seed": 2}', encoding="utf-8")
     with pytest.raises(SystemExit):
         parse_arguments([str(path)])
