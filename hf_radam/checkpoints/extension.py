@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import (
     CheckpointRef,
     check_resumable,
+    is_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     recorded_step,
     run_of,
-    step_of,
 )
 from hf_radam.checkpoints.storage import sha256
 from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
@@ -115,12 +114,7 @@ def schedule_of(manifest: Mapping[str, Any]) -> Schedule | None:
 
 def _source(root: Path, args: RAdamTrainingArguments, verify_fn: VerifyFn) -> CheckpointRef:
     """Return the latest checkpoint of the run that the new schedule can begin with."""
-    alone = (root / TRAINER_STATE_NAME).is_file() and has_optimizer(root)  # a run has no optimizer
-    places = (
-        [CheckpointRef(recorded_step(root) or 0, "", root)]
-        if alone or step_of(root) is not None
-        else list_checkpoints(root)
-    )
+    places = [CheckpointRef(recorded_step(root) or 0, "", root)] if is_checkpoint(root) else list_checkpoints(root)
     damaged: list[str] = []
     in_decay: list[str] = []
     total_checked = False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from transformers.utils import (
     CONFIG_NAME,
 )
 
-from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES, has_optimizer
+from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES
 from hf_radam.checkpoints.manifest import (
-    EVALUATION_FOLDERS,
-    MANIFEST_NAME,
     TRAINER_STATE_NAME,
     CheckpointError,
     PathLike,
@@ -26,8 +23,8 @@ from hf_radam.checkpoints.manifest import (
 from hf_radam.checkpoints.models.adapters import base_and_adapter
 from hf_radam.checkpoints.models.consolidation import consolidated, is_sharded_alone
 from hf_radam.checkpoints.models.model_class import class_of
-from hf_radam.checkpoints.runs import list_checkpoints, newest_checkpoint, recorded_step, step_of
-from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
+from hf_radam.checkpoints.runs import is_checkpoint, list_checkpoints, newest_checkpoint, recorded_step, step_of
+from hf_radam.checkpoints.verify import evaluation_folder
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +57,10 @@ def load_evaluation_model(
     if is_checkpoint(root):
         return _load_checkpoint(root, model_class, from_pretrained_kwargs)
     if holds_model(root):
-        wrong = verify_checkpoint(root, only="")
-        if not wrong:
-            later = later_than_model(root)
-            if later is not None:
-                logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
-            return _from_pretrained(root, model_class, from_pretrained_kwargs)
-        logger.warning("Passing over the model at the root of %s, which was not written to its end: %s.", root, wrong)
+        later = later_than_model(root)
+        if later is not None:
+            logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
+        return _from_pretrained(root, model_class, from_pretrained_kwargs)
     return _load_checkpoint(newest_loadable_checkpoint(root), model_class, from_pretrained_kwargs)
 
 
@@ -91,20 +85,6 @@ def holds_model(folder: PathLike) -> bool:
         return True
     kinds = ((CONFIG_NAME, WEIGHT_FILES), (ADAPTER_CONFIG_NAME, ADAPTER_FILES))
     return any((path / config).is_file() and any((path / f).is_file() for f in files) for config, files in kinds)
-
-
-def is_checkpoint(folder: PathLike) -> bool:
-    """Whether `folder` is a checkpoint: it has parts of ours, or it is named `checkpoint-N` and has a trainer state.
-
-    (The folder of a run may hold a trainer state as well.)
-    """
-    path = Path(folder)
-    if (path / MANIFEST_NAME).is_file():
-        return True
-    named = bool(re.fullmatch(r"checkpoint-\d+", path.resolve().name))
-    if any((path / name).is_dir() for name in EVALUATION_FOLDERS) and (named or has_optimizer(path)):
-        return True  # not written to the end, or damaged: `read_manifest` says so
-    return named and (path / TRAINER_STATE_NAME).is_file()
 
 
 def newest_loadable_checkpoint(run: PathLike) -> Path:

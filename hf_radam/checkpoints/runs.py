@@ -8,9 +8,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.layouts import missing_state
-from hf_radam.checkpoints.manifest import CheckpointError, PathLike
-from hf_radam.checkpoints.manifest import recorded_step as recorded_step
+from hf_radam.checkpoints.layouts import has_optimizer, missing_state
+from hf_radam.checkpoints.manifest import (
+    EVALUATION_FOLDERS,
+    MANIFEST_NAME,
+    CheckpointError,
+    PathLike,
+    recorded_step,
+)
 from hf_radam.checkpoints.storage import interrupted, remove
 from hf_radam.checkpoints.verify import VerifyFn, check_complete, verify_checkpoint
 from hf_radam.schedules import BUDGETS_FOLDER, PRE_DECAY_FOLDER
@@ -59,6 +64,21 @@ def list_checkpoints(run: PathLike) -> list[CheckpointRef]:
             CheckpointRef(step, pinned_in, now) for path, now in found.items() if (step := step_of(path)) is not None
         ]
     return sorted(refs, key=lambda ref: -ref.step)
+
+
+def is_checkpoint(folder: PathLike) -> bool:
+    """Return whether a folder is a checkpoint, complete or not, rather than a run.
+
+    Its content decides: an `output_dir` may be named `checkpoint-7` as well, and a run may hold a trainer state.
+    """
+    path = Path(folder)
+    if list_checkpoints(path):
+        return False
+    if (path / MANIFEST_NAME).is_file() or has_optimizer(path):
+        return True
+    step = step_of(path.resolve())
+    has_evaluation_weights = any((path / name).is_dir() for name in EVALUATION_FOLDERS)
+    return step is not None and (recorded_step(path) == step or has_evaluation_weights)
 
 
 def newest_checkpoint(

@@ -18,8 +18,10 @@ import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -44,6 +46,59 @@ NO_LOCKS = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSY
 
 class RunInUseError(RuntimeError):
     """Another process trains in the same run folder."""
+
+
+_held_locks: set[int] = set()
+
+
+def _close_inherited_locks() -> None:
+    """Close the lock files in a forked child, so that a data loader that outlives a killed run does not hold them."""
+    for descriptor in _held_locks:
+        os.close(descriptor)
+    _held_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+@contextmanager
+def run_lock(run: Path) -> Iterator[None]:
+    """Hold the lock of a run, so that no other process writes into its folder; the writing rank enters this.
+
+    The lock goes with the process, however it ends; the file stays. On a file system without locks only a warning is
+    logged.
+
+    Raises:
+        RunInUseError: if a live process holds the lock.
+    """
+    if fcntl is None:
+        yield
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    _held_locks.add(descriptor)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            raise RunInUseError(
+                f"{run} is in use: {holder} trains in it. Wait until it ends, or choose another output_dir."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            logger.warning("%s is on a file system without locks. Let one run at a time write into it.", run)
+        yield
+    finally:
+        if descriptor in _held_locks:  # else this is a forked child
+            _held_locks.remove(descriptor)
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
 
 def sha256(file: Path) -> str:

@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, later_than_model
 from hf_radam.checkpoints.manifest import PathLike
 from hf_radam.checkpoints.runs import PREFIX, list_checkpoints, step_of
 from hf_radam.checkpoints.storage import REPLACED, STAGING, interrupted
-from hf_radam.checkpoints.verify import verify_checkpoint
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 from hf_radam.inspection.facts import WHOLE, CheckpointFacts
 from hf_radam.inspection.uses import can_begin_extension, uses
@@ -69,8 +67,7 @@ class RunFacts:
 
 def looks_like_checkpoint(folder: PathLike) -> bool:
     """Whether a folder is a checkpoint, be it a damaged one: by its name, or by what it has."""
-    path = Path(folder)
-    return step_of(path.resolve()) is not None or is_checkpoint(path) or has_optimizer(path)
+    return is_checkpoint(folder)
 
 
 def looks_like_run(folder: PathLike) -> bool:
@@ -85,7 +82,7 @@ def inspect_run(run: PathLike) -> RunFacts:
     for place in list_checkpoints(root):
         name = Path(place.pinned_in, f"{PREFIX}{place.step}")
         entries.append(Entry(str(name), inspect_checkpoint(place.path)))
-    model = ModelFacts(verify_checkpoint(root, only=""), later_than_model(root)) if holds_model(root) else None
+    model = ModelFacts({}, later_than_model(root)) if holds_model(root) else None
 
     def first(accepts: Callable[[CheckpointFacts], bool]) -> str | None:
         return next((str(root / entry.name) for entry in entries if accepts(entry.facts)), None)
