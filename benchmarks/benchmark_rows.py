@@ -116,7 +116,7 @@ def step_rows() -> list[Row]:
         Row("hf_radam.RAdamScheduleFree", steps(lambda p: free(p, fused=False, **OPTIONS))),
         Row("schedulefree.RAdamScheduleFree, foreach", steps(lambda p: stock_free(p, **OPTIONS)), grows=True),
         Row("hf_radam.RAdam, fused", steps(lambda p: RAdam(p, fused=True, **OPTIONS)), grows=True),
-        Row("hf_radam.RAdam", steps(lambda p: RAdam(p, foreach=True, **OPTIONS))),
+        Row("hf_radam.RAdam", steps(lambda p: RAdam(p, foreach=True, fused=False, **OPTIONS))),
         Row("hf_radam.RAdam, fused, then WeightAverage", step_and_average, STEP + AVERAGING),
         Row("torch.optim.RAdam, foreach", steps(lambda p: torch.optim.RAdam(p, **radam)), grows=True),
         Row("torch.optim.AdamW, fused", steps(lambda p: torch.optim.AdamW(p, fused=True, **OPTIONS)), grows=True),

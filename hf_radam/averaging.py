@@ -1,67 +1,165 @@
-"""Keep an exponentially weighted average (EWA) of a model's weights while it trains.
+"""Keep an exponentially weighted average (EWA), an exponential moving average (EMA), of a model's weights.
 
 The idea: at a constant learning rate the weights wander around a good point; their average is closer to it than any
 single iterate (Zhang et al. 2025, arXiv:2410.21676). Every average here follows one rule,
 
     average += a_n * (theta_n - average),        a_1 = 1,
 
-with `theta_n` the weights at the n-th averaging; the two windows differ only in the step size `a_n`
-(`hf_radam.windows`). The first averaging copies the weights, so the initial weights
-never enter, and there is no average before it.
+with `theta_n` the weights at the n-th averaging; the two windows differ only in the step size `a_n`. The first one
+copies the weights, so the initial weights never enter, and there is no average before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_radam.host_average import AverageMover
-from hf_radam.kernels.folding import Folding, Foldings
-from hf_radam.kernels.plain import are_plain, sharing
+from hf_radam.optim import fused
 from hf_radam.sharding import LocalSharding, Sharding
-from hf_radam.windows import (
-    DEFAULT_HALF_LIFE_RATIO,
-    check_averaging,
-    fixed_decay_step_size,
-    growing_window_step_size,
-    half_life_of,
-)
+
+DEFAULT_HALF_LIFE_RATIO = 0.0625
+"""Half-life of the growing window, as a ratio of the steps since averaging began."""
 
 
-def _plain(named_parameters: Iterable[tuple[str, Tensor]]) -> Sharding:
-    """The sharding of tensors that are whole.
+# ---- Windows ----
 
-    Raises:
-        ValueError: for a DTensor: FSDP2 keeps some gathered after a forward pass, which is not seen from here.
+
+def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> float:
+    """Return the step size of the bias-corrected EWA with a fixed decay per step.
+
+    The newest point has weight 1 and those before it sum to `decay**every * weight_sum`, so the n-th step size is
+    `(1 - decay**every) / (1 - decay**(every * n))`: `every` does not change the length of the window.
+
+    Args:
+        weight_sum: sum of the weights so far, in units of the newest one's weight; 0 before the first averaging.
+        decay: decay per step, in (0, 1).
+        every: steps between two averagings.
+
+    Source:
+        Zhang et al. 2025, arXiv:2410.21676; the bias correction is Adam's (arXiv:1412.6980, section 3).
     """
-    sharding = LocalSharding(named_parameters)
-    if sharding.is_sharded:
+    return 1.0 / (1.0 + decay**every * weight_sum)
+
+
+def growing_window_step_size(elapsed: int, *, half_life_ratio: float, every: int) -> float:
+    """Return the step size of an EWA whose half-life is `half_life_ratio` of the `elapsed` steps of averaging.
+
+    `1 - 0.5**(every / (half_life_ratio * elapsed))`: needs no horizon, as the window grows with the run. It does not
+    depend on `every` while `every` is small against `half_life_ratio * elapsed`.
+    """
+    return -math.expm1(-math.log(2.0) * every / (half_life_ratio * elapsed))
+
+
+def half_life_of(step_size: float, *, every: int) -> float:
+    """Return the steps over which an average with a step size in (0, 1] forgets half of what it holds, 0 for a copy.
+
+    In the growing window `half_life_ratio * elapsed`; in a fixed one it rises towards `ln 2 / -ln(decay)`.
+
+    Example:
+        >>> half_life_of(growing_window_step_size(160, half_life_ratio=0.0625, every=4), every=4)
+        10.0
+    """
+    return 0.0 if step_size == 1.0 else -every * math.log(2.0) / math.log1p(-step_size)
+
+
+def check_averaging(
+    *, decay: float | None, half_life_ratio: float | None, every: int, start_step: int, prefix: str = ""
+) -> None:
+    """Raise `ValueError` for options that no average can follow; `prefix` goes before the option's name."""
+    if decay is not None and half_life_ratio is not None:
         raise ValueError(
-            "The parameters are sharded (DTensors): give WeightAverage(find_sharding(model)), with find_sharding from "
-            "hf_radam.sharding, which knows when FSDP2 must gather them anew."
+            f"{prefix}decay={decay} and {prefix}half_life_ratio={half_life_ratio} are two windows for one average. "
+            "Set the first for a fixed window or the second for a growing one."
         )
-    return sharding
+    if decay is not None and not 0.0 < decay < 1.0:
+        raise ValueError(f"{prefix}decay={decay} must lie strictly between 0 and 1, for instance 0.999.")
+    if half_life_ratio is not None and not 0.0 < half_life_ratio <= 1.0:
+        default = DEFAULT_HALF_LIFE_RATIO
+        raise ValueError(f"{prefix}half_life_ratio={half_life_ratio} must be above 0 and at most 1, as {default}.")
+    for name, value, least in (("every", every, 1), ("start_step", start_step, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{prefix}{name}={value} must be a whole number of steps, {least} or more.")
+
+
+# ---- Moving averages ----
+
+
+@torch.no_grad()
+def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], size: float) -> None:
+    """Move float32 averages by `size` of their distance towards weights of the same shapes, in place."""
+    alike: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    bf16: list[tuple[Tensor, Tensor]] = []
+    for average, weight in zip(averages, weights, strict=True):
+        if (average.dtype, average.device) == (weight.dtype, weight.device):
+            alike.setdefault(weight.device, []).append((average, weight))
+        elif weight.dtype is torch.bfloat16 and average.is_cpu and weight.is_cpu and fused.are_plain(average, weight):
+            bf16.append((average, weight))
+        else:
+            average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
+    for pairs in alike.values():
+        torch._foreach_lerp_([average for average, _ in pairs], [weight for _, weight in pairs], size)
+    if bf16 and isinstance(fused.load_library(), str):  # no compiler: the same, slower
+        for average, weight in bf16:
+            average.lerp_(weight.float(), size)
+    elif bf16:
+        fused.call("average_bfloat16", [*zip(*bf16, strict=True)], [size])
+        torch.autograd.graph.increment_version([average for average, _ in bf16])
+
+
+class HostCopies:
+    """Copies of weights on a GPU in pinned host memory, made on a stream of their own while the GPU computes on."""
+
+    def __init__(self, weights: Sequence[Tensor]):
+        self.buffers = [torch.empty(weight.shape, dtype=weight.dtype, pin_memory=True) for weight in weights]
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="hf_radam-average")
+        self._device = weights[0].device
+        self._stream = torch.cuda.Stream(self._device)
+        self._arrived = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
+
+    def start(self, weights: Sequence[Tensor]) -> None:
+        """Begin to copy the weights as they are after all that the GPU was asked so far."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            for weight, buffer in zip(weights, self.buffers, strict=True):
+                buffer.copy_(weight, non_blocking=True)
+                weight.record_stream(self._stream)  # its memory is not reused before it was read
+        self._arrived.record(self._stream)
+
+    def hold_back(self) -> None:
+        """Have the GPU finish the copies before anything that it is asked from now on."""
+        torch.cuda.current_stream(self._device).wait_event(self._arrived)
+
+    def wait(self) -> None:
+        """Wait until the copies are in host memory."""
+        self._arrived.synchronize()
+
+
+def host_copies(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> HostCopies | None:
+    """Return room for copies where weights are on one GPU and their averages in host memory, else None."""
+    on_one_gpu = weights[0].is_cuda and len({weight.device for weight in weights}) == 1
+    return HostCopies(weights) if on_one_gpu and all(average.is_cpu for average in averages) else None
 
 
 class WeightAverage:
-    """An fp32 average of a model's trainable parameters, on each rank of its own part of them.
+    """An fp32 average of a model's trainable parameters; each rank averages its own shards.
 
     Args:
-        named_parameters: pairs of (name, parameter), as `model.named_parameters()` gives them. A parameter that
-            appears under several names (tied weights) is averaged once, under its first name. Frozen parameters
-            (`requires_grad=False`) are left out of the arithmetic and of the swap, and keep their value. Or a
-            `Sharding`, which says what of each parameter this rank averages: then every rank must make an average,
-            and do with it what the others do.
-        decay: decay per update for a fixed window, in (0, 1).
-        half_life_ratio: half-life of a growing window, as a ratio of the updates since averaging began. The default,
+        named_parameters: pairs of (name, parameter), as `model.named_parameters()` gives them. A parameter with several
+            names (tied weights) is averaged once, under its first. Frozen parameters (`requires_grad=False`) are left
+            out and keep their value. Or a `Sharding`: then all ranks must make the same calls.
+        decay: decay per step for a fixed window, in (0, 1).
+        half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began. The default,
             0.0625, when neither is given.
-        every: average at each `every`-th update. Saves time; leaves the window as it is.
-        start_step: number of updates to let pass first: averaging begins with update `start_step + every`.
-        device: where the fp32 accumulators live; the parameter's own device when not given.
+        every: average at each `every`-th step. Saves time; does not change the window.
+        start_step: number of steps to skip: averaging begins with step `start_step + every`.
+        device: where the fp32 averages are kept; the parameter's own device when not given.
 
     Raises:
         ValueError: for both windows at once, a value out of range, a complex parameter, or nothing to average.
@@ -96,11 +194,17 @@ class WeightAverage:
         self.num_averaged = 0
         """Averagings so far."""
         self.last_step = 0
-        """Number of the update that `update` was last told of."""
+        """The step last passed to `update`."""
         self.weight_sum = 0.0
         """Sum of all weights in units of the newest one's: the inverse of the last step size."""
-        given = named_parameters
-        self.sharding = given if isinstance(given, Sharding) else _plain(given)
+        if isinstance(named_parameters, Sharding):
+            self.sharding = named_parameters
+        else:
+            self.sharding = local = LocalSharding(named_parameters)
+            if local.is_sharded:  # FSDP2 keeps some gathered after a forward pass, which is not seen from here
+                raise ValueError(
+                    "The parameters are sharded (DTensors). Pass find_sharding(model), from hf_radam.sharding, instead."
+                )
         self._trained = self.sharding.trained
         for name in self._trained:
             if self.sharding.dtype(name).is_complex:
@@ -110,9 +214,10 @@ class WeightAverage:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
         self._averages: dict[str, Tensor] = {}
         self._applied = False
-        self._now: dict[str, Tensor] | None = None
-        self._foldings = Foldings()
-        self._mover = AverageMover()
+        self._exchanged: dict[str, Tensor] | None = None
+        self._job: Future[None] | None = None
+        self._versions: dict[str, int] = {}
+        """Versions of the parameters that are being copied."""
 
     @property
     def started(self) -> bool:
@@ -120,7 +225,7 @@ class WeightAverage:
         return self.num_averaged > 0
 
     def step_size(self, step: int) -> float:
-        """Weight that the parameters get if they are averaged in at update `step` (1 for the first)."""
+        """Return the weight that the parameters get if they are averaged at `step` (1 for the first)."""
         if not self.started:
             return 1.0
         if self.decay is not None:
@@ -130,258 +235,210 @@ class WeightAverage:
 
     @property
     def half_life(self) -> float:
-        """How far back the average looks, as of the last averaging: its half-life in updates, 0 for a copy.
+        """Half-life of the average as of the last averaging, in steps; 0 for a copy.
 
         Raises:
             RuntimeError: before the first averaging.
         """
-        if not self.started:
-            raise RuntimeError("There is no average yet: ask `started` first.")
+        self._check_started()
         return half_life_of(1.0 / self.weight_sum, every=self.every)
 
     @torch.no_grad()
     def update(self, step: int, *, overlap: bool = False) -> bool:
-        """Take in the weights after update number `step` (1 for the first); call it after every update.
+        """Average the weights after a step; call it after every step.
 
         Args:
-            step: number of the update.
+            step: number of the step, 1 for the first.
             overlap: where the average is in host memory and the weights are on a GPU, let that go on computing while
-                the weights are copied. Call `before_writing()` before anything writes to them then. Without it the
-                GPU waits for the copies, though this process does not.
+                the weights are copied; then call `wait_for_copies()` before anything writes to them.
 
         Returns:
-            Whether this was an update at which the average moves: `step - start_step` positive and divisible by
-            `every`.
+            Whether the average moves at this step: `step - start_step` is positive and divisible by `every`.
 
         Raises:
             ValueError: if `step` is not above the last one.
-            RuntimeError: inside `applied()`, if a parameter that was frozen has become trainable, or after `fold_into`
-                if the update has another number or something has written to the weights since.
+            RuntimeError: inside `applied()`, or if a frozen parameter has become trainable.
         """
         if self._applied:
-            raise RuntimeError("update() inside applied() would average the average: leave the context first.")
-        self._foldings.check_told(step, f"update({step})")
-        if self._foldings.read and step == self.last_step:
-            self._foldings.check_read()
-            self._foldings.end()
-            return True
+            raise RuntimeError("update() inside applied() would average the average. Leave the context first.")
         if step <= self.last_step:
-            raise ValueError(f"update({step}) after update({self.last_step}): the number of the update must grow.")
+            raise ValueError(f"update({step}) after update({self.last_step}): the number of the step must grow.")
         trained = set(self._trained)
         thawed = [name for name in self.sharding.parameters if name not in trained and self.sharding.trains(name)]
         if thawed:
-            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now: make a new one.")
-        due = self._average(step, overlap=overlap)
-        self._foldings.end()
-        return due
-
-    def _average(self, step: int, *, overlap: bool) -> bool:
-        """Take in the weights after an update, but for those that an optimizer has averaged in its pass."""
-        moved = self._foldings.settle()
+            raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now. Make a new one.")
         self.last_step = step
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
             return False
         size = self.step_size(step)
         if self.started:
-            self._move([name for name in self._averages if name not in moved], size)
+            self._move(size)
             if not overlap:
-                self.before_writing()
+                self.wait_for_copies()
         else:
-            self._averages = {
-                name: self._accumulator(name, self.sharding.optimizer_shard(name)) for name in self._trained
-            }
+            shards = {name: self.sharding.optimizer_shard(name) for name in self._trained}
+            self._averages = {name: self._average_of(name, shard) for name, shard in shards.items()}
         self.weight_sum = 1.0 / size
         self.num_averaged += 1
         return True
 
-    def _accumulator(self, name: str, value: Tensor) -> Tensor:
-        """A float32 copy of a value, where the accumulator of that parameter lives."""
+    @cached_property
+    def _copies(self) -> HostCopies | None:
+        weights = [self.sharding.optimizer_shard(name) for name in self._averages]
+        return host_copies(weights, [*self._averages.values()])
+
+    def _move(self, size: float) -> None:
+        """Move the averages; in host memory that goes on after the return until `finish()`."""
+        self.finish()
+        averages, copies = [*self._averages.values()], self._copies
+        weights = [self.sharding.optimizer_shard(name).detach() for name in self._averages]
+        if copies is None:
+            move_averages(averages, weights, size)
+            return
+        self._versions = {name: self.sharding.parameters[name]._version for name in self._averages}
+        copies.start(weights)
+
+        def move() -> None:
+            copies.wait()
+            move_averages(averages, copies.buffers, size)
+
+        self._job = copies.thread.submit(move)
+
+    def _average_of(self, name: str, value: Tensor) -> Tensor:
+        """Return a float32 copy of a value where the parameter's average is kept."""
         device = self.sharding.optimizer_shard(name).device if self.device is None else self.device
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
-    def _move(self, names: list[str], size: float) -> None:
-        """Move the accumulators of these parameters by `size` towards them."""
-        parameters = self.sharding.parameters
-        self._mover.move(
-            [(self._averages[name], self.sharding.optimizer_shard(name), parameters[name]) for name in names], size
-        )
-
-    def before_writing(self) -> None:
-        """Have the weights copied before anything that a GPU is asked from now on; see `update(overlap=True)`.
+    def wait_for_copies(self) -> None:
+        """Have a GPU copy the weights before anything that it is asked from now on; see `update(overlap=True)`.
 
         Raises:
-            RuntimeError: if something has written to them already.
+            RuntimeError: if something has written to them already (writes to `p.data` are not noticed).
         """
-        self._mover.before_writing()
+        versions, self._versions = self._versions, {}
+        if versions and self._copies is not None:
+            self._copies.hold_back()
+        written = [name for name, version in versions.items() if self.sharding.parameters[name]._version != version]
+        if written:
+            raise RuntimeError(
+                f"Something has written to {written[0]} while it was being copied to its average in host memory. Leave "
+                "out ewa_device, or write in on_pre_optimizer_step or on_optimizer_step."
+            )
 
     def finish(self) -> None:
-        """Have the average as the last update left it: whatever reads it does this by itself.
-
-        Waits for one in host memory, and averages what is left of an update that has moved a part of it.
-        """
-        self._foldings.check_whole()
-        step = self._foldings.step
-        if step is not None and not self._foldings.read and not self._applied:
-            self._average(step, overlap=False)
-            self._note_read()
-        self._mover.finish()
-
-    # ---- In the optimizer's pass ----
-
-    def fold_into(self, optimizer: Any, step: int) -> None:
-        """Have the optimizer's next update, number `step`, move the average too, wherever it can.
-
-        Call it before `optimizer.step()`, and `update(step)` after it as ever, which averages whatever the optimizer
-        could not: the average is the same, bit for bit. Saves one of three streams of memory. Whatever writes to the
-        weights between the two is not averaged: `update` raises where it sees that, but for writes to `p.data`.
-
-        Args:
-            optimizer: an `RAdam` or `RAdamScheduleFree` of this package; it folds what it fuses (`fused=True`) of
-                float32 parameters on CPUs, but for parameters that share memory with others. Several optimizers may
-                take part, each told before its own step.
-            step: number of the update, as for `update`.
-
-        Raises:
-            RuntimeError: if `update` was not told of the last update that has moved the average.
-        """
-        self._foldings.check_told(step, f"fold_into(optimizer, {step})")
-        optimizer.folding = None
-        elapsed = step - self.start_step
-        if self._applied or not self.started or step <= self.last_step or elapsed <= 0 or elapsed % self.every:
-            return
-        parameters = self.sharding.parameters
-        plain = [name for name, parameter in parameters.items() if are_plain(parameter)]
-        shared = {plain[n] for n in sharing([parameters[name] for name in plain])}
-        pairs = {name: (parameters[name], self._averages[name]) for name in plain if name in self._averages}
-        apart = {name: pair for name, pair in pairs.items() if name not in shared}
-        whole = {name: pair for name, pair in apart.items() if pair[0].shape == pair[1].shape and are_plain(pair[1])}
-        self._foldings.begin(optimizer, Folding(step, self.step_size(step), whole))
-
-    def _note_read(self) -> None:
-        """Take down the weights as they are, which are averaged before `update` was told of them."""
-        self._foldings.note_read({name: self.sharding.parameters[name] for name in self._averages})
+        """Wait until an average in host memory has moved; whatever reads the average does this by itself."""
+        self.wait_for_copies()
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
 
     @contextmanager
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
-        """Context in which the parameters hold the average; the training weights come back bit for bit.
+        """Context in which the parameters hold the average; the training weights are restored bit for bit.
 
         The average is cast to each parameter's dtype. It costs one copy of the trainable parameters while it lasts.
         What is written into the parameters inside the context is lost at its end.
 
         Args:
-            exchange: let averages change places with float32 parameters on the same device, so that those are not
-                copied. Inside the context nothing may be written into the parameters then.
+            exchange: swap averages and float32 parameters on the same device, so that those are not copied. Inside the
+                context nothing may be written into the parameters then.
 
         Raises:
             RuntimeError: before the first averaging (see `started`), or inside another `applied()`. At the end of a
                 context with `exchange`, if something was written into the parameters.
         """
-        if not self.started:
-            raise RuntimeError(
-                f"There is no average yet: the first comes with update {self.start_step + self.every}, "
-                f"the last one seen is {self.last_step}. Ask `started` first."
-            )
+        self._check_started()
         if self._applied:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
         self.finish()
-        self._foldings.check_read()
         self._applied = True
         try:
             if exchange:
-                with self.sharding.exchanging(self._averages) as self._now:
+                with self.sharding.exchanging(self._averages) as self._exchanged:
                     yield
             else:
                 with self.sharding.holding(self._averages.items):
                     yield
         finally:
-            self._applied, self._now = False, None
-            if self._foldings.read:
-                self._note_read()
+            self._applied, self._exchanged = False, None
+
+    def _check_started(self) -> None:
+        if not self.started:
+            raise RuntimeError(
+                f"There is no average yet: the first comes with step {self.start_step + self.every}, the last one seen "
+                f"is {self.last_step}. Ask `started` first."
+            )
 
     @property
     def averages(self) -> dict[str, Tensor]:
-        """The float32 average of each parameter on this rank, wherever it is now."""
+        """This rank's float32 averages by name, wherever they are now."""
         self.finish()
-        return self._averages if self._now is None else self._now
+        return self._averages if self._exchanged is None else self._exchanged
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
-        """The average under the parameters' names, frozen parameters as they are: copies, float32 where averaged.
+        """Return the average under the parameters' names, frozen parameters as they are: copies; collective.
 
         Raises:
             RuntimeError: before the first averaging.
         """
-        if not self.started:
-            raise RuntimeError("There is no average yet: ask `started` first.")
+        self._check_started()
         gathered = {name: self.sharding.gather(name, average) for name, average in self.averages.items()}
         frozen = [name for name in self.sharding.parameters if name not in gathered]
         gathered |= {name: self.sharding.gather_model(name) for name in frozen}
         return {name: value.clone() for name, value in gathered.items()}
 
     def counters(self) -> dict[str, Any]:
-        """Every number that the next `update` depends on, besides the averages: plain values for a JSON file."""
-        return {
-            "num_averaged": self.num_averaged,
-            "last_step": self.last_step,
-            "start_step": self.start_step,
-            "weight_sum": self.weight_sum,
-        }
+        """Return every number that the next `update` depends on, besides the averages, as plain values for JSON."""
+        return {name: getattr(self, name) for name in ("num_averaged", "last_step", "start_step", "weight_sum")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}`.
+        """Return counters and this rank's averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}`.
 
-        The tensors are no copies: later updates move them, and those from within `applied(exchange=True)` hold the
+        The tensors are no copies: later steps move them, and those from within `applied(exchange=True)` hold the
         training weights after it.
-
-        Where a rank averages a part of a parameter the tensor is that part, in the form of `Sharding.optimizer_shard`.
         """
         return self.counters() | {"averages": dict(self.averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`, of this rank or of whole parameters.
-
-        The window and `every` stay those given at construction.
+        """Load a `state_dict()` of this rank, or of full parameters; the window and `every` stay as they are.
 
         Raises:
             ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
         """
-        self._mover.finish()
+        self.finish()
         missing_counters = sorted(set(self.counters()) - set(state))
         if missing_counters:
             raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")
-        averages: dict[str, Tensor] = state.get("averages", {})
-        if state["num_averaged"] > 0:
-            missing = sorted(set(self._trained) - set(averages))
-            extra = sorted(set(averages) - set(self._trained))
-            if missing or extra:
-                raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
-            own = {name: self._accumulator(name, self._own_part(name, averages[name])) for name in averages}
-        else:
-            own = {}
-        self._foldings.end()
-        self._averages, self._foldings = own, Foldings()
+        averages: dict[str, Tensor] = state.get("averages", {}) if state["num_averaged"] > 0 else {}
+        missing, extra = sorted(set(self._trained) - set(averages)), sorted(set(averages) - set(self._trained))
+        if state["num_averaged"] > 0 and (missing or extra):
+            raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
+        self._averages = {
+            name: self._average_of(name, self._shard(name, averages[name])) for name in self._trained if averages
+        }
         for counter in self.counters():
             setattr(self, counter, state[counter])
 
-    def _own_part(self, name: str, value: Tensor) -> Tensor:
-        """This rank's part of a value that is whole, or that part already."""
-        if value.shape == self.sharding.shape(name):
+    def _shard(self, name: str, value: Tensor) -> Tensor:
+        """Return this rank's shard of a value, which may be that shard already."""
+        full, shard = self.sharding.shape(name), self.sharding.optimizer_shard(name).shape
+        if value.shape == full:
             return self.sharding.local_shard(name, value)
-        part = self.sharding.optimizer_shard(name).shape
-        if value.shape != part:
+        if value.shape != shard:
             raise ValueError(
-                f"The state has {name} of shape {tuple(value.shape)}, the parameter has "
-                f"{tuple(self.sharding.shape(name))}, of which {tuple(part)} on this rank."
+                f"The state has {name} of shape {tuple(value.shape)}, the parameter has {tuple(full)}, of which "
+                f"{tuple(shard)} on this rank."
             )
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
+        """Return what `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
         self.finish()
-        return self.__dict__ | {"_mover": AverageMover(), "_foldings": self._foldings.of_a_copy()}
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 
     def __repr__(self) -> str:
-        """Window and progress in one line."""
+        """Return window and progress in one line."""
         window = f"decay={self.decay}" if self.decay is not None else f"half_life_ratio={self.half_life_ratio}"
         return f"WeightAverage({window}, every={self.every}, start_step={self.start_step}, seen={self.last_step})"

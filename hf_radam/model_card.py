@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from hf_radam.windows import half_life_of
+from hf_radam.averaging import half_life_of
 
 HEADINGS = ("\n## Model description\n", "\n## Training procedure\n")
 """Headings of upstream and of TRL, before the first of which our part stands; without any, at the end."""

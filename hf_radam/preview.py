@@ -24,7 +24,6 @@ from hf_radam.optim import radam, schedule_free
 from hf_radam.optim.rectification import rectification
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, SchedulePast, describe_schedule
 from hf_radam.training_args import RAdamTrainingArguments
-from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
 THRESHOLDS = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}
 

@@ -18,13 +18,13 @@ from transformers.utils import logging
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
 from hf_radam.names import CONSTANT_SCHEDULES, SchedulerName
+from hf_radam.optim.fused import agree_on_fused
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, find_sharding
 from hf_radam.training.around_update import tell_of_updates
 from hf_radam.training.backends import check_evaluable, check_prepared, forget_evaluation
 from hf_radam.training.collected import collected_apart
 from hf_radam.training.evaluation import EvaluationWeights
-from hf_radam.training.fusing import check_folded, choose_fused
 from hf_radam.training.given import with_our_arguments
 from hf_radam.training.just_in_time import SaveBetweenUpdates
 from hf_radam.training.raw_names import check_choice, check_data_sets, check_names, prefixes
@@ -134,9 +134,8 @@ class RAdamTrainerMixin(SearchMixin, SavingMixin, ReportingMixin, ResumingMixin)
         check_prepared(self)
         sharding = find_sharding(self._bare_model, wrapped=self.model_wrapped, device=self.args.device)
         sharding.check()
-        choose_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
-        if self.args.ewa_folded:
-            check_folded(self._bare_optimizer, sharding.shared())
+        log = self.is_world_process_zero()
+        agree_on_fused(self._bare_optimizer, self.args.fused_optimizer, sharding, log=log)
         self.average = self._new_average(sharding.shared()) if self.args.ewa else None
         if resume_from_checkpoint is not None:
             self._go_on_from(self.average, train_dataloader, resume_from_checkpoint)

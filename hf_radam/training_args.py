@@ -111,14 +111,6 @@ class RAdamTrainingArguments(TrainingArguments):
         default=False,
         metadata={"help": "Evaluate the training weights too, and report their loss as `eval_raw_loss`."},
     )
-    ewa_folded: bool = field(
-        default=False,
-        metadata={
-            "help": "Move the average in the same pass over memory as a fused update: the same average, in less time. "
-            "What a callback writes to the weights in `on_optimizer_step` is not averaged then: an error, but for "
-            "writes to `p.data`, which nobody sees."
-        },
-    )
     fused_optimizer: str = field(
         default="auto",
         metadata={

@@ -12,7 +12,7 @@ from torch import nn
 from hf_radam import WeightAverage
 from hf_radam.sharding import base
 
-UPDATES = 60
+STEPS = 60
 
 
 def walk(steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -44,9 +44,9 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 @pytest.mark.parametrize("start_step", [0, 7])
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_fixed_decay_is_the_bias_corrected_weighted_sum(every, start_step, dtype):
-    path = walk(UPDATES, dtype)
+    path = walk(STEPS, dtype)
     average, _ = run(path, decay=0.95, every=every, start_step=start_step)
-    times = [t for t in range(1, UPDATES + 1) if t > start_step and (t - start_step) % every == 0]
+    times = [t for t in range(1, STEPS + 1) if t > start_step and (t - start_step) % every == 0]
     expected = weighted_sum(path, times, [0.95 ** (times[-1] - t) for t in times])
     result = average.averaged_state_dict()["w"]
     assert result.dtype == torch.float32
@@ -57,9 +57,9 @@ def test_fixed_decay_is_the_bias_corrected_weighted_sum(every, start_step, dtype
 @pytest.mark.parametrize("start_step", [0, 7])
 @pytest.mark.parametrize("every", [1, 3, 10])
 def test_growing_window_is_its_weighted_sum(every, start_step, dtype):
-    phi, path = 0.1, walk(UPDATES, dtype)
+    phi, path = 0.1, walk(STEPS, dtype)
     average, _ = run(path, half_life_ratio=phi, every=every, start_step=start_step)
-    times = [t for t in range(1, UPDATES + 1) if t > start_step and (t - start_step) % every == 0]
+    times = [t for t in range(1, STEPS + 1) if t > start_step and (t - start_step) % every == 0]
     weights: list[float] = []
     for t in times:
         keep = 0.5 ** (every / (phi * (t - start_step))) if weights else 0.0
@@ -101,7 +101,7 @@ def test_half_life_is_that_with_which_the_first_point_fades(window, every, start
     parameter = nn.Parameter(torch.ones(1))
     average = WeightAverage([("w", parameter)], every=every, start_step=start_step, **window)
     left = None
-    for step in range(1, UPDATES + 1):
+    for step in range(1, STEPS + 1):
         if not average.update(step):
             continue
         before, left = left, average.averages["w"].item()
@@ -268,14 +268,14 @@ def test_tied_weights_once_frozen_ones_kept_and_named():
 @pytest.mark.parametrize("options", [{"decay": 0.9}, {"half_life_ratio": 0.2}])
 @pytest.mark.parametrize("stop", [2, 7, 30])
 def test_state_goes_on_bit_for_bit(options, stop):
-    path = walk(UPDATES)
+    path = walk(STEPS)
     options = options | {"every": 3, "start_step": 4}
     whole, _ = run(path, **options)
     half, _ = run(path[:stop], **options)
     parameter = nn.Parameter(torch.zeros(3))
     resumed = WeightAverage([("w", parameter)], **options)
     resumed.load_state_dict(half.state_dict())
-    for step in range(stop + 1, UPDATES + 1):
+    for step in range(stop + 1, STEPS + 1):
         parameter.data.copy_(path[step - 1])
         resumed.update(step)
     assert torch.equal(resumed.averaged_state_dict()["w"], whole.averaged_state_dict()["w"])
@@ -283,12 +283,12 @@ def test_state_goes_on_bit_for_bit(options, stop):
 
 
 def test_a_decay_changed_on_the_way_stays_a_weighted_mean():
-    path = walk(UPDATES)
+    path = walk(STEPS)
     first, _ = run(path[:30], decay=0.9)
     parameter = nn.Parameter(torch.zeros(3))
     second = WeightAverage([("w", parameter)], decay=0.5)
     second.load_state_dict(first.state_dict())
-    for step in range(31, UPDATES + 1):
+    for step in range(31, STEPS + 1):
         parameter.data.copy_(path[step - 1])
         second.update(step)
     weights = [0.9 ** (30 - t) * 0.5**30 for t in range(1, 31)] + [0.5 ** (60 - t) for t in range(31, 61)]
@@ -298,8 +298,8 @@ def test_a_decay_changed_on_the_way_stays_a_weighted_mean():
 
 
 def test_host_memory_average_is_the_same():
-    on_cpu, _ = run(walk(UPDATES), decay=0.9, device="cpu")
-    default, _ = run(walk(UPDATES), decay=0.9)
+    on_cpu, _ = run(walk(STEPS), decay=0.9, device="cpu")
+    default, _ = run(walk(STEPS), decay=0.9)
     assert torch.equal(on_cpu.averaged_state_dict()["w"], default.averaged_state_dict()["w"])
 
 
@@ -311,9 +311,9 @@ def test_host_memory_average_is_the_same():
         ({"decay": 0.9, "half_life_ratio": 0.1}, "two windows for one average"),
         ({"half_life_ratio": 0.0}, "half_life_ratio=0.0 must be above 0"),
         ({"half_life_ratio": math.nan}, "half_life_ratio=nan must be"),
-        ({"every": 0}, "every=0 must be a whole number of updates, 1 or more"),
+        ({"every": 0}, "every=0 must be a whole number of steps, 1 or more"),
         ({"every": 1.5}, "every=1.5 must be a whole number"),
-        ({"start_step": -1}, "start_step=-1 must be a whole number of updates, 0 or more"),
+        ({"start_step": -1}, "start_step=-1 must be a whole number of steps, 0 or more"),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -1,11 +1,15 @@
-"""Fused updates are the unfused ones: every option, over 200 updates; a state moves between the two and upstream's.
+"""Fused steps are the unfused ones, and are taken by default wherever that is possible.
 
+Oracles: the unfused optimizers, in the same dtype and in float64; a state moves between them and upstream's classes.
 Tolerance: torch contracts some products and sums, and divides where a kernel multiplies by the inverse, so each
-operation differs in the last bit or two. Weights of order 1 that move by 0.01 an update accumulate some 200 such
+operation differs in the last bit or two. Weights of order 1 that move by 0.01 a step accumulate some 200 such
 differences, which mostly cancel: 20 units in the last place.
 """
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import schedulefree
@@ -13,12 +17,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_radam import RAdam, RAdamScheduleFree
-from hf_radam.kernels import building
-from hf_radam.kernels.plain import sharing
+from hf_radam.optim import fused
 from hf_radam.optim.radam import THRESHOLD, rectification
 
-pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
-UPDATES = 200
+pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
+ROOT = Path(__file__).parents[1]
+STEPS = 200
 SHAPES = ((64, 64), (4096,), (33,), (130, 77), (2, 50, 40))
 OPTIONS = {
     RAdam: [{}, {"weight_decay": 0.1}, {"betas": (0.95, 0.99)}, {"eps": 1e-3, "betas": (0.0, 0.95)}],
@@ -30,6 +34,7 @@ OPTIONS = {
     ],
 }
 CASES = [pytest.param(kind, options, id=f"{kind.__name__} {options}") for kind in OPTIONS for options in OPTIONS[kind]]
+both_optimizers = pytest.mark.parametrize("kind", OPTIONS)
 
 
 def parameters(dtype=torch.float32):
@@ -47,68 +52,87 @@ def make(kind, given, **options):
     return optimizer
 
 
-def train(optimizer, given, updates=range(UPDATES), *, keeps_gradients=True):
+def train(optimizer, given, steps=range(STEPS), *, keeps_gradients=True):
     """Gradients that depend on the weights, clipped now and then; one parameter has none at times."""
-    for n in updates:
+    for n in steps:
         generator = torch.Generator().manual_seed(n)
         for number, p in enumerate(given):
-            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
-            p.grad = None if number == 1 and n % 7 == 3 else noise + 0.1 * p.detach()
+            noise = torch.randn(p.shape, generator=generator)
+            p.grad = None if number == 1 and n % 7 == 3 else noise.to(p.dtype) + 0.1 * p.detach()
         if n % 5 == 0:
             torch.nn.utils.clip_grad_norm_(given, 1.0)
-        kept = [None if p.grad is None else p.grad.clone() for p in given]
+        before = [None if p.grad is None else p.grad.clone() for p in given]
         optimizer.step()
-        unchanged = [p.grad is None if g is None else torch.equal(p.grad, g) for p, g in zip(given, kept, strict=True)]
-        assert all(unchanged) or not keeps_gradients
+        pairs = zip(given, before, strict=True)
+        assert not keeps_gradients or all(g is None or torch.equal(p.grad, g) for p, g in pairs)
 
 
 def tensors(optimizer, given):
-    """Weights and all that is kept for them."""
+    """Yield weights and optimizer states."""
     for p in given:
         yield p.detach()
-        yield from (value for value in optimizer.state[p].values())
+        yield from optimizer.state[p].values()
 
 
 def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(tensors(*one), tensors(*other), strict=True))
 
 
+def assert_close(one, other, bound=3e-6):
+    for a, b in zip(tensors(*one), tensors(*other), strict=True):
+        torch.testing.assert_close(b, a.to(b.dtype), rtol=bound, atol=bound)
+
+
+def unfused_and_fused(kind, run, given_of=parameters, **options):
+    """Return optimizer and parameters after `run(optimizer, parameters)`, of both: the first is the oracle."""
+    ends = []
+    for flag in (False, None):
+        given = given_of()
+        optimizer = make(kind, given, fused=flag, **options)
+        run(optimizer, given)
+        ends.append((optimizer, given))
+    return ends
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize(("kind", "options"), CASES)
 def test_fused_is_unfused(kind, options, dtype):
-    runs = []
-    for flag in (False, True):
-        given = parameters(dtype)
-        optimizer = make(kind, given, fused=flag, **options)
-        train(optimizer, given)
-        runs.append((optimizer, given))
-    begin = parameters(dtype)
-    bound = 20 * torch.finfo(dtype).eps
-    for p, before in zip(runs[0][1], begin, strict=True):
-        assert (p - before).abs().max() > 0.05
-    for a, b in zip(tensors(*runs[0]), tensors(*runs[1]), strict=True):
-        torch.testing.assert_close(b, a, rtol=bound, atol=bound)
-    assert not same(*runs)  # or nothing was fused
-    for a, b in zip(runs[0][0].param_groups, runs[1][0].param_groups, strict=True):
+    unfused, default = unfused_and_fused(kind, train, lambda: parameters(dtype), **options)
+    for p, begin in zip(unfused[1], parameters(dtype), strict=True):
+        assert (p - begin).abs().max() > 0.05
+    assert_close(unfused, default, bound=20 * torch.finfo(dtype).eps)
+    assert not same(unfused, default)  # or nothing was fused
+    for a, b in zip(unfused[0].param_groups, default[0].param_groups, strict=True):
         assert {k: v for k, v in a.items() if k != "params"} == {k: v for k, v in b.items() if k != "params"}
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
+def test_fused_in_float32_follows_the_unfused_one_in_float64(kind):
+    ends = []
+    for dtype, flag in ((torch.float64, False), (torch.float32, None)):
+        torch.manual_seed(0)
+        given = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in SHAPES]
+        ends.append((make(kind, given, fused=flag), given))
+        train(*ends[-1], range(60))
+    assert_close(*ends, bound=60 * torch.finfo(torch.float32).eps)  # a rounding each step
+
+
+@both_optimizers
 def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
     upstream = {RAdam: torch.optim.RAdam, RAdamScheduleFree: schedulefree.RAdamScheduleFree}[kind]
     own = {RAdam: {"decoupled_weight_decay": True}, RAdamScheduleFree: {}}[kind]
     given = parameters()
-    first = make(kind, given, fused=True)
+    first = make(kind, given)
     train(first, given, range(20))
     ends = []
-    for target, options in ((kind, {"fused": True}), (kind, {"fused": False}), (upstream, own)):
+    for target, options in ((kind, {}), (kind, {"fused": False}), (upstream, own)):
         copied = [torch.nn.Parameter(p.detach().clone()) for p in given]
         other = make(target, copied, **options)
         other.load_state_dict(copy.deepcopy(first.state_dict()))
         train(other, copied, range(20, 30), keeps_gradients=target is not schedulefree.RAdamScheduleFree)
         ends.append((other, copied))
     back = [torch.nn.Parameter(p.detach().clone()) for p in ends[2][1]]
-    again = make(kind, back, fused=True)
+    again = make(kind, back)
     again.load_state_dict(copy.deepcopy(ends[2][0].state_dict()))
     train(again, back, range(30, 40))
     train(first, given, range(20, 30))
@@ -120,27 +144,84 @@ def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
 
 
 def test_the_rectification_begins_where_torchs_does():
-    """Until rho_t passes 5 torch makes plain momentum updates, and so does the fused optimizer: bit for bit."""
+    """Until rho_t passes 5 torch takes plain momentum steps, and so does the fused optimizer: bit for bit."""
     assert [rectification(step, beta2=0.999, threshold=THRESHOLD) is None for step in (1, 5, 6)] == [True, True, False]
     given, theirs = parameters(), parameters()
-    a = make(RAdam, given, fused=True)
+    a = make(RAdam, given)
     b = make(torch.optim.RAdam, theirs, decoupled_weight_decay=True)
-    train(a, given, range(5))
-    train(b, theirs, range(5))
-    assert same((a, given), (b, theirs))
-    train(a, given, range(5, 6))
-    train(b, theirs, range(5, 6))
-    assert not same((a, given), (b, theirs))
+    for steps, equal in ((range(5), True), (range(5, 6), False)):
+        train(a, given, steps)
+        train(b, theirs, steps)
+        assert same((a, given), (b, theirs)) == equal
 
 
-def test_a_copy_stays_fused():
-    given = parameters()
-    for kind in OPTIONS:
-        assert copy.deepcopy(make(kind, given, fused=True)).fused
-        assert not copy.deepcopy(make(kind, given)).fused
+# ---- When steps are fused ----
+
+WITHOUT_COMPILER = """
+import torch
+from hf_radam import RAdam, RAdamScheduleFree, WeightAverage
+from hf_radam.optim import fused
+def steps(kind, count=8, dtype=torch.float32, **options):
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(20, dtype=dtype))
+    optimizer = kind([p], lr=0.1, **options)
+    getattr(optimizer, "train", int)()
+    for _ in range(count):
+        p.grad = p.detach() * 0.3
+        optimizer.step()
+    return p
+builds = lambda: fused.load_library.cache_info().misses
+steps(RAdam), steps(RAdamScheduleFree, 4), steps(RAdamScheduleFree, fused=False)
+print("needed no kernel:", builds() == 0)
+print("the same:", torch.equal(steps(RAdamScheduleFree), steps(RAdamScheduleFree, fused=False)), builds() == 1)
+weight = torch.nn.Parameter(torch.ones(30, dtype=torch.bfloat16))
+average = WeightAverage([("w", weight)], decay=0.75)
+average.update(1), weight.data.zero_(), average.update(2)
+print("average:", average.averages["w"][0].item())
+steps(RAdamScheduleFree, fused=True)
+"""
 
 
-# ---- What is not as planned ----
+def test_without_a_compiler_everything_works_and_only_true_is_an_error(tmp_path):
+    """In an environment in which no program can be found, and nothing was compiled before."""
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert done.stdout.splitlines()[:2] == ["needed no kernel: True", "the same: True True"], done.stderr
+    assert float(done.stdout.split()[-1]) == pytest.approx(0.75 / 1.75)  # weights 1 and 0 with a decay of 0.75
+    assert done.stderr.count("RAdamScheduleFree takes unfused steps, which are slower: there is no C++ compiler") == 1
+    assert "ValueError: fused=True is not possible: there is no C++ compiler" in done.stderr
+
+
+def test_what_cannot_be_fused_is_not_and_true_says_why(caplog):
+    """From the first rectified step on; before that, nothing is asked."""
+    for flag in (False, None, True):
+        p = torch.nn.Parameter(torch.zeros(10, dtype=torch.complex64))
+        optimizer = RAdam([p], fused=flag)
+        p.grad = torch.ones_like(p)
+        for _ in range(5):
+            optimizer.step()
+        assert not caplog.messages
+        if flag:
+            with pytest.raises(
+                ValueError, match=r"fused=True is not possible: a parameter is complex64\. Leave it out"
+            ):
+                optimizer.step()
+            continue
+        optimizer.step(), optimizer.step()
+        said = "RAdam takes unfused steps, which are slower: a parameter is complex64."
+        assert caplog.messages == ([] if flag is False else [said])
+        caplog.clear()
+
+
+@both_optimizers
+def test_a_copy_has_the_option(kind):
+    for flag in (None, True, False):
+        assert copy.deepcopy(make(kind, parameters(), fused=flag)).fused is flag
+
+
+# ---- Unusual tensors and circumstances ----
 
 
 def swap_state(optimizer, given):
@@ -159,24 +240,8 @@ def turn(optimizer, given):
     given[0].data = given[0].data.t()
 
 
-def unfused_and_fused(kind, run, given_of=parameters, **options):
-    """The optimizer and the parameters that `run(optimizer, parameters)` leaves, of both: the first is the oracle."""
-    ends = []
-    for flag in (False, True):
-        given = given_of()
-        optimizer = make(kind, given, fused=flag, **options)
-        run(optimizer, given)
-        ends.append((optimizer, given))
-    return ends
-
-
-def assert_close(one, other):
-    for a, b in zip(tensors(*one), tensors(*other), strict=True):
-        torch.testing.assert_close(b, a, rtol=3e-6, atol=3e-6)
-
-
 def stepping(gradient_of):
-    """12 updates with gradients made of the parameter."""
+    """Take 12 steps with gradients made of the parameter."""
 
     def run(optimizer, given):
         for _ in range(12):
@@ -187,9 +252,9 @@ def stepping(gradient_of):
     return run
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 @pytest.mark.parametrize("meddle", [swap_state, swap_weights, turn])
-def test_meddled_with_it_is_still_the_unfused_one(kind, meddle):
+def test_after_meddling_it_is_still_the_unfused_one(kind, meddle):
     def run(optimizer, given):
         train(optimizer, given, range(12))
         meddle(optimizer, given)
@@ -198,18 +263,20 @@ def test_meddled_with_it_is_still_the_unfused_one(kind, meddle):
     assert_close(*unfused_and_fused(kind, run))
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 def test_autograd_notices_that_the_weights_have_moved(kind):
     given = parameters()
-    optimizer = make(kind, given, fused=True)
+    optimizer = make(kind, given)
     train(optimizer, given, range(12))
     loss = (given[0] ** 2).sum()
+    versions = [value._version for value in tensors(optimizer, given[:1])]
     optimizer.step()
+    assert {value._version - v for value, v in zip(tensors(optimizer, given[:1]), versions, strict=True)} == {1}
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-@pytest.mark.parametrize("flag", [False, True])
+@pytest.mark.parametrize("flag", [False, None])
 def test_a_group_that_maximizes_does(flag):
     p = torch.nn.Parameter(torch.zeros(10))
     optimizer = RAdam([{"params": [p], "maximize": True}], lr=1e-2, fused=flag)
@@ -223,13 +290,13 @@ class Strange(torch.Tensor):
     """May keep anything under its address."""
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
     run = stepping(lambda p: (p.detach() * 0.1).as_subclass(Strange))
     assert same(*unfused_and_fused(kind, run, lambda: parameters()[:2]))
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 @pytest.mark.parametrize(
     "strange", [torch._neg_view, lambda g: torch._efficientzerotensor(g.shape)], ids=["negated", "zero"]
 )
@@ -245,25 +312,22 @@ def of_one_memory(begin):
     return given
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 @pytest.mark.parametrize("begin", [0, 30_000])
 def test_parameters_that_share_memory_are_updated_one_after_another(kind, begin):
-    def run(*both):
-        train(*both, range(20))
-
+    run = lambda *both: train(*both, range(20))  # noqa: E731
     assert_close(*unfused_and_fused(kind, run, lambda: of_one_memory(begin), foreach=False))
 
 
 def test_which_tensors_share_memory():
     """By hand, from where to where in one memory."""
     memory = torch.zeros(300)
-    ends = [(0, 100), (10, 20), (30, 40), (100, 110), (105, 120), (200, 200), (200, 210)]
-    assert sharing([memory[begin:end] for begin, end in ends]) == {0, 1, 2, 3, 4}
-    assert sharing([memory[:100].view(10, 10).t(), memory[99:100], torch.zeros(9)]) == {0, 1}
-    assert sharing([memory[0:10:2], memory[9:12]]) == set() == sharing([])
+    spans = [(0, 100), (10, 20), (30, 40), (100, 110), (105, 120), (200, 200), (200, 210)]
+    assert fused.aliased([memory[begin:end] for begin, end in spans]) == {0, 1, 2, 3, 4}
+    assert fused.aliased([memory[:9], torch.zeros(9)]) == set() == fused.aliased([])
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 def test_sparse_gradients_are_refused_before_anything_changes(kind):
     given = [torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4, 4))]
     optimizer = make(kind, given)
@@ -274,7 +338,7 @@ def test_sparse_gradients_are_refused_before_anything_changes(kind):
     assert all(bool((p == 1).all()) for p in given) and optimizer.param_groups[0].get("k", 0) == 0
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@both_optimizers
 def test_inside_modes_that_watch_operations(kind):
     def run(optimizer, given):
         train(optimizer, given, range(10))

@@ -6,6 +6,7 @@ other work, and not earlier. Oracle: the average that moves at once. The same ru
 
 import copy
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -13,47 +14,44 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_radam import WeightAverage, host_average
-from hf_radam.host_average import HostAverage
+from hf_radam import WeightAverage, averaging
 
-UPDATES = 12
+STEPS = 12
 
 
-class LateCopier:
+class LateCopies:
     """Copies in the last moment at which that is allowed."""
 
-    def __init__(self):
-        self.late = []
+    def __init__(self, weights):
+        self.buffers = [torch.full(weight.shape, float("nan"), dtype=weight.dtype) for weight in weights]
+        self.thread = ThreadPoolExecutor(1)
+        self.started, self.pending = 0, []
 
-    def buffer(self, weight):
-        return torch.full(weight.shape, float("nan"), dtype=weight.dtype)
+    def start(self, weights):
+        self.started += 1
+        self.pending = [*zip(weights, self.buffers, strict=True)]
 
-    def start(self, weights, buffers):
-        ticket = [*zip(weights, buffers, strict=True)]
-        self.late.append(ticket)
-        return ticket
-
-    def hold_back(self, ticket):
-        for weight, buffer in ticket:
+    def hold_back(self):
+        for weight, buffer in self.pending:
             buffer.copy_(weight)
-        ticket.clear()
+        self.pending = []
 
-    def wait(self, ticket):
-        while ticket:
+    def wait(self):
+        while self.pending:
             time.sleep(0.001)
 
 
 @pytest.fixture
 def late(monkeypatch):
-    """Averages of this process go by a late copier, as if the weights lay elsewhere."""
-    copiers = []
+    """Have averages of this process move late, as if the weights lay elsewhere."""
+    made = []
 
-    def make(weights, averages):
-        copiers.append(LateCopier())
-        return HostAverage(copiers[-1])
+    def host_copies(weights, averages):
+        made.append(LateCopies(weights))
+        return made[-1]
 
-    monkeypatch.setattr(host_average, "host_average", make)
-    return copiers
+    monkeypatch.setattr(averaging, "host_copies", host_copies)
+    return made
 
 
 def model_of(dtype):
@@ -61,10 +59,10 @@ def model_of(dtype):
     return nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)).to(dtype)
 
 
-def walk(model, average, *, overlap, updates=range(1, UPDATES + 1)):
+def walk(model, average, *, overlap, steps=range(1, STEPS + 1)):
     """Updates that write to the weights only after the average was told."""
-    for step in updates:
-        average.before_writing()
+    for step in steps:
+        average.wait_for_copies()
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -85,9 +83,9 @@ def test_the_average_is_that_of_the_weights_as_they_were(dtype, overlap, late, m
     model = model_of(dtype)
     average = WeightAverage(model.named_parameters(), decay=0.9)
     walk(model, average, overlap=overlap)
-    (copier,) = late
-    assert len(copier.late) == UPDATES - 1
-    assert bool(copier.late[-1]) == overlap  # not copied yet, or held back at once
+    (copies,) = late
+    assert copies.started == STEPS - 1
+    assert bool(copies.pending) == overlap  # not copied yet, or held back at once
     found = average.averaged_state_dict()
     monkeypatch.undo()
     for name, value in at_once(dtype).items():
@@ -115,8 +113,8 @@ def test_a_weight_written_to_too_early_is_an_error(late):
     walk(model, average, overlap=True)
     with torch.no_grad():
         model[1].bias.zero_()
-    with pytest.raises(RuntimeError, match=r"written to a weight of shape \(10,\) while it was being copied"):
-        average.before_writing()
+    with pytest.raises(RuntimeError, match=r"written to 1.bias while it was being copied"):
+        average.wait_for_copies()
 
 
 def test_nothing_is_kept_between_updates(late):
@@ -124,16 +122,16 @@ def test_nothing_is_kept_between_updates(late):
     average = WeightAverage(model.named_parameters(), decay=0.9)
     walk(model, average, overlap=True)
     other = copy.deepcopy(average)
-    assert all(not host._read and host._ticket is None and host._job is None for host in average._mover._hosts.values())
+    assert not average._versions and average._job is None
     assert tiny.same(other.averaged_state_dict(), average.averaged_state_dict())
 
 
 def test_what_fails_in_the_thread_is_raised(late):
     model = model_of(torch.float32)
     average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=True, updates=range(1, 3))
-    late[0].wait = lambda ticket: 1 / 0
-    walk(model, average, overlap=True, updates=range(3, 4))
+    walk(model, average, overlap=True, steps=range(1, 3))
+    late[0].wait = lambda: 1 / 0
+    walk(model, average, overlap=True, steps=range(3, 4))
     with pytest.raises(ZeroDivisionError):
         average.averaged_state_dict()
 
@@ -153,7 +151,7 @@ def test_a_training_is_the_same(late, monkeypatch, tmp_path):
         losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         ends.append((losses, tiny.parameters(trainer.model), trainer.average.averaged_state_dict()))
         monkeypatch.undo()
-    assert late and len(late[0].late) == trainer.state.max_steps - 1
+    assert late and late[0].started == trainer.state.max_steps - 1
     assert ends[0][0] == ends[1][0]
     assert tiny.same(ends[0][1], ends[1][1]) and tiny.same(ends[0][2], ends[1][2])
 

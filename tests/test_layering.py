@@ -28,23 +28,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "schedules": (set(), set()),
     "describe": ({"schedules"}, set()),
     "sharding": (set(), {"torch", "deepspeed"}),
-    "windows": (set(), set()),
-    "kernels.building": (set(), {"torch"}),
-    "kernels.numbers": (set(), set()),
-    "kernels.on_cpu": (within("kernels", "building numbers"), {"torch"}),
-    "kernels.on_gpu": (within("kernels", "numbers"), {"torch"}),
-    "kernels.plain": (within("kernels", "on_cpu on_gpu"), {"torch"}),
-    "kernels.folding": (set(), {"torch"}),
-    "kernels": (within("kernels", "building numbers on_cpu on_gpu plain folding"), {"torch"}),
-    "host_average": ({"kernels"}, {"torch"}),
-    "averaging": ({"host_average", "sharding", "windows"} | within("kernels", "plain folding"), {"torch"}),
-    "optim": ({"kernels", "sharding"} | within("kernels", "numbers plain folding"), {"torch", "schedulefree"}),
+    "optim": ({"sharding"}, {"torch", "schedulefree"}),
+    "averaging": ({"optim", "sharding"}, {"torch"}),
     "batch_norm": (set(), {"torch"}),
     "random_state": (set(), {"torch", "numpy"}),
     "names": ({"optim", "schedules"}, ANY),
-    "training_args": ({"schedules", "windows", "names"}, ANY),
+    "training_args": ({"schedules", "averaging", "names"}, ANY),
     "config_files": (set(), {"transformers", "yaml"}),
-    "model_card": ({"windows"}, {"yaml"}),
+    "model_card": ({"averaging"}, {"yaml"}),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": (within("checkpoints", "storage"), set()),
     "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
@@ -107,13 +98,13 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
     "preview": (
-        {"schedules", "names", "optim", "training_args", "windows"} | within("checkpoints", "runs"),
+        {"schedules", "names", "optim", "training_args", "averaging"} | within("checkpoints", "runs"),
         {"torch", "transformers"},
     ),
     "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
     "plot_parts": ({"training_logs"}, set()),
     "plots": ({"preview", "training_logs", "plot_parts"}, {"matplotlib"}),
-    "merging.coefficients": ({"schedules", "windows"}, set()),
+    "merging.coefficients": ({"schedules", "averaging"}, set()),
     "merging.sources": (
         within("checkpoints", "manifest verify layouts runs loading")
         | within("checkpoints.models", "consolidation weight_reading")
@@ -187,7 +178,6 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.hub": (within("checkpoints", "storage"), ANY),
     "training.just_in_time": (set(), ANY),
-    "training.fusing": ({"kernels", "kernels.building", "optim", "sharding"}, {"torch", "transformers"}),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
     "training.folders": (
         {"sharding"} | within("checkpoints.models", "adapters model_folders") | within("training", "backends parts"),
@@ -195,7 +185,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.raw_names": (set(), set()),
     "training.card_facts": (
-        {"schedules", "model_card", "names", "windows"}
+        {"schedules", "model_card", "names", "averaging"}
         | within("checkpoints", "manifest runs loading")
         | within("checkpoints.models", "adapters consolidation")
         | within("training", "parts raw_names"),
@@ -225,7 +215,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         {"averaging", "optim", "batch_norm", "random_state", "names", "sharding", "training_args"}
         | within(
             "training",
-            "support given collected backends fusing evaluation just_in_time saving reporting resuming search "
+            "support given collected backends evaluation just_in_time saving reporting resuming search "
             "around_update raw_names",
         ),
         ANY,
@@ -337,8 +327,8 @@ def test_public_names_are_listed_and_lazy():
         ("averaging.py", "import transformers.trainer", "imports transformers.trainer, but averaging may"),
         (
             "averaging.py",
-            "import hf_radam.optim as o",
-            "imports hf_radam.optim, but averaging may import [",
+            "import hf_radam.names as n",
+            "imports hf_radam.names, but averaging may import [",
         ),
         ("optim/radam.py", "from ..averaging import WeightAverage", "imports hf_radam.averaging.WeightAverage, but"),
         ("optim/radam.py", "from .. import trainer", "imports hf_radam.trainer, but optim may import ["),

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hf_radam import RAdam, RAdamScheduleFree
-from hf_radam.optim import schedule_free_x, x_pieces
+from hf_radam.optim import schedule_free_x, x_shards
 from hf_radam.sharding import LocalSharding
 
 STEPS = 40
@@ -40,7 +40,7 @@ def test_radam_is_torch_radam_with_decoupled_decay_step_by_step():
     ours, batches = problem()
     theirs = copy.deepcopy(ours)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    a = RAdam(ours.parameters(), **options)
+    a = RAdam(ours.parameters(), fused=False, **options)
     b = torch.optim.RAdam(theirs.parameters(), decoupled_weight_decay=True, **options)
     for batch in batches:
         for model, optimizer in ((ours, a), (theirs, b)):
@@ -79,7 +79,7 @@ def reference(p, grads, *, lr, betas, eps, decay, r=0.0, power=2.0, silent=True)
         yield y, x
 
 
-@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize(
     "options",
     [
@@ -91,12 +91,12 @@ def reference(p, grads, *, lr, betas, eps, decay, r=0.0, power=2.0, silent=True)
     ],
     ids=["plain", "decay", "weighting", "sgd phase", "tensor lr"],
 )
-def test_schedule_free_follows_the_reference_step_by_step(options, foreach):
+def test_schedule_free_follows_the_reference_step_by_step(options, fused):
     options = {"lr": 0.02, "betas": (0.9, 0.95)} | options
     torch.manual_seed(0)
     start, target = torch.randn(5), torch.randn(STEPS, 5, dtype=torch.float64)
     model = nn.ParameterDict({"w": nn.Parameter(start.clone())})
-    optimizer = RAdamScheduleFree(model.parameters(), foreach=foreach, **options)
+    optimizer = RAdamScheduleFree(model.parameters(), fused=fused, **options)
     optimizer.train()
     expected = reference(
         start,
@@ -123,7 +123,7 @@ def test_schedule_free_is_schedulefree_bit_for_bit_and_states_are_exchanged():
     ours, batches = problem()
     theirs = copy.deepcopy(ours)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    a = RAdamScheduleFree(ours.parameters(), **options)
+    a = RAdamScheduleFree(ours.parameters(), fused=False, **options)
     b = schedulefree.RAdamScheduleFree(theirs.parameters(), **options)
     for n, batch in enumerate(batches):
         if n == STEPS // 2:  # each goes on from the other's state
@@ -158,7 +158,7 @@ def test_eval_gives_x_and_train_gives_y_back_bit_for_bit():
         optimizer.eval()  # no-op
         assert same(weights(model), x)
         assert same(schedule_free_x(model, optimizer), x)  # does not depend on the mode
-        with pytest.raises(RuntimeError, match=re.escape("call optimizer.train() first")):
+        with pytest.raises(RuntimeError, match=re.escape("Call optimizer.train() first")):
             optimizer.step()
         optimizer.train()
         optimizer.train()
@@ -236,13 +236,13 @@ def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
     optimizer = RAdamScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1)
     assert same(schedule_free_x(model, optimizer), weights(model))
     sharding = LocalSharding(model.named_parameters())
-    assert not dict(x_pieces(sharding, optimizer))
+    assert not dict(x_shards(sharding, optimizer))
     optimizer.train()
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    changed = dict(x_pieces(sharding, optimizer))
+    changed = dict(x_shards(sharding, optimizer))
     assert changed.keys() == trained < weights(model).keys()
     assert same(changed, {name: schedule_free_x(model, optimizer)[name] for name in trained})
 
@@ -290,10 +290,10 @@ def test_schedule_free_refuses_what_leaves_x_undefined(options, message):
 
 def test_low_precision_parameters():
     half = nn.Parameter(torch.zeros(1, dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match="keep float32 parameters and train with bf16=True"):
+    with pytest.raises(ValueError, match="Keep float32 parameters and train with bf16=True"):
         RAdamScheduleFree([half])
     optimizer = RAdamScheduleFree([nn.Parameter(torch.zeros(1))])
-    with pytest.raises(ValueError, match="torch.bfloat16 loses every small update"):
+    with pytest.raises(ValueError, match="torch.bfloat16 loses every small change"):
         optimizer.add_param_group({"params": [half]})
     assert len(optimizer.param_groups) == 1
     with pytest.warns(UserWarning, match="the second moment stalls there"):
@@ -305,7 +305,7 @@ def test_low_precision_parameters():
 
 def test_how_long_radam_replaces_a_warm_up():
     """The README's table: first update at which the rectification reaches 0.9."""
-    from hf_radam.optim.rectification import rectification
+    from hf_radam.optim.radam import rectification
 
     for beta2, updates in ((0.95, 58), (0.98, 140), (0.99, 277), (0.995, 550), (0.999, 2737)):
         values = [rectification(t, beta2=beta2, threshold=4.0) for t in (updates - 1, updates)]

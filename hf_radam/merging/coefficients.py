@@ -29,13 +29,13 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from hf_radam.schedules import decay_multiplier
-from hf_radam.windows import (
+from hf_radam.averaging import (
     DEFAULT_HALF_LIFE_RATIO,
     check_averaging,
     fixed_decay_step_size,
     growing_window_step_size,
 )
+from hf_radam.schedules import decay_multiplier
 
 DECAY_SHAPES = ("linear", "cosine", "1-sqrt")
 """Shapes of `hf_radam.schedules` that fall to zero."""
@@ -100,7 +100,7 @@ def decay_multipliers(updates: Sequence[int], *, shape: str) -> list[float]:
 def ewa_coefficients(
     updates: Sequence[int], *, decay: float | None = None, half_life_ratio: float | None = None
 ) -> list[float]:
-    """The factors of an EWA that was moved at each checkpoint, by the step sizes of `hf_radam.windows`.
+    """The factors of an EWA that was moved at each checkpoint, by the step sizes of `hf_radam.averaging`.
 
     Step size s_j at checkpoint j (s_0 = 1) leaves it the factor s_j (1 - s_(j+1)) ... (1 - s_k). With a fixed decay b
     that is b^(t_k - t_j), normed to the sum 1.

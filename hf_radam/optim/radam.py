@@ -1,9 +1,10 @@
-"""RAdam: `torch.optim.RAdam` with AdamW's (decoupled) weight decay."""
+"""RAdam: `torch.optim.RAdam` with AdamW's (decoupled) weight decay; and what both optimizers share."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,36 +12,71 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from torch.optim.radam import radam
 
-from hf_radam.kernels import fused_update, make_ready
-from hf_radam.kernels.folding import Folding
-from hf_radam.kernels.numbers import RAdamNumbers
-from hf_radam.kernels.plain import Entry, together
-from hf_radam.optim.checks import check_hyperparameters, low_precision
-from hf_radam.optim.rectification import rectification
+from hf_radam.optim.fused import Entry, FusedMixin, group_for_fusing, local
 
-ONE = torch.tensor(1.0)
-"""Added to the counts of updates: of a Python number torch makes such a tensor anew for each of them."""
 THRESHOLD = 5.0
 """Length of the second moment's average above which `torch.optim.RAdam` rectifies; the paper has 4."""
+COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "state_steps")
+OPTIONS = "lr weight_decay eps maximize foreach capturable differentiable decoupled_weight_decay".split()
 
 
-class RAdam(torch.optim.RAdam):
+def rectification(step: int, *, beta2: float, threshold: float) -> float | None:
+    """Return the factor on the learning rate that replaces a warm-up; None while it is undefined.
+
+    Args:
+        step: number of the step, 1 for the first.
+        beta2: decay rate of the second moment.
+        threshold: rho_t, the length of its moving average, above which the factor is taken: 4 in the paper and in
+            `schedulefree`, 5 in `torch.optim.RAdam`.
+
+    Source:
+        Liu et al. 2020, arXiv:1908.03265, algorithm 2.
+    """
+    rho_inf = 2 / (1 - beta2) - 1
+    beta2_t = beta2**step
+    rho_t = rho_inf - 2 * step * beta2_t / (1 - beta2_t)
+    if rho_t <= threshold:
+        return None
+    return ((rho_t - 4) * (rho_t - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho_t)) ** 0.5
+
+
+def check_hyperparameters(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+    """Raise `ValueError` for a value with which no step is defined, NaN included."""
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements. Pass one number.")
+    for name, beta in zip(("beta1", "beta2"), betas, strict=True):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"{name}={beta} must be at least 0 and below 1.")
+    for name, value in (("lr", float(lr)), ("eps", eps), ("weight_decay", weight_decay)):
+        if not 0.0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
+
+
+def low_precision(params: list[Any]) -> Iterator[Tensor]:
+    """Yield the parameters whose dtype has fewer bits than float32."""
+    for param in params:
+        if isinstance(param, Tensor) and param.is_floating_point() and torch.finfo(param.dtype).bits < 32:
+            yield param
+
+
+class RAdam(FusedMixin, torch.optim.RAdam):
     """`torch.optim.RAdam` with `decoupled_weight_decay=True`, always; same arithmetic, same state.
 
-    RAdam replaces the warm-up of Adam by a factor that grows with the number of updates and depends on `beta2` alone:
-    it reaches 0.9 after 58 updates at 0.95, 277 at 0.99 and 2737 at 0.999.
+    RAdam replaces the warm-up of Adam by a factor that grows with the number of steps and depends on `beta2` alone:
+    it reaches 0.9 after 58 steps at 0.95, 277 at 0.99 and 2737 at 0.999.
 
     Args:
         params: parameters or parameter groups.
         lr: learning rate.
         betas: decay rates of the first and the second moment.
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay: each update multiplies the weights by `1 - lr * weight_decay` first.
-        foreach: use torch's multi-tensor kernels; torch decides when not given.
-        fused: make rectified updates in one pass over memory (`hf_radam.kernels`). That rounds otherwise than the
-            multi-tensor kernels, in the last bit of each operation.
+        weight_decay: decoupled decay: each step multiplies the weights by `1 - lr * weight_decay` first.
+        foreach: use torch's multi-tensor kernels for steps that are not fused; torch decides when not given.
+        fused: take rectified steps in one pass over memory, by torch's fused AdamW with other numbers. None fuses
+            wherever that is possible, True or raises `ValueError` at the first rectified step. Results differ from
+            unfused ones in the last bit of each operation.
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
-            first update, as DeepSpeed has it: then their own dtype does not matter.
+            first step, as in DeepSpeed: then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included.
@@ -53,9 +89,6 @@ class RAdam(torch.optim.RAdam):
         Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam` (rho_t > 5).
     """
 
-    folding: Folding | None = None
-    """The average that the next update moves in its own pass, where it is fused: see `WeightAverage.fold_into`."""
-
     def __init__(
         self,
         params: ParamsT,
@@ -65,7 +98,7 @@ class RAdam(torch.optim.RAdam):
         weight_decay: float = 0.0,
         *,
         foreach: bool | None = None,
-        fused: bool = False,
+        fused: bool | None = None,
         master_weights: bool = False,
     ):
         self.fused = fused
@@ -88,70 +121,76 @@ class RAdam(torch.optim.RAdam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
-        """One update, as `torch.optim.RAdam` makes it; `p.grad` is only read."""
+        """Take one step as `torch.optim.RAdam` does; `p.grad` is only read."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        folding, self.folding = self.folding, None
         for group in self.param_groups:
-            parameters: list[Tensor] = []
-            gradients: list[Tensor] = []
-            first: list[Tensor] = []
-            second: list[Tensor] = []
-            steps: list[Tensor] = []
-            has_complex = self._init_group(group, parameters, gradients, first, second, steps)
-            entries: list[Entry] = [*zip(parameters, gradients, first, second, steps, strict=True)]
-            plain = not (has_complex or group["maximize"] or group["capturable"] or group["differentiable"])
-            if self.fused and plain and group["decoupled_weight_decay"]:
-                make_ready({(p.dtype, p.device) for p in parameters}, schedule_free=False)
-                entries = self._step_fused(entries, group, folding)
+            columns: dict[str, Any] = {name: [] for name in COLUMNS}
+            has_complex = self._init_group(group, *columns.values())
+            entries: list[Entry] = [*zip(*columns.values(), strict=True)]
+            special = group["maximize"] or group["capturable"] or group["differentiable"]
+            if not special and group["decoupled_weight_decay"]:
+                entries = self._step_fused(entries, group)
             if entries:
-                self._step_unfused(entries, group, has_complex=has_complex)
+                columns = {name: [*column] for name, column in zip(COLUMNS, zip(*entries, strict=True), strict=True)}
+                options = {name: group[name] for name in OPTIONS}
+                beta1, beta2 = group["betas"]
+                radam(**columns, **options, beta1=beta1, beta2=beta2, has_complex=has_complex)
         return loss
 
-    def _step_unfused(self, entries: list[Entry], group: dict[str, Any], *, has_complex: bool) -> None:
-        parameters, gradients, first, second, steps = (list(column) for column in zip(*entries, strict=True))
-        radam(
-            parameters,
-            gradients,
-            first,
-            second,
-            steps,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-            foreach=group["foreach"],
-            capturable=group["capturable"],
-            differentiable=group["differentiable"],
-            decoupled_weight_decay=group["decoupled_weight_decay"],
-            has_complex=has_complex,
-        )
-
-    def _step_fused(self, entries: list[Entry], group: dict[str, Any], folding: Folding | None) -> list[Entry]:
-        """Make the rectified updates that a kernel can make; returns the entries of the rest."""
+    def _step_fused(self, entries: list[Entry], group: dict[str, Any]) -> list[Entry]:
+        """Take the rectified steps that can be fused; return the other entries."""
         by_step: dict[int, list[Entry]] = {}
         for entry in entries:
             by_step.setdefault(int(entry[-1]) + 1, []).append(entry)
         rest: list[Entry] = []
-        for step, of_a_step in by_step.items():
+        for step, at_step in by_step.items():
             factor = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
-            if factor is None:
-                rest += of_a_step
+            if factor is None or not self._decide_fused():
+                rest += at_step
                 continue
-            numbers = RAdamNumbers(
-                float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], factor=factor, step=step
-            )
-            calls, unfit = together(of_a_step)
+            groups, unfit = group_for_fusing(at_step)
             rest += unfit
-            for chosen in calls:
-                fused_update(chosen, numbers, folding)
-                torch._foreach_add_([entry[-1] for entry in chosen], ONE, alpha=1.0)
+            for chosen in groups:
+                fused_step(chosen, group, step=step, factor=factor)
         return rest
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy.deepcopy` and pickle take over."""
+        """Return what `copy.deepcopy` and pickle take over."""
         return super().__getstate__() | {"fused": self.fused, "_master_weights": self._master_weights}
+
+
+def fused_step(entries: list[Entry], group: dict[str, Any], *, step: int, factor: float) -> None:
+    """Take a rectified step with torch's fused AdamW.
+
+    RAdam moves by `lr factor m^ sqrt(1 - beta2^t) / (sqrt(v) + eps)` and decays by `lr weight_decay`; AdamW moves by
+    `lr m^ / (sqrt(v) / sqrt(1 - beta2^t) + eps)` and decays by the same product.
+
+    Args:
+        entries: parameters, gradients, first and second moments and step counts, as `group_for_fusing` groups them.
+        group: the parameter group.
+        step: number of the step, 1 for the first.
+        factor: its rectification.
+    """
+    torch._foreach_add_([entry[4] for entry in entries], torch.tensor(1.0), alpha=1.0)
+    parameters, gradients, first, second = ([local(entry[n]) for entry in entries] for n in range(4))
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        first,
+        second,
+        [],
+        [torch.full((), float(step), device=parameters[0].device)] * len(entries),
+        lr=float(group["lr"]) * factor,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"] / factor,
+        eps=group["eps"] / math.sqrt(1 - beta2**step),
+        amsgrad=False,
+        maximize=False,
+    )
+    # Torch's kernel does not, so autograd would not notice that a graph is older than the weights.
+    torch.autograd.graph.increment_version([*parameters, *first, *second])

@@ -1,4 +1,4 @@
-"""RAdamScheduleFree: RAdam that averages inside its own update, so that only a learning rate has to be set.
+"""RAdamScheduleFree: RAdam that averages inside its own step, so that only a learning rate has to be set.
 
 Three sequences, in the letters of Defazio et al. 2024 (arXiv:2405.15682): z is the base iterate, x the weighted
 average of the z (the weights to evaluate and ship), y = beta1 x + (1 - beta1) z the point where gradients are taken.
@@ -17,12 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from hf_radam.kernels import fused_update, make_ready
-from hf_radam.kernels.folding import Folding
-from hf_radam.kernels.numbers import ScheduleFreeNumbers
-from hf_radam.kernels.plain import Entry, together
-from hf_radam.optim.checks import check_hyperparameters, low_precision
-from hf_radam.optim.rectification import rectification
+from hf_radam.optim.fused import FusedMixin, group_for_fusing, local, schedule_free_step
+from hf_radam.optim.radam import check_hyperparameters, low_precision, rectification
+from hf_radam.sharding import Sharding, find_sharding
 
 THRESHOLD = 4.0
 """Length of the second moment's average above which `schedulefree` rectifies, as the paper does."""
@@ -35,8 +32,8 @@ def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
     return torch.lerp(y, z, 1 - 1 / beta1)
 
 
-class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
-    """`schedulefree.RAdamScheduleFree` with its gaps closed: same update, same state, so either loads the other's.
+class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
+    """`schedulefree.RAdamScheduleFree` with its gaps closed: same update rule, same state, so either loads the other's.
 
     What differs: options are checked; a tensor `lr` works; `step()` leaves `p.grad` alone; `eval()` keeps y, so
     `train()` brings it back bit for bit (also as the context `evaluating()`).
@@ -49,26 +46,27 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             second moment and sets how long RAdam warms up (0.99 for language models).
         eps: added to the root of the second moment.
         weight_decay: decay taken at y, times the learning rate.
-        r: power of the update's number in the averaging weights.
+        r: power of the step's number in the averaging weights.
         weight_lr_power: power of the largest learning rate so far in the averaging weights.
-        foreach: use torch's multi-tensor kernels; not on CPUs, where they are loops.
-        silent_sgd_phase: while RAdam's rectification is undefined (the first few updates) only gather the second
-            moment; False takes plain SGD updates there.
-        fused: make rectified updates in one pass over memory (`hf_radam.kernels`). That rounds otherwise than the
-            multi-tensor kernels, in the last bit of each operation.
+        foreach: use torch's multi-tensor kernels for steps that are not fused; not on CPUs, where they are loops.
+        silent_sgd_phase: while RAdam's rectification is undefined (the first few steps) only update the second
+            moment; False takes plain SGD steps there.
+        fused: take rectified steps in one pass over memory: on CPUs with C++ kernels, built with the machine's compiler
+            when first needed and cached, on GPUs with a kernel from `torch.compile`. None fuses wherever that is
+            possible, True or raises `ValueError` at the first rectified step. Results differ from unfused ones in the
+            last bit of each operation, so all ranks of a run must do the same (`RAdamTrainer` sees to it).
         master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
-            first update, as DeepSpeed has it: then their own dtype does not matter.
+            first step, as in DeepSpeed: then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included: beta1 = 0 (x would be undefined), beta2 <= 0.6 (the
-            silent phase would never end), or a bf16 or fp16 parameter (the state would lose every small update).
+            silent phase would never end), or a bf16 or fp16 parameter (the state would lose every small change).
 
     Source:
         Defazio et al. 2024, arXiv:2405.15682; `schedulefree` 1.4, `RAdamScheduleFree`.
     """
 
-    folding: Folding | None = None
-    """The average that the next update moves in its own pass, where it is fused: see `WeightAverage.fold_into`."""
+    own_kernels = True
 
     def __init__(
         self,
@@ -82,17 +80,16 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         foreach: bool = True,
         silent_sgd_phase: bool = True,
         *,
-        fused: bool = False,
+        fused: bool | None = None,
         master_weights: bool = False,
     ):
         self.fused = fused
-        """Whether rectified updates are fused."""
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if betas[0] == 0.0:
-            raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1): take 0.9 to 0.98.")
+            raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1). Take 0.9 to 0.98.")
         if betas[1] <= SMALLEST_BETA2:
             raise ValueError(
-                f"beta2={betas[1]} never leaves RAdam's silent phase, which needs beta2 > {SMALLEST_BETA2}: take 0.99."
+                f"beta2={betas[1]} never leaves RAdam's silent phase, which needs beta2 > {SMALLEST_BETA2}. Take 0.99."
             )
         for name, value in (("r", r), ("weight_lr_power", weight_lr_power)):
             if not 0.0 <= value < math.inf:
@@ -100,7 +97,7 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         self._master_weights = master_weights
         self._y: dict[nn.Parameter, Tensor] = {}
         self.steps_by_parts = False
-        """Whether one update comes as several calls of `step`, each with other parameters of a group (ZeRO-3)."""
+        """Whether one step comes as several calls of `step()`, each with other parameters of a group (ZeRO-3)."""
         self._stepped: list[set[int]] = []
         super().__init__(
             params,
@@ -115,62 +112,61 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group as torch does; refuse parameters whose state would lose its small updates."""
+        """Add a group as torch does; refuse parameters whose state would lose small changes."""
         super().add_param_group(param_group)
         for param in [] if self._master_weights else low_precision(self.param_groups[-1]["params"]):
             self.param_groups.pop()
             raise ValueError(
                 f"RAdamScheduleFree keeps its state in the parameters' dtype, and {param.dtype} loses every small "
-                "update there: keep float32 parameters and train with bf16=True (autocast) instead."
+                "change there. Keep float32 parameters and train with bf16=True (autocast)."
             )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of y and z; `p.grad` is only read.
+        """Move y and z; `p.grad` is only read.
 
         Raises:
-            RuntimeError: in evaluation mode, where the parameters hold x: call `train()` first; or with sparse
+            RuntimeError: in evaluation mode, where the parameters hold x (call `train()` first), and for sparse
                 gradients.
+            ValueError: if `fused` is True and that is not possible.
         """
         if not all(group["train_mode"] for group in self.param_groups):
-            raise RuntimeError("step() in evaluation mode, where the parameters hold x: call optimizer.train() first.")
+            raise RuntimeError("step() in evaluation mode, where the parameters hold x. Call optimizer.train() first.")
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
             if any(p.grad is not None and p.grad.layout is not torch.strided for p in group["params"]):
-                raise RuntimeError("RAdamScheduleFree does not support sparse gradients: use sparse=False layers.")
-        folding, self.folding = self.folding, None
+                raise RuntimeError("RAdamScheduleFree does not support sparse gradients. Use sparse=False layers.")
         for index, group in enumerate(self.param_groups):
             if not self.steps_by_parts:
-                self._step_group(group, folding)
+                self._step_group(group)
             elif group["params"]:
-                self._step_group(group, folding, goes_on=self._goes_on(index, group))
+                self._step_group(group, continues=self._continues(index, group))
         return loss
 
-    def _goes_on(self, index: int, group: dict[str, Any]) -> bool:
-        """Whether the group's update is under way: none of the parameters it has now has had its step in it."""
+    def _continues(self, index: int, group: dict[str, Any]) -> bool:
+        """Return whether the group is in the middle of a step: none of its present parameters has moved in it."""
         self._stepped += [set() for _ in range(index + 1 - len(self._stepped))]
         now, stepped = {id(p) for p in group["params"]}, self._stepped[index]
-        goes_on = bool(stepped) and not now & stepped
-        self._stepped[index] = now | stepped if goes_on else now
-        return goes_on
+        continues = bool(stepped) and not now & stepped
+        self._stepped[index] = now | stepped if continues else now
+        return continues
 
-    def _step_group(self, group: dict[str, Any], folding: Folding | None, *, goes_on: bool = False) -> None:
-        """Count the update, unless it goes on with further parameters, and move the parameters that are there."""
-        step = group["k"] + (not goes_on)
+    def _step_group(self, group: dict[str, Any], *, continues: bool = False) -> None:
+        """Count the step, unless it continues with further parameters, and move the parameters that are there."""
+        step = group["k"] + (not continues)
         rectified = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
         adaptive = rectified is not None
         factor = float(not group["silent_sgd_phase"]) if rectified is None else rectified
-        if self.fused and adaptive:  # before anything is changed, as it may fail
-            make_ready({(p.dtype, p.device) for p in group["params"]}, schedule_free=True)
+        fuses = adaptive and self._decide_fused()  # before anything is changed, as it may fail
         # As a Python number: a tensor's 0/0 below would be NaN where a float raises, and counters would become tensors.
         lr = float(group["lr"]) * factor
         group["scheduled_lr"] = lr
         group["lr_max"] = max(lr, group["lr_max"])
         weight = step ** group["r"] * group["lr_max"] ** group["weight_lr_power"]
-        group["weight_sum"] += weight * (not goes_on)
+        group["weight_sum"] += weight * (not continues)
         c = weight / group["weight_sum"] if group["weight_sum"] else 0.0
         group["k"] = step
 
@@ -179,30 +175,27 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
             if "z" not in self.state[p]:
                 self.state[p]["z"] = torch.clone(p, memory_format=torch.preserve_format)
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-        if self.fused and adaptive:
-            params = self._move_fused(params, group, folding, lr=lr, c=c)
+        if fuses:
+            params = self._move_fused(params, group, lr=lr, c=c)
         # One parameter at a time is the same arithmetic with less memory for temporaries; and on a CPU as fast, as the
         # multi-tensor kernels are loops there.
         at_once = group["foreach"] and not all(p.is_cpu for p in params)
         for chunk in [params] if at_once else [[p] for p in params]:
             self._move(chunk, group, lr=lr, c=c, adaptive=adaptive)
 
-    def _move_fused(
-        self, ys: list[Tensor], group: dict[str, Any], folding: Folding | None, *, lr: float, c: float
-    ) -> list[Tensor]:
-        """Update what a kernel can take; returns the rest of `ys`."""
-        numbers = ScheduleFreeNumbers(lr, group["betas"], group["eps"], group["weight_decay"], c=c, step=group["k"])
-        entries: list[Entry] = []
-        for y in ys:
-            assert y.grad is not None, "only these are updated"
-            entries.append((y, y.grad, self.state[y]["z"], self.state[y]["exp_avg_sq"]))
-        calls, rest = together(entries)
-        for chosen in calls:
-            fused_update(chosen, numbers, folding)
+    def _move_fused(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float) -> list[Tensor]:
+        """Update what a kernel can take; return the rest of `ys`."""
+        beta1, beta2 = group["betas"]
+        correction, y_rate = 1 / (1 - beta2 ** group["k"]), lr * (beta1 * (1 - c) - 1)
+        scalars = [beta2, 1 - beta2, correction, group["eps"], group["weight_decay"], c, y_rate, lr]
+        entries: list[Any] = [(y, y.grad, self.state[y]["z"], self.state[y]["exp_avg_sq"]) for y in ys]
+        groups, rest = group_for_fusing(entries)
+        for chosen in groups:
+            schedule_free_step([[*map(local, column)] for column in zip(*chosen, strict=True)], scalars)
         return [entry[0] for entry in rest]
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
-        """Update the second moments, then y and z, of `ys` (tensors of any shapes)."""
+        """Update the second moments, then y and z, with torch's multi-tensor operations."""
         beta1, beta2 = group["betas"]
         grads = [p.grad for p in ys if p.grad is not None]
         zs = [self.state[p]["z"] for p in ys]
@@ -242,10 +235,10 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
 
     @torch.no_grad()
     def train(self) -> None:
-        """Write y back into the parameters: the kept one, bit for bit, unless the weights were changed meanwhile.
+        """Write y back into the parameters: bit for bit, unless the weights were changed meanwhile.
 
-        After a change (or in a process that loaded a state saved in evaluation mode) the parameters are taken for x,
-        as `schedulefree` does: y = beta1 x + (1 - beta1) z.
+        After a change (or after loading a state saved in evaluation mode) the parameters are taken for x, as
+        `schedulefree` does: y = beta1 x + (1 - beta1) z.
         """
         for group in self.param_groups:
             if group["train_mode"]:
@@ -283,19 +276,19 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
 
     @torch.no_grad()
     def _restore(self, group: dict[str, Any]) -> None:
-        """Put the kept y of a group back, whatever is in the parameters now."""
+        """Write the y kept by `eval()` back, whatever is in the parameters now."""
         for p in group["params"]:
             if p in self._y:
                 p.copy_(self._y.pop(p))
 
     def forget_training_weights(self) -> None:
-        """Take the weights now in the parameters for x: evaluation mode, and no y to bring back."""
+        """Enter evaluation mode with the present parameters as x, and no y to restore."""
         self._y = {}
         for group in self.param_groups:
             group["train_mode"] = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy.deepcopy` and pickle take over."""
+        """Return what `copy.deepcopy` and pickle take over."""
         return super().__getstate__() | {
             "fused": self.fused,
             "steps_by_parts": self.steps_by_parts,
@@ -306,3 +299,48 @@ class RAdamScheduleFree(schedulefree.RAdamScheduleFree):
         """Take over a state (`load_state_dict`, `copy.deepcopy`); a y kept by `eval()` is not part of it."""
         super().__setstate__(state)
         self._y, self._stepped = {}, []
+
+
+def x_shard(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str], Tensor | None]:
+    """Return a function that computes this rank's shard of x, of one parameter at a time.
+
+    Args:
+        sharding: of the model that the optimizer trains.
+        optimizer: the optimizer.
+
+    Returns:
+        From a parameter's name to x in the form of `Sharding.optimizer_shard`, or to None where the parameter holds x:
+        the optimizer does not train it, has taken no step yet, or is in evaluation mode.
+    """
+    groups = sharding.groups(optimizer)
+
+    def shard(name: str) -> Tensor | None:
+        group = groups.get(name)
+        z = None if group is None else sharding.state(name, optimizer, "z")
+        if group is None or z is None or not group["train_mode"]:
+            return None
+        return x_from_y(sharding.optimizer_shard(name), z, group["betas"][0])
+
+    return shard
+
+
+def x_shards(sharding: Sharding, optimizer: RAdamScheduleFree) -> Iterator[tuple[str, Tensor]]:
+    """Yield name and shard of x of every parameter that does not hold x, computed one after another."""
+    shard = x_shard(sharding, optimizer)
+    for name in sharding.parameters:
+        x = shard(name)
+        if x is not None:
+            yield name, x
+
+
+def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str, Tensor]:
+    """Compute the evaluation weights x of `model` without touching model or optimizer.
+
+    Returns:
+        Copies by parameter name (tied parameters once): x, or the parameter itself where it holds x already (see
+        `x_shard`).
+    """
+    sharding = find_sharding(model)
+    x = {name: sharding.gather(name, shard) for name, shard in x_shards(sharding, optimizer)}
+    x |= {name: sharding.gather_model(name) for name in sharding.parameters if name not in x}
+    return {name: x[name].clone() for name in sharding.parameters}

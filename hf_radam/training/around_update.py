@@ -25,12 +25,9 @@ class BeforeUpdate(TrainerCallback):
         self.trainer = trainer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Have the weights copied before, if they are; and the average moved with the update, if that was asked for."""
-        if self.trainer.average is None:
-            return
-        self.trainer.average.before_writing()
-        if args.ewa_folded:
-            self.trainer.average.fold_into(self.trainer._bare_optimizer, state.global_step + 1)
+        """Have the weights copied before they change, if they are being copied."""
+        if self.trainer.average is not None:
+            self.trainer.average.wait_for_copies()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave nothing under way."""

@@ -10,6 +10,7 @@ import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_radam import __version__
+from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 from hf_radam.checkpoints.loading import holds_model
 from hf_radam.checkpoints.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, read_manifest
 from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
@@ -20,7 +21,6 @@ from hf_radam.names import SchedulerName
 from hf_radam.schedules import describe_schedule
 from hf_radam.training.parts import PartsMixin
 from hf_radam.training.raw_names import prefixes, raw_twins
-from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO
 
 NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time", "_jit_compilation_time")
 

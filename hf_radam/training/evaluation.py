@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
-from hf_radam.optim import RAdamScheduleFree, x_piece, x_pieces
+from hf_radam.optim import RAdamScheduleFree, x_shard, x_shards
 from hf_radam.sharding import Sharding, Weights, find_sharding
 
 
@@ -103,7 +103,7 @@ class EvaluationWeights:
                 stack.enter_context(self.average.applied(exchange=exchange))
             elif self.optimizer is not None:
                 optimizer = self.optimizer
-                stack.enter_context(self.sharding.holding(lambda: x_pieces(self.sharding, optimizer)))
+                stack.enter_context(self.sharding.holding(lambda: x_shards(self.sharding, optimizer)))
             stack.enter_context(self._in_evaluation_mode())
             if self._recalibrate is not None:
                 if source in self._statistics:
@@ -138,4 +138,4 @@ class EvaluationWeights:
                 yield Weights(self.average.sharding, self.average.state_dict()["averages"].get)
             else:
                 assert self.optimizer is not None
-                yield Weights(self.sharding, x_piece(self.sharding, self.optimizer))
+                yield Weights(self.sharding, x_shard(self.sharding, self.optimizer))

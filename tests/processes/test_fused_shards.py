@@ -1,4 +1,4 @@
-"""Fused updates of shards, fragments and sub-groups are those of one process.
+"""Fused steps on shards, fragments and sub-groups are those of one process.
 
 Oracles: the run of one process; the unfused run, from which a fused one differs in some last bit.
 """
@@ -10,15 +10,15 @@ import tiny
 import torch
 from processes import harness
 
-from hf_radam.kernels import building
+from hf_radam.optim import fused
 
-pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
+pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
 SIZES = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 99, "attention_dropout": 0.0}
 TOLERANCE = 2e-6  # as in test_backends: float32 sums in another order
 
 
 def train(folder, backend, wanted):
-    """The weights after 12 updates with each optimizer, whole."""
+    """The weights after 12 steps with each optimizer, full."""
     options = {"max_steps": 12, "per_device_train_batch_size": 2, "dataloader_pin_memory": False}
     options |= {"gradient_accumulation_steps": 2 if backend == "one" else 1, "adam_beta2": 0.95}
     found = {}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import pytest
 import tiny
 from processes import harness
-from test_host_average import LateCopier
+from test_host_average import LateCopies
 
-from hf_radam import host_average
+from hf_radam import averaging
 
 SIZES = {"vocab_size": 131, "hidden_size": 64, "intermediate_size": 99, "attention_dropout": 0.0}
 
@@ -22,11 +22,11 @@ def train(folder, backend):
     ends, copiers = [], []
 
     def late(weights, averages):
-        copiers.append(LateCopier())
-        return host_average.HostAverage(copiers[-1])
+        copiers.append(LateCopies(weights))
+        return copiers[-1]
 
-    for name, make in (("late", late), ("at once", host_average.host_average)):
-        host_average.host_average = make
+    for name, make in (("late", late), ("at once", averaging.host_copies)):
+        averaging.host_copies = make
         trainer = tiny.trainer(folder / name, tiny.llama(**SIZES), **options | harness.arguments(backend))
         trainer.train()
         assert harness.is_really(trainer, backend)
@@ -38,7 +38,7 @@ def train(folder, backend):
                 trainer.average.averaged_state_dict(),
             )
         )
-    return ends, [len(copier.late) for copier in copiers]
+    return ends, [copier.started for copier in copiers]
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero1"])

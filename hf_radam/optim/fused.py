@@ -1,0 +1,321 @@
+"""Decide whether optimizers take their steps in one pass over memory, and call the kernels for that.
+
+A fused step makes seven streams of memory, operations one after another some 25. RAdam's is torch's fused AdamW with
+other numbers (`radam.py`). The schedule-free step has C++ kernels on CPUs (`schedule_free.cpp`, where averages of bf16
+weights are moved, too), built once with the machine's compiler and cached, and one made by `torch.compile` on GPUs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from hf_radam.sharding import Sharding
+from hf_radam.sharding.base import all_gather_object
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("schedule_free.cpp")
+COMPILERS = ("g++", "c++", "clang++")  # GCC first: its OpenMP is the one that torch brings
+# Without contraction of products and sums results do not depend on what is vectorized; without errno and the exceptions
+# of a square root it can be vectorized.
+OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+DEVICES = ("cpu", "cuda")
+MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size
+TENSORS_PER_CALL = 4  # of the compiled kernel: between two calls Python costs what a megabyte does
+Entry = tuple[Tensor, ...]
+"""A parameter, its gradient, its two states, and whatever else belongs to them."""
+Kernel = Callable[[Sequence[list[Tensor]], list[float]], None]
+
+
+class FusedMixin:
+    """The option `fused` of both optimizers: True or an error, False never, None (the default) wherever possible."""
+
+    fused: bool | None = None
+    own_kernels = False
+    """Whether fused steps need kernels of this package."""
+    _fuses: bool | None = None
+    param_groups: list[dict[str, Any]]
+
+    def _decide_fused(self) -> bool:
+        """Return whether rectified steps are fused; the first call decides, and builds what they need.
+
+        Raises:
+            ValueError: if `fused` is True and that is not possible.
+        """
+        if self.fused is False:
+            return False
+        if self._fuses is None:
+            parameters = [p for group in self.param_groups for p in group["params"]]
+            reason = unsupported_reason(parameters, own_kernels=self.own_kernels)
+            if reason is not None and self.fused:
+                raise ValueError(f"fused=True is not possible: {reason}. Leave it out, or set it to False.")
+            if reason is not None:
+                logger.warning("%s takes unfused steps, which are slower: %s.", type(self).__name__, reason)
+            self._fuses = reason is None
+        return self._fuses
+
+
+def unsupported_reason(parameters: Iterable[Tensor], *, own_kernels: bool) -> str | None:
+    """Return why steps of parameters (or shards) cannot be fused, None if they can; builds the kernels they need."""
+    kinds = dict.fromkeys((parameter.dtype, parameter.device) for parameter in parameters)
+    for dtype, device in kinds:
+        if dtype not in DTYPES:
+            return f"a parameter is {str(dtype).removeprefix('torch.')}"
+        if device.type not in DEVICES:
+            return f"there is no kernel for {device.type}"
+    for dtype, device in kinds if own_kernels else ():
+        if device.type == "cpu":
+            if isinstance(library := load_library(), str):
+                return library
+            continue
+        try:
+            compiled_kernel(dtype, device)
+        except Exception as error:  # of any of the many parts of a compiler
+            return f"compiling failed ({type(error).__name__}: {str(error)[:200].strip()})"
+    return None
+
+
+def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool) -> None:
+    """Decide `fused` alike on all ranks, as replicas whose kernels round otherwise would drift apart; collective.
+
+    Args:
+        optimizer: without wrappers; one of another package is left alone.
+        wanted: `auto`, `true` or `false`.
+        sharding: of the parameters that train.
+        log: whether this rank logs the decision.
+
+    Raises:
+        ValueError: if `true` was asked for and is not possible.
+    """
+    if not isinstance(optimizer, FusedMixin):
+        return
+    reason = None
+    if wanted != "false":
+        shards = [sharding.optimizer_shard(name) for name in sharding.trained]
+        reasons = all_gather_object(unsupported_reason(shards, own_kernels=optimizer.own_kernels))
+        reason = next((reason for reason in reasons if reason is not None), None)
+    if reason is not None and wanted == "true":
+        raise ValueError(f"fused_optimizer=true is not possible: {reason}. Leave it out, or set it to false.")
+    optimizer.fused = optimizer._fuses = wanted != "false" and reason is None
+    if log and reason is not None:
+        logger.warning("The optimizer's steps are not fused (fused_optimizer=auto): %s.", reason)
+    elif log and optimizer.fused:
+        logger.info("The optimizer's steps are fused.")
+
+
+# ---- Tensors that kernels take ----
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the shard of a DTensor on this rank, another tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Return whether tensors are nothing but their elements in memory, in order: kernels see addresses alone."""
+    return all(
+        type(t) in (Tensor, nn.Parameter, nn.Buffer)
+        and t.is_contiguous()
+        and not (t.is_neg() or t.is_inference())
+        and bool(t.data_ptr() or not t.numel())
+        for t in tensors
+    )
+
+
+def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
+    """Group entries by what one call of a kernel can take.
+
+    Returns:
+        Groups of one dtype and device each, and the rest: entries that no kernel takes, and parameters that share
+        memory with one another, whose steps must come one after another.
+    """
+    fitting = [n for n, entry in enumerate(entries) if _fits(entry[:4])]
+    together = {*fitting} - {fitting[n] for n in aliased([local(entries[n][0]) for n in fitting])}
+    groups: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
+    for n in sorted(together):
+        groups.setdefault((entries[n][0].dtype, entries[n][0].device), []).append(entries[n])
+    return [*groups.values()], [entry for n, entry in enumerate(entries) if n not in together]
+
+
+def _fits(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    alike = {(t.dtype, t.device, t.shape) for t in tensors} == {(first.dtype, first.device, first.shape)}
+    if not alike or first.dtype not in DTYPES or first.device.type not in DEVICES:
+        return False
+    if any(isinstance(t, DTensor) for t in tensors):
+        layouts = {(t.device_mesh, t.placements) if isinstance(t, DTensor) else None for t in tensors}
+        partial = isinstance(first, DTensor) and any(placement.is_partial() for placement in first.placements)
+        return len(layouts) == 1 and not partial and _fits([*map(local, tensors)])
+    return are_plain(*tensors) and (first.is_cpu or first.numel() >= MIN_NUMEL)
+
+
+def aliased(tensors: Sequence[Tensor]) -> set[int]:
+    """Return the places in the list of contiguous tensors that share memory with another one."""
+    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, n) for n, t in enumerate(tensors) if t.numel())
+    found: set[int] = set()
+    farthest, last = 0, -1
+    for begin, end, n in spans:
+        if begin < farthest:
+            found |= {n, last}
+        if end > farthest:
+            farthest, last = end, n
+    return found
+
+
+# ---- Calls ----
+
+
+def schedule_free_step(columns: Sequence[list[Tensor]], scalars: list[float]) -> None:
+    """Take a rectified schedule-free step in place.
+
+    Args:
+        columns: y, gradients (only read), z and second moments: local tensors of one group of `group_for_fusing`.
+        scalars: beta2, 1 - beta2, 1 / (1 - beta2^t), eps, weight decay, weight c of z in the average, and what y and z
+            move by, times the direction: lr (beta1 (1 - c) - 1) and lr.
+    """
+    ys, _, zs, second_moments = columns
+    if ys[0].is_cpu:
+        call(f"schedule_free_{DTYPES[ys[0].dtype]}", columns, scalars)
+        # Autograd must notice that a graph is older than the weights, as with any operation of torch.
+        torch.autograd.graph.increment_version([*ys, *zs, *second_moments])
+    else:
+        compiled_kernel(ys[0].dtype, ys[0].device)(columns, scalars)
+
+
+def call(name: str, columns: Sequence[Sequence[Tensor]], scalars: Sequence[float]) -> None:
+    """Call a C++ kernel on plain tensors on a CPU; the columns are the kinds of tensors that it takes."""
+    library, count = load_library(), len(columns[0])
+    assert not isinstance(library, str), library
+    function = library[name]
+    function.restype = None
+    function(
+        ctypes.c_int64(count),
+        (ctypes.c_int64 * count)(*[t.numel() for t in columns[0]]),
+        ctypes.c_int(torch.get_num_threads()),
+        *[(ctypes.c_void_p * count)(*[t.data_ptr() for t in column]) for column in columns],
+        (ctypes.c_double * len(scalars))(*scalars),
+    )
+
+
+def _step_tensors(
+    ys: list[Tensor], gradients: list[Tensor], zs: list[Tensor], second_moments: list[Tensor], scalars: list[Tensor]
+) -> None:
+    beta2, rest2, correction, eps, decay, c, y_rate, z_rate = scalars
+    for y, gradient, z, second_moment in zip(ys, gradients, zs, second_moments, strict=True):
+        v = second_moment * beta2 + rest2 * gradient * gradient
+        direction = gradient / ((v * correction).sqrt() + eps) + y * decay
+        y.copy_(y + (z - y) * c + direction * y_rate)
+        z.copy_(z - direction * z_rate)
+        second_moment.copy_(v)
+
+
+@functools.cache
+def compiled_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
+    """Compile the schedule-free step for any number of tensors of any sizes; called as `schedule_free_step`."""
+    kernel: Callable[..., None] = torch.compile(
+        _step_tensors, dynamic=True, options={"cpp_cache_precompile_headers": False}
+    )
+
+    def zeros(numel: int) -> list[list[Tensor]]:
+        return [[torch.zeros(numel + n, dtype=dtype, device=device) for n in range(TENSORS_PER_CALL)] for _ in range(4)]
+
+    fill = zeros(MIN_NUMEL)
+
+    def step(columns: Sequence[list[Tensor]], scalars: list[float]) -> None:
+        given = [torch.tensor(scalar, dtype=dtype, device="cpu") for scalar in scalars]
+        flat = [[tensor.detach().view(-1) for tensor in column] for column in columns]
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # one kernel, whatever surrounds the step
+            for first in range(0, len(flat[0]), TENSORS_PER_CALL):
+                chunk = [column[first : first + TENSORS_PER_CALL] for column in flat]
+                kernel(*[[*some, *rest[len(some) :]] for some, rest in zip(chunk, fill, strict=True)], given)
+
+    with torch.no_grad():
+        # What is alike now (sizes, numbers, being a view) would have to be alike ever after: so all sizes differ and
+        # scalars are tensors. Large enough to be split among threads.
+        kernel(*zeros(2**17), [torch.tensor(0.5, dtype=dtype, device="cpu") for _ in range(8)])
+    return step
+
+
+# ---- The C++ library ----
+
+
+@functools.cache
+def load_library() -> ctypes.CDLL | str:
+    """Load the C++ kernels, built unless they are in the cache; return why if that fails.
+
+    The cache is `$XDG_CACHE_HOME/hf_radam` (`~/.cache/hf_radam`). The name of a library is a hash of the source, the
+    compiler's version and options and the architecture; it ends with its own hash.
+    """
+    try:
+        compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, COMPILERS) if path][:1]
+        if os.name != "posix" or not compiler:
+            return f"there is no C++ compiler ({', '.join(COMPILERS)}, or one that $CXX names)"
+        # Wider vectors alone: more would not be faster, as memory is the limit.
+        wide = platform.machine() in ("x86_64", "AMD64") and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        command = [*compiler, *(["-mavx2", "-mfma"] if wide else []), *OPTIONS]
+        inputs = [SOURCE.read_text("utf-8"), _run([*compiler, "--version"]), platform.machine(), *command]
+        key = hashlib.sha256("\0".join(inputs).encode(errors="surrogateescape")).hexdigest()[:20]
+        cached = _cache() / f"schedule_free-{key}.so"
+        if _is_intact(cached):
+            return ctypes.CDLL(str(cached))
+        folder = cached.parent if _is_private(cached.parent) and os.access(cached.parent, os.W_OK) else None
+        with tempfile.TemporaryDirectory(prefix="hf_radam-", dir=folder, ignore_cleanup_errors=True) as building:
+            built = Path(building, cached.name)
+            _run([*command, "-o", str(built), str(SOURCE)])
+            content = built.read_bytes()
+            built.write_bytes(content + hashlib.sha256(content).digest())  # which a loader passes over
+            built.chmod(0o700)
+            library = ctypes.CDLL(str(built))
+            if folder is not None:
+                built.replace(cached)  # atomic: other processes may be doing the same
+            return library
+    except subprocess.CalledProcessError as error:
+        return f"{error.cmd[0]} fails: {error.stderr.strip()[:300]}"
+    except (OSError, ValueError, RuntimeError, subprocess.TimeoutExpired) as error:
+        return f"the C++ kernels cannot be built or loaded ({error})"
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=True)
+    return done.stdout
+
+
+def _cache() -> Path:
+    """Return the folder of built libraries, made if it can be."""
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (given if given.is_absolute() else Path.home() / ".cache") / "hf_radam"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def _is_private(path: Path) -> bool:
+    """Return whether a path is there and nobody but this user can have written it: what is loaded is run."""
+    with contextlib.suppress(OSError):
+        about = path.lstat()
+        return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return False
+
+
+def _is_intact(library: Path) -> bool:
+    content = library.read_bytes() if _is_private(library.parent) and _is_private(library) else b""
+    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]

@@ -1,0 +1,241 @@
+"""The kernels of the schedule-free step and how the C++ ones are built.
+
+Oracles: the step in numpy's float32, one operation after another; torch's own operations. Building is tested in
+processes with a cache of their own, as a machine's first run has it.
+"""
+
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from hf_radam.optim import fused
+
+pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
+ROOT = Path(__file__).parents[1]
+SIZES = (0, 1, 7, 16, 16383, 16384, 16385, 200_001)  # around the ends of vectors and chunks
+CPU = torch.device("cpu")
+
+
+def scalars(c=0.07, beta1=0.9, beta2=0.99, lr=0.02, weight_decay=0.1, step=9):
+    return [beta2, 1 - beta2, 1 / (1 - beta2**step), 1e-6, weight_decay, c, lr * (beta1 * (1 - c) - 1), lr]
+
+
+def columns(dtype=torch.float32):
+    torch.manual_seed(0)
+    made = [[torch.randn(size, dtype=dtype) for size in SIZES] for _ in range(4)]
+    made[3] = [value.abs() * 0.01 for value in made[3]]
+    return made
+
+
+def test_every_operation_is_rounded_by_itself():
+    """Bit for bit. Oracle: the same operations one after another in numpy's float32."""
+    given = columns()
+    y, g, z, v = ([value.numpy().copy() for value in column] for column in given)
+    fused.schedule_free_step(given, scalars())
+    beta2, rest2, correction, eps, decay, c, y_rate, z_rate = map(np.float32, scalars())
+    for n in range(len(SIZES)):
+        v_new = v[n] * beta2 + rest2 * g[n] * g[n]
+        direction = g[n] / (np.sqrt(v_new * correction) + eps) + y[n] * decay
+        expected = (y[n] + (z[n] - y[n]) * c + direction * y_rate, g[n], z[n] - direction * z_rate, v_new)
+        for column, wanted in zip(given, expected, strict=True):
+            assert np.array_equal(column[n].numpy(), wanted)
+
+
+def test_a_large_gradient_overflows_where_torchs_does():
+    """The square of the gradient is beyond float32, but (1 - beta2) of it is not. Oracle: torch's `addcmul_`."""
+    given = [[torch.full((20,), value)] for value in (1.0, 1e20, 1.0, 1.0)]
+    fused.schedule_free_step(given, scalars())
+    wanted = torch.tensor(0.99).addcmul_(torch.tensor(1e20), torch.tensor(1e20), value=1 - 0.99)
+    assert torch.isfinite(wanted) and torch.allclose(given[3][0], wanted, rtol=1e-6)
+
+
+def test_neither_threads_nor_places_matter(monkeypatch):
+    """Bit for bit: other numbers of threads, and every element beginning elsewhere in its chunk and vector."""
+    ends = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        given = columns()
+        fused.schedule_free_step(given, scalars())
+        ends.append(given)
+    shifted = [[value[3:].clone() for value in column] for column in columns()]
+    fused.schedule_free_step(shifted, scalars())
+    for number, column in enumerate(ends[0]):
+        for other in ends[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(column, other[number], strict=True))
+        assert all(torch.equal(a[3:], b) for a, b in zip(column, shifted[number], strict=True))
+
+
+FLUSHING = """
+import torch
+from hf_radam.averaging import move_averages
+tiny = torch.full((400_000,), 1e-40)
+torch.set_num_threads(2)
+for flush in (True, False):
+    torch.set_flush_denormal(flush)
+    for _ in range(5):
+        average = tiny.clone()
+        move_averages([average], [tiny.bfloat16()], 0.25)
+        assert bool(average.view(torch.int32).any()) != flush and bool(average.view(torch.int32).all()) != flush
+"""
+
+
+def test_every_thread_treats_denormals_as_the_calling_one():
+    done = subprocess.run([sys.executable, "-c", FLUSHING], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- The kernel for GPUs, on CPUs' tensors, which it takes too ----
+
+
+def assert_compiled_is_built(other_scalars, **context):
+    given = columns()
+    other = [[value for value in column if value.numel() >= fused.MIN_NUMEL] for column in columns()]
+    fused.schedule_free_step(given, other_scalars)
+    with torch.autocast("cpu", dtype=torch.bfloat16, **context):
+        fused.compiled_kernel(torch.float32, CPU)(other, other_scalars)
+    for column, expected in zip(other, given, strict=True):
+        torch.testing.assert_close(column, expected[2:], rtol=2e-6, atol=2e-6)
+
+
+def test_one_compiled_kernel_serves_every_size_and_number():
+    fused.compiled_kernel(torch.float32, CPU)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert_compiled_is_built(scalars(), enabled=False)
+    assert_compiled_is_built(scalars(c=0.5, weight_decay=0.0, beta1=0.95, beta2=0.9))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
+
+
+IN_A_MODE = """
+from torch.utils.flop_counter import FlopCounterMode
+from test_kernels import *
+with FlopCounterMode(display=False):
+    assert_compiled_is_built(scalars())
+"""
+
+
+def test_where_the_compiled_kernel_cannot_run_the_step_is_the_same():
+    """In a process of its own: there is no kernel any more afterwards."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", IN_A_MODE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+
+
+# ---- Building ----
+
+
+class Answer(NamedTuple):
+    """What a process found: "loaded" or the reason why not; and how it ended."""
+
+    words: str
+    code: int
+
+
+def ask(cache, *, source=fused.SOURCE, **variables):
+    """Build or load in a fork of this process."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.environ.update({"XDG_CACHE_HOME": str(cache)} | variables)
+            tempfile.tempdir, fused.SOURCE = None, source
+            found = fused.load_library.__wrapped__()
+            os.write(writing, (found if isinstance(found, str) else "loaded").encode())
+        except BaseException as error:
+            os.write(writing, f"raised {error!r}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        words = pipe.read()
+    return Answer(words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
+def built(cache):
+    return sorted((cache / "hf_radam").iterdir())
+
+
+def test_it_is_built_once_and_cached(tmp_path):
+    assert ask(tmp_path).words == "loaded"
+    (library,) = built(tmp_path)
+    before = library.stat()
+    assert library.suffix == ".so" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    # The compiler can still be asked for its version, but builds nothing.
+    compiler = shutil.which("g++") or shutil.which("c++")
+    wrapper = tmp_path / "wrapper"
+    asked = f'#!/bin/sh\n[ "$1" = --version ] && exec {compiler} --version\n'
+    wrapper.write_text(asked + f'[ -z "$BUILDS" ] && exit 7\nexec {compiler} "$@"\n')
+    wrapper.chmod(0o755)
+    assert ask(tmp_path, CXX=str(wrapper), BUILDS="1").words == "loaded"
+    both = built(tmp_path)
+    assert len(both) == 2  # another command
+    assert ask(tmp_path, CXX=str(wrapper)).words == "loaded" and built(tmp_path) == both
+    assert "wrapper fails: " in ask(tmp_path / "other", CXX=str(wrapper)).words
+    assert library.stat().st_mtime_ns == before.st_mtime_ns and library.stat().st_ino == before.st_ino
+    changed = tmp_path / "changed.cpp"
+    changed.write_text(fused.SOURCE.read_text() + "// changed\n")
+    assert ask(tmp_path, source=changed).words == "loaded" and len(built(tmp_path)) == 3
+
+
+def test_many_processes_at_once(tmp_path):
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(lambda _: ask(tmp_path), range(4)))
+    assert {answer.words for answer in answers} == {"loaded"} and len(built(tmp_path)) == 1
+
+
+def test_one_that_was_cut_short_is_built_anew(tmp_path):
+    ask(tmp_path)
+    (library,) = built(tmp_path)
+    complete = library.read_bytes()
+    for length in (0, 40, 4000, -1):
+        library.write_bytes(complete[:length])
+        assert ask(tmp_path).words == "loaded"
+        assert built(tmp_path) == [library] and library.read_bytes() == complete
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("whose", ["folder", "file", "mode"])
+def test_what_others_could_have_written_is_not_run(tmp_path, whose):
+    """A library that would end the process, in a place that another user may write to."""
+    ask(tmp_path)
+    (library,) = built(tmp_path)
+    fatal = tmp_path / "fatal.cpp"
+    fatal.write_text("#include <cstdlib>\n__attribute__((constructor)) void planted() { _Exit(42); }\n")
+    subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(fatal)], check=True)
+    content = library.read_bytes()
+    library.write_bytes(content + hashlib.sha256(content).digest())
+    assert ask(tmp_path).code == 42  # of our own it is run
+    if whose == "mode":
+        library.parent.chmod(0o777)
+    else:
+        os.chown(library if whose == "file" else library.parent, 65534, 65534)
+    assert ask(tmp_path).words == "loaded"
+
+
+def test_a_cache_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("in the way of the folder")
+    answer = ask(tmp_path / "file", TMPDIR=str(tmp_path))
+    assert answer.words == "loaded" and [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_compilers_that_do_not_work_and_strange_ones(tmp_path):
+    none = ask(tmp_path, PATH=str(tmp_path), CXX="").words
+    assert none == "there is no C++ compiler (g++, c++, clang++, or one that $CXX names)"
+    for command, problem in (("/no/such/compiler", "No such file"), ("g++ 'x", "No closing quotation")):
+        words = ask(tmp_path, CXX=command).words
+        assert words.startswith("the C++ kernels cannot be built or loaded (") and problem in words
+    compiler = tmp_path / "compiler"
+    compiler.write_bytes(b'#!/bin/sh\n[ "$2" = --version ] && printf "\\377 1.0" && exit 0\nshift\nexec c++ "$@"\n')
+    compiler.chmod(0o755)
+    assert ask(tmp_path, CXX=f"{compiler} first").words == "loaded" and len(built(tmp_path)) == 1
