@@ -18,10 +18,11 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 from hf_radam.checkpoints.runs import PREFIX
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import radam, schedule_free
-from hf_radam.optim.rectification import rectification
+from hf_radam.optim.radam import rectification
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, SchedulePast, describe_schedule
 from hf_radam.training_args import RAdamTrainingArguments
 

@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO, check_averaging
 from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.schedules import SCHEDULE_FLAGS, Schedule, SchedulePast, check_decay, count_from_ratio
-from hf_radam.windows import DEFAULT_HALF_LIFE_RATIO, check_averaging
 
 UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler_type"].default
-EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw", "folded")
+EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
 
 
 class HorizonError(ValueError):
@@ -115,7 +115,7 @@ class RAdamTrainingArguments(TrainingArguments):
         default="auto",
         metadata={
             "help": "Make each step of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
-            "`auto`, which does so on CPUs where it is possible."
+            "`auto`, which does so wherever it is possible."
         },
     )
     extend_from: str | None = field(
@@ -298,11 +298,6 @@ class RAdamTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"fused_optimizer=true has no effect with optim={name}. Use {' or '.join(OPTIMIZERS)}, or leave it out "
                 "(transformers has adamw_torch_fused)."
-            )
-        if self.ewa_folded and (wanted == "false" or name not in OPTIMIZERS):
-            raise ValueError(
-                f"ewa_folded=True with optim={name}, fused_optimizer={wanted}: an average moves with the fused step of "
-                f"{' or '.join(OPTIMIZERS)} alone. Leave it out."
             )
         self.fused_optimizer = wanted
 

@@ -9,7 +9,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from hf_radam.checkpoints.models.adapters import check_adapter, is_peft
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
-from hf_radam.optim.checks import low_precision
+from hf_radam.optim.radam import low_precision
 from hf_radam.schedules import Schedule
 from hf_radam.training.backends import check_backend
 from hf_radam.training.collected import is_of_trl, keeps_metrics

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainingArguments
 from hf_radam.checkpoints.runs import list_checkpoints
-from hf_radam.optim.rectification import rectification
+from hf_radam.optim.radam import rectification
 from hf_radam.preview import DECAY, STABLE, WARM_UP, describe_factors, phases_of_rates, phases_of_schedule, preview
 
 UPSTREAM = {"optim": "adamw_torch"}
