@@ -166,7 +166,7 @@ REFUSED = [
     ({"ewa": True, "ewa_decay": 0.9, "ewa_half_life_ratio": 0.1}, "two windows for one average"),
     ({"ewa": True, "ewa_decay": 1.0}, "ewa_decay=1.0 must lie strictly between 0 and 1"),
     ({"ewa": True, "ewa_half_life_ratio": math.nan}, "ewa_half_life_ratio=nan must be above 0"),
-    ({"ewa": True, "ewa_every": 0}, "ewa_every=0 must be a whole number of updates, 1 or more"),
+    ({"ewa": True, "ewa_every": 0}, "ewa_every=0 must be a whole number of steps, 1 or more"),
     ({"ewa": True, "ewa_start_step": -1}, "ewa_start_step=-1 must be"),
     ({"ewa": True, "ewa_start_step": 100}, "leave no averaging in a run of 100 steps"),
     ({"ewa": True, "ewa_device": "gpu"}, "ewa_device='gpu' is not known. Use cpu"),
