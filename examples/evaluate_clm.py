@@ -1,21 +1,17 @@
 """Compare the evaluation weights and the training weights of a run of `run_clm.py`, or of one of its checkpoints.
 
-Of checkpoints that `hf-radam average` has merged it gives the loss of what came out.
-
     python examples/evaluate_clm.py runs/quickstart
     python examples/evaluate_clm.py runs/quickstart/checkpoint-300 --prompt "class " --json result.json
-    python examples/evaluate_clm.py runs/merged
+    python examples/evaluate_clm.py runs/merged      # checkpoints merged by `hf-radam average`
 
-The validation text is the one of the run (`run_clm.yaml`), unless flags name another. The loss is the mean over
-blocks, as `eval_loss` is.
+The validation text is that of the run (`run_clm.yaml`), unless flags name another. The loss is the mean over blocks, as
+`eval_loss` is.
 """
 
 import argparse
 import json
 import logging
-import os
 import sys
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +23,9 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from clm_arguments import DataArguments, ModelArguments
+from clm_arguments import DataArguments, ModelArguments, fail
 from clm_data import TextSize, load_texts, validation_blocks
-from clm_parser import InputError, fail
+from clm_model import InputError
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_loadable_checkpoint
 from hf_radam.checkpoints.models.consolidation import consolidate
@@ -37,22 +33,12 @@ from hf_radam.merging.folder import RECORD_NAME
 from run_clm import RECIPE, bits_per_byte, perplexity
 
 DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")
-
-
-@dataclass
-class Column:
-    """One column of the table: which weights, and what was measured with them."""
-
-    name: str
-    source: str
-    loss: float
-    perplexity: float
-    bits_per_byte: float
-    sample: str
+Column = dict[str, Any]
+"""One column of the table: name, source (a folder), loss, perplexity, bits_per_byte, sample."""
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line; anything unknown ends in exit code 2."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("path", type=Path, help="Folder of a run, or one of its checkpoints.")
     parser.add_argument("--batch_size", type=int, default=16, help="Blocks evaluated at a time.")
@@ -62,15 +48,15 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the sample, the same for both weights.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="Where to compute.")
     parser.add_argument("--json", type=Path, help="Write the numbers and samples to this file too.")
-    for field in DataArguments.__dataclass_fields__.values():
-        if field.name in DATA_FLAGS:
-            kind = int if field.name == "block_size" else str
-            parser.add_argument(f"--{field.name}", type=kind, help=f"In place of the run's. {field.metadata['help']}")
+    for name in DATA_FLAGS:
+        field = DataArguments.__dataclass_fields__[name]
+        kind = int if name == "block_size" else str
+        parser.add_argument(f"--{name}", type=kind, help=f"In place of the run's. {field.metadata['help']}")
     args = parser.parse_args(argv)
     for name, least in (("batch_size", 1), ("max_blocks", 1), ("max_new_tokens", 0)):
         value = getattr(args, name)
         if value is not None and value < least:
-            parser.error(f"--{name} {value} is too small: give at least {least}")
+            parser.error(f"--{name} {value} is too small. Give at least {least}.")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
@@ -79,42 +65,26 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
-    """Read how the run that a folder belongs to made its data; of a merge, the run of its last checkpoint.
-
-    Raises:
-        InputError: there is no such folder, or no `run_clm.py` made it.
-    """
+    """Read how the run of a folder made its data; of merged checkpoints, the run of the last one."""
     if not path.is_dir():
-        raise InputError(f"{path} is no folder: give the folder of a run, or one of its checkpoints")
-    inside = _last_merged(path) if (path / RECORD_NAME).is_file() else path
-    for folder in (path, inside, *inside.resolve().parents[:2]):  # _pre_decay/checkpoint-N lies two levels deep
+        raise InputError(f"{path} is no folder. Give the folder of a run, or one of its checkpoints.")
+    source, record = path, path / RECORD_NAME
+    if record.is_file():
+        try:
+            source = (path / json.loads(record.read_text(encoding="utf-8"))["checkpoints"][-1]["path"]).resolve()
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise InputError(f"{record} cannot be read: {error!r}") from error
+    for folder in (path, source, *source.resolve().parents[:2]):  # _pre_decay/checkpoint-N lies two levels deep
         if (folder / RECIPE).is_file():
             return yaml.safe_load((folder / RECIPE).read_text(encoding="utf-8"))
-    merged = f", merged into {path}" if inside != path else ""
-    raise InputError(f"there is no {RECIPE} in {inside}{merged} or above it: give the folder of a run of run_clm.py")
-
-
-def _last_merged(path: Path) -> Path:
-    """The last checkpoint of those that a folder was merged from.
-
-    Raises:
-        InputError: the record does not say.
-    """
-    try:
-        record = json.loads((path / RECORD_NAME).read_text(encoding="utf-8"))
-        return (path / record["checkpoints"][-1]["path"]).resolve()
-    except (OSError, ValueError, TypeError, LookupError) as error:
-        raise InputError(f"{path / RECORD_NAME} cannot be read: {error!r}") from error
+    merged = f", merged into {path}," if source != path else ""
+    raise InputError(f"There is no {RECIPE} in {source}{merged} or above it. Give the folder of a run of run_clm.py.")
 
 
 def load_data(
     args: argparse.Namespace, recipe: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[datasets.Dataset, TextSize]:
-    """Make the validation blocks: the run's, or those of the data that flags name.
-
-    Raises:
-        InputError: the data cannot be made.
-    """
+    """Make the validation blocks: the run's, or those of the data that flags name."""
     given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name) is not None}
     sources = {"train_file", "validation_file", "dataset_name"} & given.keys()
     if "validation_file" in given:
@@ -128,36 +98,31 @@ def load_data(
         raise InputError(str(error)) from error
     text = load_texts(model_args, data_args)["validation"]
     blocks, size = validation_blocks(text, tokenizer, data_args.block_size, data_args)
-    if not given and asdict(size) != recipe["validation"]:
-        # Told, not refused: on another machine the standard library, or a file, may be another version.
-        print(f"NOTE: the validation text is {asdict(size)}, that of the run was {recipe['validation']}.")
+    if not given and vars(size) != recipe["validation"]:  # the standard library, or a file, of another version
+        print(f"NOTE: the validation text is {vars(size)}, that of the run was {recipe['validation']}.")
     return blocks, size
 
 
 def folders(path: Path) -> tuple[Path, Path | None]:
-    """Give the folders of evaluation and of training weights: of a checkpoint itself, of a run its newest whole one.
-
-    The model at the root of a run, where there is one, is its evaluation weights; without a checkpoint it has no
-    training weights.
-    """
+    """Return the folders of evaluation and of training weights; None for a run that holds no checkpoint."""
     if is_checkpoint(path):
         return path, path
     try:
         newest = newest_loadable_checkpoint(path)
     except FileNotFoundError:
         return path, None
-    return (path if holds_model(path) else newest), newest
+    return (path if holds_model(path) else newest), newest  # the model at the root has the evaluation weights
 
 
 def same_weights(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Say whether two models hold the same numbers, to the last bit."""
-    mine, others = one.state_dict(), other.state_dict()
-    return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
+    """Return whether two models hold the same numbers, to the last bit."""
+    first, second = one.state_dict(), other.state_dict()
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 @torch.no_grad()
 def mean_loss(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int, name: str) -> float:
-    """Give the mean loss in nats per token; blocks are equally long, so the mean over blocks is that over tokens."""
+    """Return the mean loss in nats per token; blocks are equally long, so it is the mean over blocks too."""
     total = 0.0
     for batch in tqdm(blocks.with_format("torch").iter(batch_size), total=-(-len(blocks) // batch_size), desc=name):
         ids = batch["input_ids"].to(model.device)
@@ -166,70 +131,60 @@ def mean_loss(model: PreTrainedModel, blocks: datasets.Dataset, batch_size: int,
 
 
 def sample(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> str:
-    """Let the model go on from the prompt, with the seed set anew."""
+    """Generate text from the prompt, with the seed set anew."""
     if args.max_new_tokens == 0:
         return ""
-    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long()
+    ids = tokenizer(args.prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].long().to(model.device)
     if ids.shape[1] == 0:  # an empty prompt: begin as after the end of a document
-        ids = torch.tensor([[tokenizer.eos_token_id]])
+        ids = torch.tensor([[tokenizer.eos_token_id]], device=model.device)
     torch.manual_seed(args.seed)
-    out = model.generate(
-        ids.to(model.device),
-        attention_mask=torch.ones_like(ids).to(model.device),
-        do_sample=True,
-        top_k=50,
-        max_new_tokens=args.max_new_tokens,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    options = {"do_sample": True, "top_k": 50, "pad_token_id": tokenizer.eos_token_id}
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=args.max_new_tokens, **options)
     return tokenizer.decode(out[0], skip_special_tokens=True)
 
 
 def compare(args: argparse.Namespace) -> list[Column]:
-    """Measure the evaluation weights and, where they differ, the training weights.
-
-    Raises:
-        InputError: the path, or the data that the run names, cannot be used.
-    """
+    """Measure the evaluation weights and, where they differ, the training weights."""
     recipe = read_recipe(args.path)
     trust = {"trust_remote_code": recipe["model"]["trust_remote_code"]}
-    shipped_folder, raw_folder = folders(args.path)
+    evaluated, trained = folders(args.path)
     try:
-        models = {"evaluation weights": (load_evaluation_model(shipped_folder, **trust), shipped_folder)}
-        if raw_folder is not None:
-            consolidate(raw_folder, training_weights=True, **trust)  # where they lie in shards
-            raw = AutoModelForCausalLM.from_pretrained(raw_folder, **trust)
-            models["training weights"] = raw, raw_folder
+        models = {"evaluation weights": (load_evaluation_model(evaluated, **trust), evaluated)}
+        if trained is not None:
+            consolidate(trained, training_weights=True, **trust)  # where they lie in shards
+            models["training weights"] = AutoModelForCausalLM.from_pretrained(trained, **trust), trained
         holds_tokenizer = (args.path / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(args.path if holds_tokenizer else raw_folder or args.path, **trust)
+        tokenizer = AutoTokenizer.from_pretrained(args.path if holds_tokenizer else trained or args.path, **trust)
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(f"cannot load {args.path}: {error}") from error
+        raise InputError(f"Cannot load {args.path}: {error}") from error
     blocks, size = load_data(args, recipe, tokenizer)
-    if raw_folder is None:
+    if trained is None:
         print(f"{args.path} holds no checkpoint, so there are no training weights to compare with.")
-    elif same_weights(models["evaluation weights"][0], raw):
-        print(f"The evaluation weights of {args.path} are the training weights of {raw_folder}.")
+    elif same_weights(*(model for model, _ in models.values())):
+        print(f"The evaluation weights of {args.path} are the training weights of {trained}.")
         del models["training weights"]
     columns = []
     for name, (model, source) in models.items():
         model = model.to(args.device).eval()
         loss = mean_loss(model, blocks, args.batch_size, name)
-        text = sample(model, tokenizer, args)
-        columns.append(Column(name, str(source), loss, perplexity(loss), bits_per_byte(loss, size), text))
-    print(
-        f"{len(blocks)} blocks of {len(blocks[0]['input_ids'])} tokens, {size.bytes / size.tokens:.2f} bytes per token"
-    )
+        numbers = {"loss": loss, "perplexity": perplexity(loss), "bits_per_byte": bits_per_byte(loss, size)}
+        columns.append({"name": name, "source": str(source), **numbers, "sample": sample(model, tokenizer, args)})
+    tokens = len(blocks[0]["input_ids"])
+    print(f"{len(blocks)} blocks of {tokens} tokens, {size.bytes / size.tokens:.2f} bytes per token")
     return columns
 
 
 def table(columns: list[Column]) -> str:
     """Lay the numbers out side by side, the samples below each other."""
-    lines = [("", *(column.name for column in columns)), ("from", *(column.source for column in columns))]
-    lines.append(("loss (nats per token)", *(f"{column.loss:.4f}" for column in columns)))
-    lines.append(("perplexity", *(f"{column.perplexity:.2f}" for column in columns)))
-    lines.append(("bits per byte", *(f"{column.bits_per_byte:.4f}" for column in columns)))
+    kinds = {"": "name", "from": "source", "loss (nats per token)": "loss", "perplexity": "perplexity"}
+    formats = {"loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
+    lines = [
+        [title, *(format(column[key], formats.get(key, "")) for column in columns)]
+        for title, key in (kinds | {"bits per byte": "bits_per_byte"}).items()
+    ]
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     rows = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    samples = [f"--- sample, {column.name} ---\n{column.sample}" for column in columns if column.sample]
+    samples = [f"--- sample, {column['name']} ---\n{column['sample']}" for column in columns if column["sample"]]
     return "\n".join([*rows, *samples])
 
 
@@ -245,8 +200,8 @@ def main() -> None:
         fail(error)
     print(table(columns))
     if args.json:
-        os.makedirs(args.json.resolve().parent, exist_ok=True)
-        args.json.write_text(json.dumps([asdict(column) for column in columns], indent=2) + "\n", encoding="utf-8")
+        args.json.resolve().parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(columns, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

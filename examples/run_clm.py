@@ -9,9 +9,11 @@ the Python standard library; with no model named, a small llama is built. Evalua
 """
 
 import dataclasses
+import gc
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,14 @@ from typing import Any
 import datasets
 import transformers
 import yaml
+from accelerate import PartialState
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
 
-from clm_arguments import DataArguments, ModelArguments, parse_arguments
+from clm_arguments import DataArguments, ModelArguments, fail, parse_arguments
 from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, validation_blocks
-from clm_model import build_model, load_named_config, resolve_block_size
-from clm_parser import InputError, fail
-from clm_processes import check_processes, check_stream, leave_the_others, set_up_logging
+from clm_model import InputError, build_model, load_named_config, resolve_block_size
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
-from hf_radam.checkpoints.manifest import CheckpointError
 from hf_radam.checkpoints.runs import list_checkpoints, run_of
-from hf_radam.training.agreement import DisagreementError
-from hf_radam.training_args import HorizonError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ SECRETS = ("token",)
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Everything that a trainer needs, ready before it is built."""
+    """Everything that a trainer needs."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -50,12 +48,38 @@ class Prepared:
     block_size: int
 
 
-def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RAdamTrainingArguments) -> Prepared:
-    """Load or make data, tokenizer and model, in the order in which each needs the one before.
+def set_up_logging(training_args: RAdamTrainingArguments) -> None:
+    """Log what this script does, on the main process as loudly as the training arguments say."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", stream=sys.stdout)
+    for name in ("run_clm", "__main__", "clm_data", "clm_model"):
+        logging.getLogger(name).setLevel(logging.INFO if training_args.should_log else logging.WARNING)
+    datasets.utils.logging.set_verbosity(training_args.get_process_log_level())
+    transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
+    if training_args.disable_tqdm or not training_args.should_log:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    method = [getattr(value, "value", value) for value in (training_args.optim, training_args.lr_scheduler_type)]
+    logger.info("%s, %d process(es), %s, %s", training_args.device, training_args.world_size, *method)
 
-    Raises:
-        InputError: anything in the arguments that turns out to be wrong only here.
+
+def check_processes(data_args: DataArguments, training_args: RAdamTrainingArguments) -> None:
+    """Refuse processes that would each train alone, and a stream that they would not share evenly.
+
+    As it is, accelerate reads a stream on the first process and gives each process its part of every batch, so that a
+    resumed run finds its place. With `dispatch_batches` false each process would read files of its own.
     """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and training_args.world_size == 1:
+        raise InputError(
+            f"{launched} processes were launched, but each would train alone. On CPUs give --use_cpu true."
+        )
+    if data_args.streaming and training_args.world_size > 1:
+        if training_args.accelerator_config.dispatch_batches is False:
+            raise InputError("dispatch_batches=false does not split a stream evenly. Leave it out.")
+
+
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RAdamTrainingArguments) -> Prepared:
+    """Load or make data, tokenizer and model, in the order in which each needs the one before."""
     named = load_named_config(model_args)
     # The first process of each machine fills the caches, the others read them.
     overwrite = data_args.overwrite_cache and training_args.local_process_index == 0
@@ -67,98 +91,61 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         if training_args.do_train:
             train = training_blocks(texts["train"], tokenizer, block_size, data_args, overwrite)
         validation, size = validation_blocks(texts["validation"], tokenizer, block_size, data_args, overwrite)
-    logger.info(
-        "%s training and %d validation blocks of %d tokens; validation text: %d tokens, %d bytes",
-        len(train) if isinstance(train, datasets.Dataset) else "streamed" if train is not None else "no",
-        len(validation),
-        block_size,
-        size.tokens,
-        size.bytes,
-    )
+    count = len(train) if isinstance(train, datasets.Dataset) else "streamed" if train is not None else "no"
+    blocks = f"{count} training and {len(validation)} validation blocks of {block_size} tokens"
+    logger.info("%s; validation text: %d tokens, %d bytes", blocks, size.tokens, size.bytes)
     model = build_model(model_args, named, tokenizer, block_size)
     return Prepared(model, tokenizer, train, validation, size, block_size)
 
 
-def build_trainer(ready: Prepared, training_args: RAdamTrainingArguments) -> RAdamTrainer:
-    """Build the trainer.
-
-    Raises:
-        InputError: the arguments do not fit model or data, in the words of `hf_radam`.
-    """
-    try:
-        return RAdamTrainer(
-            model=ready.model,
-            args=training_args,
-            train_dataset=ready.train,
-            eval_dataset=ready.validation,
-            processing_class=ready.tokenizer,
-            data_collator=default_data_collator,
-        )
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | None:
-    """Translate `--resume_from_checkpoint` (true, false or a folder) and check it before any work.
-
-    Raises:
-        InputError: nothing to resume from, or a folder that holds another run which would be mixed with this one.
-    """
-    wanted = training_args.resume_from_checkpoint
-    output_dir = training_args.output_dir
+    """Translate `--resume_from_checkpoint` (true, false or a folder), and check it before any work."""
+    wanted, output_dir = training_args.resume_from_checkpoint, training_args.output_dir
     if training_args.extend_from is not None:
-        return None  # the trainer goes on from that run, or from its own checkpoints of the longer schedule
+        return None  # the trainer resumes from that run, or from its own checkpoints of the longer schedule
     last = next((str(place.path) for place in list_checkpoints(output_dir)), None)
+    held = f"output_dir={output_dir} already holds {os.path.basename(last or '')}"
     if wanted is None or wanted.lower() == "false":
         if training_args.do_train and last is not None:
-            raise InputError(
-                f"output_dir={output_dir} already holds {os.path.basename(last)}: pass --resume_from_checkpoint true "
-                "to go on from it, another --output_dir, or remove the folder"
-            )
+            raise InputError(f"{held}. Give --resume_from_checkpoint true, or another --output_dir.")
         return None
     if wanted.lower() == "true":
         if last is None:
-            raise InputError(f"resume_from_checkpoint=true, but {output_dir} holds no checkpoint: leave it out")
+            raise InputError(f"resume_from_checkpoint=true, but {output_dir} holds no checkpoint. Leave it out.")
         return True
     if not os.path.isdir(wanted):
-        raise InputError(f"resume_from_checkpoint={wanted} is no folder: give a checkpoint's folder, or true")
+        raise InputError(f"resume_from_checkpoint={wanted} is no folder. Give a checkpoint's folder, or true.")
     if last is not None and not os.path.samefile(run_of(Path(wanted).absolute()), output_dir):
-        raise InputError(
-            f"output_dir={output_dir} already holds {os.path.basename(last)} of another run than {wanted}: pass "
-            "another --output_dir, or remove the folder"
-        )
+        raise InputError(f"{held} of another run than {wanted}. Give another --output_dir.")
     return wanted
 
 
 def write_recipe(model_args: ModelArguments, data_args: DataArguments, output_dir: str, ready: Prepared) -> None:
-    """Write what `evaluate_clm.py` needs to make the same validation blocks again; secrets are left out."""
+    """Write what `evaluate_clm.py` needs to make the same validation blocks again, without secrets."""
     model = {name: value for name, value in dataclasses.asdict(model_args).items() if name not in SECRETS}
     data = dataclasses.asdict(data_args) | {"block_size": ready.block_size}
     for name in ("train_file", "validation_file"):
         data[name] = os.path.abspath(data[name]) if data[name] else None
     recipe = {"model": model, "data": data, "validation": dataclasses.asdict(ready.size)}
-    os.makedirs(output_dir, exist_ok=True)
-    path = os.path.join(output_dir, RECIPE)
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            before = yaml.safe_load(file)
+    path = Path(output_dir, RECIPE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        before = yaml.safe_load(path.read_text(encoding="utf-8"))
         if (before["data"], before["validation"]) != (recipe["data"], recipe["validation"]):
-            logger.warning("the run goes on with other data than before: do not compare its losses with the old ones")
-    with open(path, "w", encoding="utf-8") as file:
-        yaml.safe_dump(recipe, file, sort_keys=False)
+            logger.warning("the run continues with other data than before: do not compare its losses with the old ones")
+    path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 class OnceAccepted(transformers.TrainerCallback):
-    """Does what must wait until the trainer has accepted arguments and checkpoint, just before the first update."""
+    """Calls `action` on the main process once the trainer has accepted arguments and checkpoint."""
 
     def __init__(self, action: Callable[[], None]):
-        """Take the action, for the main process; `first_update` becomes the updates done before."""
         self.action = action
-        self.first_update = 0
+        self.first_step: int | None = None  # completed steps before, once training has begun
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Note where training begins and act."""
-        self.first_update = state.global_step
+        self.first_step = state.global_step
         if state.is_world_process_zero:
             self.action()
 
@@ -170,10 +157,12 @@ def train(
     trainer.add_callback(accepted)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-    except (CheckpointError, HorizonError, DisagreementError) as error:  # refused before the first update
-        fail(error)
+    except ValueError as error:
+        if accepted.first_step is not None:
+            raise
+        fail(error)  # arguments or checkpoint were refused
     trainer.save_model()  # with the tokenizer
-    if trainer.state.global_step == accepted.first_update:
+    if trainer.state.global_step == accepted.first_step:
         return  # a finished run was resumed: nothing was trained, and its metrics stay
     metrics = dict(result.metrics)
     if isinstance(blocks, datasets.Dataset):
@@ -184,26 +173,22 @@ def train(
 
 
 def evaluate(trainer: RAdamTrainer, ready: Prepared) -> None:
-    """Evaluate the evaluation weights; add perplexity and bits per byte, which other tokenizers can be compared by."""
+    """Evaluate the evaluation weights; add perplexity and bits per byte, which compare across tokenizers."""
     metrics = trainer.evaluate()
     loss = metrics["eval_loss"]
-    metrics["eval_samples"] = len(ready.validation)
-    metrics["perplexity"] = perplexity(loss)
+    metrics |= {"eval_samples": len(ready.validation), "perplexity": perplexity(loss)}
     metrics["bits_per_byte"] = bits_per_byte(loss, ready.size)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
 
 
 def perplexity(loss: float) -> float:
-    """Give exp(loss); infinity where that is beyond a float."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
+    """Return exp(loss), or infinity where that is beyond a float."""
+    return math.inf if loss > 709 else math.exp(loss)
 
 
 def bits_per_byte(loss: float, size: TextSize) -> float:
-    """Turn nats per token into bits per byte of the text: loss / ln 2 x tokens / bytes."""
+    """Convert nats per token into bits per byte of the text."""
     return loss / math.log(2) * size.tokens / size.bytes
 
 
@@ -227,13 +212,22 @@ def run() -> None:
         training_args.dataloader_pin_memory = False  # does nothing without an accelerator, and torch warns
     set_seed(training_args.seed)
     try:
-        check_processes(training_args)
-        check_stream(data_args, training_args)
+        check_processes(data_args, training_args)
         resume_from_checkpoint = checkpoint_to_resume(training_args)
         ready = prepare(model_args, data_args, training_args)
-        set_seed(training_args.seed)  # whatever the preparation drew, a run depends on its seed only
-        trainer = build_trainer(ready, training_args)
     except InputError as error:
+        fail(error)
+    set_seed(training_args.seed)  # whatever the preparation drew, a run depends on its seed only
+    try:
+        trainer = RAdamTrainer(
+            model=ready.model,
+            args=training_args,
+            train_dataset=ready.train,
+            eval_dataset=ready.validation,
+            processing_class=ready.tokenizer,
+            data_collator=default_data_collator,
+        )
+    except ValueError as error:  # the arguments do not fit model, data or launch
         fail(error)
     if training_args.do_train:
         accepted = OnceAccepted(lambda: write_recipe(model_args, data_args, training_args.output_dir, ready))
@@ -244,9 +238,14 @@ def run() -> None:
 
 
 def main() -> None:
-    """Run, and leave with the right exit code."""
+    """Run, and leave the other processes after the last object that communicates with them is gone.
+
+    Otherwise a process over gloo may abort while it exits, and the launcher reports a finished run as failed (torch
+    2.13: 3 of 20 launches).
+    """
     run()
-    leave_the_others()
+    gc.collect()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

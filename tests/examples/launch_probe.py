@@ -1,7 +1,7 @@
-"""`run_clm.py` as it is, but each process writes down what it trains on; for `test_launching.py`.
+"""`run_clm.py` once for each run in `PROBE_RUNS`, but each process writes down what it trains on.
 
-`PROBE_FOLDER` is where to, one file for each process: for each update the blocks, and after the last whether the
-back-end shards. `PROBE_FAIL="1:2"` makes process 1 fail in its second update.
+`PROBE_RUNS` is a JSON list of command lines. Next to the output of each run stands, per process, the blocks of each
+step, and after the last whether the back-end shards. In a run named "failing" process 1 fails in its second step.
 """
 
 import json
@@ -14,7 +14,7 @@ import run_clm  # noqa: E402
 
 
 class Recording(run_clm.RAdamTrainer):
-    """Notes the blocks of each update."""
+    """Notes the blocks of each step."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -23,7 +23,7 @@ class Recording(run_clm.RAdamTrainer):
     def training_step(self, model, inputs, *args, **kwargs):
         """Note the blocks, or fail where that is asked for."""
         self.blocks.append(inputs["input_ids"].tolist())
-        if os.environ.get("PROBE_FAIL") == f"{self.args.process_index}:{len(self.blocks)}":
+        if "failing" in self.args.output_dir and (self.args.process_index, len(self.blocks)) == (1, 2):
             raise RuntimeError("this process fails")
         return super().training_step(model, inputs, *args, **kwargs)
 
@@ -35,11 +35,15 @@ class Recording(run_clm.RAdamTrainer):
             "fsdp": self.is_fsdp_enabled,
             "deepspeed": self.is_deepspeed_enabled,
             "kind": type(next(self.model.parameters())).__name__,
-            "optimizer": type(self.optimizer.optimizer).__name__,
             "bars": not run_clm.datasets.are_progress_bars_disabled(),
         }
-        Path(os.environ["PROBE_FOLDER"], f"{self.args.process_index}.json").write_text(json.dumps(seen))
+        Path(f"{self.args.output_dir}-seen-{self.args.process_index}.json").write_text(json.dumps(seen))
 
 
 run_clm.RAdamTrainer = Recording
+*first, last = json.loads(os.environ["PROBE_RUNS"])
+for arguments in first:
+    sys.argv[1:] = arguments
+    run_clm.run()
+sys.argv[1:] = last
 run_clm.main()

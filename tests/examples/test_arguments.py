@@ -4,16 +4,17 @@ Oracles: the values written down here; the exit code and the words of the error.
 """
 
 import json
-import os
-import subprocess
-import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from clm_arguments import parse_arguments
-from clm_model import new_config
+import clm_arguments
+from clm_arguments import DataArguments, fail, parse_arguments
+from clm_model import InputError, new_config
+from run_clm import check_processes
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -33,17 +34,13 @@ def write(tmp_path):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_parses_to_what_it_says(path):
+    assert len(CONFIGS) == 5
     groups = parse_arguments([str(path)])  # which makes report_to=none an empty list
     for key, value in yaml.safe_load(path.read_text()).items():
         (parsed,) = (getattr(group, key) for group in groups if hasattr(group, key))
         expected = [] if key == "report_to" else float(value) if isinstance(parsed, float) else value
         assert parsed == expected, key
     assert groups[2].output_dir == f"runs/{path.stem}"
-
-
-def test_there_are_the_five_configs():
-    names = {"quickstart", "radam_schedulefree", "radam_wsd", "radam_wsd_s", "radam_ewa"}
-    assert {path.stem for path in CONFIGS} == names
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(write):
@@ -73,7 +70,7 @@ def test_yaml_values_are_read_as_flags_are(write):
     assert args.liger_kernel_config == {"rope": True}
 
 
-def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
+def test_a_json_file_means_what_the_same_yaml_does(tmp_path, capsys):
     settings = {"learning_rate": 1e-7, "budgets": [0.25, 60], "lr_scheduler_type": "wsd_s", "max_steps": 100}
     settings |= {"ewa": True, "seed": None, "run_name": "tab\there \U0001f600", "block_size": 32}
     path = tmp_path / "run.json"
@@ -81,15 +78,9 @@ def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
     _, data, args = parse_arguments([str(path), "--max_steps", "200"])
     assert (args.learning_rate, args.budgets, args.ewa, args.seed) == (1e-7, [0.25, 60.0], True, 42)
     assert (args.run_name, args.max_steps, data.block_size) == ("tab\there \U0001f600", 200, 32)
-    path.write_text('{"seed": 1, "seed": 2}', encoding="utf-8")
-    with pytest.raises(SystemExit):
-        parse_arguments([str(path)])
-
-
-def test_json_that_is_yaml_alone_is_refused(tmp_path, capsys):
-    path = tmp_path / "run.json"
-    path.write_text("seed: 1", encoding="utf-8")
-    _assert_refused([str(path)], ["run.json: is not valid JSON"], capsys)
+    for text, words in (('{"seed": 1, "seed": 2}', ["'seed'"]), ("seed: 1", ["run.json: is not valid JSON"])):
+        path.write_text(text, encoding="utf-8")
+        _assert_refused([str(path)], words, capsys)
 
 
 def test_neither_do_train_nor_do_eval_means_both(write):
@@ -104,66 +95,61 @@ def test_neither_do_train_nor_do_eval_means_both(write):
 
 
 WRONG = {
-    "unknown flag": (["--learning_rat", "1"], ["unknown flag --learning_rat", "did you mean --learning_rate"]),
-    "abbreviation": (["--max_step", "5"], ["unknown flag --max_step", "--max_steps"]),
-    "word": (["--seed", "1", "extra"], ["'extra'", "a YAML file comes first"]),
-    "type": (["--max_steps", "many"], ["--max_steps", "'many'"]),
-    "choice": (["--eval_strategy", "sometimes"], ["'sometimes'", "epoch"]),
-    "schedule": (["--lr_scheduler_type", "wds"], ["wds", "wsd"]),
-    "combination": (["--optim", "radam_schedulefree", "--lr_scheduler_type", "wsd"], ["wsd", "constant"]),
-    "NaN": (["--optim", "radam", "--learning_rate", "nan"], ["learning_rate", "nan"]),
-    "zero block": (["--block_size", "0"], ["block_size=0", "positive"]),
-    "split": (["--validation_split_percentage", "100"], ["validation_split_percentage=100", "1 to 99"]),
-    "no file": (["--train_file", "missing.txt"], ["train_file=missing.txt does not exist", "give a file"]),
-    "suffix": (["--train_file", __file__], ["'.py'", ".jsonl"]),
-    "two sources": (["--dataset_name", "x", "--train_file", "."], ["dataset_name=x", "train_file=.", "leave one out"]),
-    "half a source": (["--validation_file", "."], ["validation_file=.", "needs train_file"]),
-    "stream": (["--streaming", "--train_file", "."], ["streaming needs max_steps", "-1"]),
-    "new and old": (["--model_name_or_path", "x", "--model_type", "llama"], ["model_type=llama", "leave one"]),
-    "architecture": (["--model_type", "lama"], ["model_type=lama", "llama"]),
-    "override": (["--config_overrides", "hidden_sise=1"], ["'hidden_sise'", "did you mean hidden_size"]),
-    "override pair": (["--config_overrides", "hidden_size"], ["'hidden_size' has no `=`", "name=value"]),
-    "override type": (["--config_overrides", "hidden_size=big"], ["hidden_size=big", "int"]),
-    "heads": (["--config_overrides", "num_attention_heads=3"], ["hidden size", "256"]),
-    "vocabulary": (["--vocab_size", "100"], ["vocab_size=100", "257"]),
-    "tokenizer": (["--vocab_size", "300", "--tokenizer_name", "x"], ["vocab_size=300", "leave it out"]),
-    "nothing": (
-        ["--do_train", "false", "--do_eval", "false", "--model_name_or_path", "gpt2"],
-        ["do_train", "nothing is left"],
-    ),
-    "untrained": (["--do_train", "false", "--do_eval"], ["do_train=false", "would evaluate an untrained model"]),
-    "JSON missing": (["missing.json"], ["missing.json", "No such file"]),
-    "yaml missing": (["missing.yaml"], ["missing.yaml", "No such file"]),
-    "no yaml": (["data.csv"], ["'data.csv'", ".yaml"]),
+    "--learning_rat 1": ["unknown flag --learning_rat", "did you mean --learning_rate"],
+    "--max_step 5": ["unknown flag --max_step", "--max_steps"],
+    "--seed 1 extra": ["'extra'", "a YAML file comes first"],
+    "--max_steps many": ["--max_steps", "'many'"],
+    "--eval_strategy sometimes": ["'sometimes'", "epoch"],
+    "--lr_scheduler_type wds": ["wds", "wsd"],
+    "--optim radam_schedulefree --lr_scheduler_type wsd": ["wsd", "constant"],
+    "--optim radam --learning_rate nan": ["learning_rate", "nan"],
+    "--block_size 1": ["block_size=1 is too small. Give at least 2."],
+    "--vocab_size 100": ["vocab_size=100", "257"],
+    "--validation_split_percentage 100": ["validation_split_percentage=100", "1 to 99"],
+    "--train_file missing.txt": ["train_file=missing.txt does not exist", "Give a file"],
+    f"--train_file {__file__}": ["'.py'", ".jsonl"],
+    "--dataset_name x --train_file .": ["dataset_name=x", "train_file=.", "Leave one out"],
+    "--validation_file .": ["validation_file=.", "Give train_file"],
+    "--streaming --train_file .": ["max_steps=-1", "A stream has no length"],
+    "--model_name_or_path x --model_type llama": ["model_type=llama", "Leave one out"],
+    "--model_type lama": ["model_type=lama", "llama"],
+    "--config_overrides hidden_sise=1": ["'hidden_sise'", "did you mean hidden_size"],
+    "--config_overrides hidden_size": ["'hidden_size' has no `=`", "name=value"],
+    "--config_overrides hidden_size=big": ["hidden_size=big", "int"],
+    "--config_overrides num_attention_heads=3": ["hidden size", "256"],
+    "--vocab_size 300 --tokenizer_name x": ["vocab_size=300", "Leave it out"],
+    "--do_train false --do_eval false --model_name_or_path gpt2": ["do_train", "nothing is left"],
+    "--do_train false --do_eval": ["do_train=false", "would evaluate an untrained model"],
+    "missing.json": ["missing.json", "No such file"],
+    "missing.yaml": ["missing.yaml", "No such file"],
+    "data.csv": ["'data.csv'", ".yaml"],
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(name, capsys):
-    argv, words = WRONG[name]
-    _assert_refused(argv, words, capsys)
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_line_is_one_sentence_and_exit_code_2(line, capsys):
+    _assert_refused(line.split(" "), WRONG[line], capsys)
 
 
 WRONG_YAML = {
-    "unknown key": ("learning_rat: 1", ["'learning_rat'", "did you mean learning_rate"]),
-    "type": ("max_steps: many", ["--max_steps", "'many'"]),
-    "float for int": ("max_steps: 1e3", ["--max_steps", "'1e3'"]),
-    "boolean": ("max_steps: true", ["--max_steps", "'true'"]),
-    "list": ("max_steps: [1, 2]", ["max_steps takes one value", "[1, 2]"]),
-    "mapping": ("ewa: {a: 1}", ["ewa takes one value", "{'a': 1}"]),
-    "empty list": ("budgets: []", ["budgets is an empty list"]),
-    "twice": ("seed: 1\nseed: 2", ["'seed' stands there 2 times"]),
-    "not a mapping": ("- seed", ["holds no settings"]),
-    "empty": ("", ["holds no settings"]),
-    "not YAML": ("seed: [1", ["is not valid YAML"]),
-    "code": ("run_name: !!python/name:os.system", ["is not valid YAML"]),
+    "learning_rat: 1": ["'learning_rat'", "did you mean learning_rate"],
+    "max_steps: many": ["--max_steps", "'many'"],
+    "max_steps: 1e3": ["--max_steps", "'1e3'"],
+    "max_steps: true": ["--max_steps", "'true'"],
+    "max_steps: [1, 2]": ["max_steps takes one value", "[1, 2]"],
+    "ewa: {a: 1}": ["ewa takes one value", "{'a': 1}"],
+    "budgets: []": ["budgets is an empty list"],
+    "seed: 1\nseed: 2": ["'seed'", "2 times"],
+    "- seed": ["holds no settings"],
+    "": ["holds no settings"],
+    "seed: [1": ["is not valid YAML"],
+    "run_name: !!python/name:os.system": ["is not valid YAML"],
 }
 
 
-@pytest.mark.parametrize("name", WRONG_YAML)
-def test_a_wrong_yaml_file_is_one_sentence_and_exit_code_2(name, write, capsys):
-    text, words = WRONG_YAML[name]
-    _assert_refused([write(text)], ["run.yaml: ", *words], capsys)
+@pytest.mark.parametrize("text", WRONG_YAML)
+def test_a_wrong_yaml_file_is_one_sentence_and_exit_code_2(text, write, capsys):
+    _assert_refused([write(text)], ["run.yaml: ", *WRONG_YAML[text]], capsys)
 
 
 def _assert_refused(argv, words, capsys):
@@ -175,13 +161,35 @@ def _assert_refused(argv, words, capsys):
     assert not [word for word in words if word not in message], message
 
 
-def test_the_script_itself_ends_with_exit_code_2():
-    command = [sys.executable, ROOT / "examples" / "run_clm.py", "--ewa_decay", "0.9"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith("run_clm.py: error: ewa_decay=0.9")
-    assert done.stderr.count("\n") == 1
+@pytest.mark.parametrize(("rank", "waits"), [(None, False), ("0", False), ("1", True)])
+def test_rank_0_of_a_machine_reports_at_once_and_the_others_later(rank, waits, monkeypatch, capsys):
+    monkeypatch.setattr(clm_arguments, "OTHER_RANKS_WAIT", 0.2)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    start = time.monotonic()
+    with pytest.raises(SystemExit):
+        fail("this is wrong")
+    assert (time.monotonic() - start >= 0.2) == waits
+    assert capsys.readouterr().err.endswith(": error: this is wrong\n")
+
+
+def test_processes_that_would_not_train_together_are_refused(monkeypatch, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    stream = DataArguments(streaming=True, train_file=str(tmp_path / "a.jsonl"))
+    for processes in (1, 2):
+        for dispatch in (None, True, False):
+            config = SimpleNamespace(dispatch_batches=dispatch)
+            args = SimpleNamespace(world_size=processes, accelerator_config=config)
+            check_processes(DataArguments(), args)
+            if processes == 2 and dispatch is False:
+                with pytest.raises(InputError, match="dispatch_batches=false does not split a stream evenly"):
+                    check_processes(stream, args)
+            else:
+                check_processes(stream, args)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 processes were launched, but each would train alone"):
+        check_processes(DataArguments(), SimpleNamespace(world_size=1))
 
 
 def test_overrides_reach_what_the_constructor_derives():

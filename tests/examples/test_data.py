@@ -11,9 +11,19 @@ import datasets
 import pytest
 
 from clm_arguments import DataArguments, ModelArguments
-from clm_corpus import choose_validation, standard_library, train_tokenizer, write_standard_library
-from clm_data import STREAM_WINDOW, join_and_cut, load_texts, load_tokenizer, training_blocks, validation_blocks
-from clm_parser import InputError
+from clm_data import (
+    STREAM_WINDOW,
+    choose_validation,
+    join_and_cut,
+    load_texts,
+    load_tokenizer,
+    split_standard_library,
+    standard_library,
+    train_tokenizer,
+    training_blocks,
+    validation_blocks,
+)
+from clm_model import InputError
 
 WORDS = "def return class import self value name list text number".split()
 BLOCK = 16
@@ -45,28 +55,18 @@ def write_jsonl(path, documents, column="text"):
 
 
 def test_standard_library_is_split_once_and_never_on_both_sides(tmp_path):
-    files = write_standard_library(str(tmp_path), 5)
-    sides = {}
-    for split, path in files.items():
-        with open(path, encoding="utf-8") as file:
-            sides[split] = [json.loads(line) for line in file]
+    sides = split_standard_library(str(tmp_path), 5)
     corpus = standard_library()
-    rows = sides["train"] + sides["validation"]
+    rows = [row for side in sides.values() for row in side]
     assert {row["path"]: row["text"] for row in rows} == corpus
     assert len({row["text"] for row in rows}) == len(rows) == len(corpus)
     assert not any("test" in row["path"].split("/") for row in rows)
-    size = {split: sum(len(row["text"].encode()) for row in part) for split, part in sides.items()}
+    size = {split: sum(len(text.encode()) for text in side["text"]) for split, side in sides.items()}
     assert sum(size.values()) > 5e6
     assert size["validation"] / sum(size.values()) == pytest.approx(0.05, abs=0.001)
-
-    def state(path):
-        with open(path, "rb") as file:
-            return path, file.read()
-
-    before = {split: state(path) for split, path in files.items()}
-    again = write_standard_library(str(tmp_path), 5, overwrite=True)
-    assert {split: state(path) for split, path in again.items()} == before
-    assert write_standard_library(str(tmp_path), 6) != files
+    again = split_standard_library(str(tmp_path), 5)
+    assert [side.cache_files for side in again.values()] == [side.cache_files for side in sides.values()]
+    assert set(split_standard_library(str(tmp_path), 6)["validation"]["path"]) != set(sides["validation"]["path"])
 
 
 def test_choice_does_not_depend_on_order_and_passes_over_what_is_too_large():
@@ -145,17 +145,14 @@ def test_files_of_a_folder_are_documents_and_held_out_whole(tmp_path, documents,
 
 
 def test_a_validation_file_of_another_kind_and_a_named_column(tmp_path, documents, model_args):
-    table = tmp_path / "a.csv"
+    table, other = tmp_path / "a.csv", tmp_path / "b.txt"
     table.write_text("title,body\n" + "".join(f'"{i}","{text}"\n' for i, text in enumerate(documents)))
-    other = tmp_path / "b.txt"
     other.write_text("one\ntwo\n")
-    data_args = DataArguments(train_file=str(table), validation_file=str(other), text_column=None)
-    with pytest.raises(InputError, match="name one of title, body as --text_column"):
+    with pytest.raises(InputError, match="Name one of title, body as --text_column"):
         load_texts(model_args, DataArguments(train_file=str(table), text_column="text"))
     only = write_jsonl(tmp_path / "c.jsonl", documents, column="body")
-    assert load_texts(model_args, DataArguments(train_file=only))["train"].column == "body"
-    texts = load_texts(model_args, data_args.__class__(train_file=only, validation_file=str(other)))
-    assert read(texts, "train") == documents
+    texts = load_texts(model_args, DataArguments(train_file=only, validation_file=str(other)))
+    assert (texts["train"].column, read(texts, "train")) == ("body", documents)
     assert (texts["validation"].lines, read(texts, "validation")) == (True, ["one\n", "two\n"])
 
 
@@ -181,20 +178,14 @@ def test_too_little_text_says_how_much_there_is(tmp_path, model_args):
         training_blocks(stream["train"], tokenizer, 2, data_args)
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [("a.jsonl", b"{broken", "cannot read"), ("a.txt", b"\xff\xfe\xff", "cannot read")],
-)
-def test_files_that_cannot_be_read(tmp_path, model_args, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=words):
-        load_texts(model_args, DataArguments(train_file=str(tmp_path / name)))
-    (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match="is empty"):
-        DataArguments(train_file=str(tmp_path / name))
-
-
-def test_folders_that_cannot_be_split(tmp_path, model_args):
+def test_files_and_folders_that_cannot_be_read(tmp_path, model_args):
+    for name, content in (("a.jsonl", b"{broken"), ("a.txt", b"\xff\xfe\xff")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match="Cannot read"):
+            load_texts(model_args, DataArguments(train_file=str(tmp_path / name)))
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match="is empty"):
+            DataArguments(train_file=str(tmp_path / name))
     for content, words in ((), "holds no files"), (("a.md",), "holds one file"), (("a.md", "b.csv"), "no text file"):
         folder = tmp_path / words.replace(" ", "-")
         folder.mkdir()

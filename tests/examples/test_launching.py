@@ -17,19 +17,21 @@ from collections import Counter
 from itertools import chain
 from pathlib import Path
 
+import limits
 import pytest
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import evaluate_clm
+import run_clm
 from clm_arguments import DataArguments, ModelArguments
 from clm_data import load_texts, training_blocks
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("launch_probe.py")
-RUN_CLM = ROOT / "examples" / "run_clm.py"
 WORDS = "def return class import self value name list text number".split()
-BATCH = 4  # blocks of each process and update
-LIMIT = 200  # seconds; a launch takes 10 to 15 on a quiet machine
+BATCH = 4  # blocks of each process and step
+STREAM = ["--streaming", "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "3"]
 
 
 def free_port():
@@ -39,50 +41,46 @@ def free_port():
 
 
 class Launch:
-    """One `accelerate launch`, its processes ended with it whatever happens."""
+    """One `accelerate launch` of several runs; its processes end with it whatever happens."""
 
-    def __init__(self, file, *arguments, cwd, script=PROBE, options=(), port=None, **environment):
+    def __init__(self, file, *runs, cwd, options=(), port=None, backend=""):
         config = ROOT / "configs" / "accelerate" / f"{file}.yaml"
-        port = ("--main_process_port", port or free_port())
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *port, *options]
+        command = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            config,
+            "--main_process_port",
+            port or free_port(),
+        ]
+        runs = [["run.yaml", "--output_dir", *run, *([] if backend else ["--use_cpu", "true"])] for run in runs]
+        environment = {
+            "PROBE_RUNS": json.dumps(runs),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *([str(ROOT / "tests/processes/shim")] if backend else [])]),
+            "CPU_BACKEND": backend,
+            "HF_HOME": str(cwd / "home"),
+            "CUDA_VISIBLE_DEVICES": "",
+            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
+        }
         self.process = subprocess.Popen(
-            [*map(str, command), str(script), *map(str, arguments)],
+            [sys.executable, *map(str, [*command, *options, PROBE])],
             cwd=cwd,
-            env={**os.environ, **self.environment(cwd), **environment},
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
 
-    @staticmethod
-    def environment(cwd):
-        return {
-            "PYTHONPATH": str(ROOT),
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(cwd / "home"),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0",
-        }
-
-    def finish(self):
-        """Wait for the end; return (exit code, what it printed)."""
+    def finish(self, *, succeed=True):
+        """Wait for the end; return what it printed."""
         try:
-            out, err = self.process.communicate(timeout=LIMIT)
-        except subprocess.TimeoutExpired:
+            text = "\n".join(limits.communicate(self.process))
+        except subprocess.TimeoutExpired as error:
             os.killpg(self.process.pid, signal.SIGKILL)
-            pytest.fail("the launch hangs:\n" + "\n".join(map(str, self.process.communicate()))[-3000:])
-        return self.process.returncode, out + err
-
-    def succeed(self):
-        code, text = self.finish()
-        assert code == 0, text[-5000:]
+            pytest.fail(f"the launch hangs:\n{error.stdout}\n{error.stderr}"[-3000:])
+        assert (self.process.returncode == 0) is succeed, text[-5000:]
         return text
-
-
-def shim(backend):
-    return {"CPU_BACKEND": backend, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests/processes/shim")])}
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +106,7 @@ def folder(tmp_path_factory):
         "logging_steps": 1,
         "per_device_train_batch_size": BATCH,
         "per_device_eval_batch_size": 4,
+        "max_eval_samples": 16,  # whole batches: upstream weighs the last one of several processes roughly
         "report_to": "none",
     }
     (folder / "validation.txt").write_text(" ".join(draw.choices(WORDS, k=300)) + "\n")
@@ -115,22 +114,14 @@ def folder(tmp_path_factory):
     return folder
 
 
-def arguments(output_dir, *more):
-    return ("run.yaml", "--output_dir", output_dir, *more)
-
-
-def cpu(output_dir, *more):
-    return (*arguments(output_dir, *more), "--use_cpu", "true")
-
-
-def probed(folder, name):
-    """Make the folder in which the processes of a run write down what they did."""
-    (folder / name).mkdir()
-    return {"PROBE_FOLDER": str(folder / name)}
+@pytest.fixture(scope="module")
+def ddp(folder):
+    """Three runs over DDP, one of which fails in the end; return what the processes printed."""
+    return Launch("ddp", ["ddp"], ["stream", *STREAM], ["failing"], cwd=folder).finish(succeed=False)
 
 
 def seen(folder, name):
-    return [json.loads((folder / name / f"{rank}.json").read_text()) for rank in (0, 1)]
+    return [json.loads((folder / f"{name}-seen-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def results(folder, name):
@@ -144,108 +135,77 @@ def losses(folder, name):
 
 def expected_blocks(folder, streaming):
     """Cut the training text in this process, with the tokenizer that the run trained."""
-    data_args = DataArguments(
-        train_file=str(folder / "texts"), validation_file=str(folder / "validation.txt"), streaming=streaming
-    )
+    files = {"train_file": str(folder / "texts"), "validation_file": str(folder / "validation.txt")}
+    data_args = DataArguments(**files, streaming=streaming)
     texts = load_texts(ModelArguments(cache_dir=str(folder / "cache")), data_args)
     tokenizer = AutoTokenizer.from_pretrained(folder / "ddp")
     return [tuple(block["input_ids"]) for block in training_blocks(texts["train"], tokenizer, 16, data_args)]
 
 
-@pytest.fixture(scope="module")
-def ddp(folder):
-    """The run over DDP: what its processes printed."""
-    return Launch("ddp", *cpu("ddp"), cwd=folder, **probed(folder, "ddp-seen")).succeed()
-
-
 def test_each_process_has_its_own_blocks_and_none_is_lost(folder, ddp):
     blocks = expected_blocks(folder, streaming=False)
-    shares = [[tuple(block) for update in rank["blocks"] for block in update] for rank in seen(folder, "ddp-seen")]
+    shares = [[tuple(block) for step in rank["blocks"] for block in step] for rank in seen(folder, "ddp")]
     both = Counter(chain(*shares))
     assert not Counter(blocks) - both
-    # Upstream fills the last update of an epoch with blocks of its beginning; nothing else comes twice.
-    assert len(blocks) % (2 * BATCH), "the epoch should end with an incomplete update"
+    # Upstream fills the last step of an epoch with blocks of its beginning; nothing else comes twice.
+    assert len(blocks) % (2 * BATCH), "the epoch should end with an incomplete step"
     assert (both - Counter(blocks)).total() == -len(blocks) % (2 * BATCH)
     assert len(shares[0]) == len(shares[1]) == math.ceil(len(blocks) / (2 * BATCH)) * BATCH
 
 
-def test_the_main_process_speaks_for_all(folder, ddp):
-    assert ddp.count("training and ") == ddp.count("parameters (torch.float32)") == 1
-    assert ddp.count("***** train metrics *****") == ddp.count("***** eval metrics *****") == 1
-    assert ddp.count("Reading text for the tokenizer: 100%") == 1
-    assert [rank["bars"] for rank in seen(folder, "ddp-seen")] == [True, False]
+def test_two_processes_train_and_evaluate_as_one_does(folder, ddp, monkeypatch):
+    monkeypatch.chdir(folder)
+    alone = ["--use_cpu", "--per_device_train_batch_size", "8", "--output_dir", "alone", "--cache_dir", "own"]
+    monkeypatch.setattr("sys.argv", ["run_clm.py", "run.yaml", *alone])
+    run_clm.run()
+    # But for the last step, which upstream fills for two processes alone; sums in another order.
+    assert losses(folder, "alone")[:-1] == pytest.approx(losses(folder, "ddp")[:-1], abs=1e-3)
+    # The average in a checkpoint of two processes is what they have evaluated, for plain transformers too.
+    assert (folder / "stream" / "checkpoint-6" / "rng_state_1.pth").is_file()
+    averaged = AutoModelForCausalLM.from_pretrained("stream/checkpoint-6/ewa").eval()
+    args, tokenizer = evaluate_clm.parse_arguments(["stream"]), AutoTokenizer.from_pretrained("stream")
+    blocks, _ = evaluate_clm.load_data(args, evaluate_clm.read_recipe(Path("stream")), tokenizer)
+    loss = evaluate_clm.mean_loss(averaged, blocks, 5, "test")
+    assert loss == pytest.approx(results(folder, "stream")["eval_loss"], abs=1e-5)
 
 
-def test_the_prepared_data_are_written_once(folder, ddp):
+def test_the_main_process_logs_for_all_and_prepares_the_data_once(folder, ddp):
+    assert ddp.count("training and ") == ddp.count("parameters (torch.float32)") == 3  # runs
+    assert ddp.count("***** train metrics *****") == ddp.count("***** eval metrics *****") == 2
+    assert [rank["bars"] for rank in seen(folder, "ddp")] == [True, False]
     assert len(list((folder / "home").rglob("tokenizer-*"))) == 1
     assert not list((folder / "home").rglob("tmp*"))
 
 
-def on_two_machines(*arguments, cwd, **environment):
-    """Launch on two machines with a process each, both of which are this one."""
-    port = free_port()
-    machines = [
-        Launch(
-            "two_machines",
-            *arguments,
-            cwd=cwd,
-            options=("--num_processes", 2, "--main_process_ip", "127.0.0.1", "--machine_rank", rank),
-            port=port,
-            **environment,
-        )
-        for rank in (0, 1)
-    ]
-    for machine in machines:
-        machine.succeed()
+def test_a_process_that_fails_ends_the_launch(folder, ddp):
+    assert "RuntimeError: this process fails" in ddp
+    assert not (folder / "failing" / "all_results.json").exists()
 
 
-def test_a_stream_is_shared_in_its_order_and_goes_on_at_its_place_on_two_machines(folder, ddp):
+def test_a_stream_is_shared_in_its_order_and_resumed_at_its_place_on_two_machines(folder, ddp):
     blocks = expected_blocks(folder, streaming=True)
-    stream = ("--streaming", "--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3)
-    Launch("ddp", *cpu("stream", *stream), cwd=folder, **probed(folder, "stream-seen")).succeed()
-    resume = ("--resume_from_checkpoint", "stream/checkpoint-3")
-    on_two_machines(*cpu("resumed", *stream, *resume), cwd=folder, **probed(folder, "resumed-seen"))
+    run, port = ["resumed", *STREAM, "--resume_from_checkpoint", "stream/checkpoint-3"], free_port()
+    options = ("--num_processes", 2, "--main_process_ip", "127.0.0.1", "--machine_rank")  # both are this machine
+    machines = [Launch("two_machines", run, cwd=folder, options=(*options, rank), port=port) for rank in (0, 1)]
+    for machine in machines:
+        machine.finish()
     for name, first in (("stream", 0), ("resumed", 3)):
-        for rank, process in enumerate(seen(folder, f"{name}-seen")):
-            starts = [(2 * update + rank) * BATCH for update in range(first, 6)]
-            assert [[tuple(block) for block in update] for update in process["blocks"]] == [
+        for rank, process in enumerate(seen(folder, name)):
+            starts = [(2 * step + rank) * BATCH for step in range(first, 6)]
+            assert [[tuple(block) for block in step] for step in process["blocks"]] == [
                 blocks[start : start + BATCH] for start in starts
             ]
     assert losses(folder, "resumed") == losses(folder, "stream")
     assert results(folder, "resumed")["eval_loss"] == results(folder, "stream")["eval_loss"]
 
 
-def test_a_process_that_fails_ends_the_launch(folder, ddp):
-    environment = probed(folder, "failing-seen") | {"PROBE_FAIL": "1:2"}
-    code, text = Launch("ddp", *cpu("failing"), cwd=folder, **environment).finish()
-    assert code != 0
-    assert "RuntimeError: this process fails" in text
-    assert not (folder / "failing" / "all_results.json").exists()
-
-
-def test_fsdp_that_would_be_ddp_is_one_sentence_and_an_error(folder):
-    code, text = Launch("fsdp2", *cpu("refused"), cwd=folder, script=RUN_CLM).finish()
-    assert code != 0
-    assert text.count("run_clm.py: error: ") == text.count("FSDP was asked for, but") == 1, text[-3000:]
-    assert "exitcode  : 2" in text
-
-
-def test_fsdp2_finds_the_losses_of_ddp(folder, ddp):
-    Launch("fsdp2", *arguments("fsdp2"), cwd=folder, **probed(folder, "fsdp2-seen"), **shim("fsdp")).succeed()
-    for rank in seen(folder, "fsdp2-seen"):
-        assert (rank["fsdp"], rank["kind"]) == (True, "DTensor")
-    _compare(folder, "fsdp2")
-
-
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-def test_zero2_finds_the_losses_of_ddp(folder, ddp):
-    Launch("zero2", *arguments("zero2"), cwd=folder, **probed(folder, "zero2-seen"), **shim("deepspeed")).succeed()
-    for rank in seen(folder, "zero2-seen"):
-        assert rank["deepspeed"]
-    _compare(folder, "zero2")
-
-
-def _compare(folder, name):
+@pytest.mark.parametrize("file", ["fsdp2", "zero2"])
+def test_sharded_back_ends_find_the_losses_of_ddp(file, folder, ddp):
+    if file == "zero2" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    Launch(file, [file], cwd=folder, backend={"fsdp2": "fsdp", "zero2": "deepspeed"}[file]).finish()
+    for rank in seen(folder, file):
+        assert rank["deepspeed"] if file == "zero2" else (rank["fsdp"], rank["kind"]) == (True, "DTensor")
     # The same samples and sums, in another order: float32 differs in the last digits, and training carries that on.
-    assert losses(folder, name) == pytest.approx(losses(folder, "ddp"), abs=1e-3)
-    assert results(folder, name)["eval_loss"] == pytest.approx(results(folder, "ddp")["eval_loss"], abs=1e-3)
+    assert losses(folder, file) == pytest.approx(losses(folder, "ddp"), abs=1e-3)
+    assert results(folder, file)["eval_loss"] == pytest.approx(results(folder, "ddp")["eval_loss"], abs=1e-3)
