@@ -27,7 +27,7 @@ from hf_radam.plot_parts import (
     usual_limits,
     words_outside,
 )
-from hf_radam.preview import DECAY, STABLE, WARM_UP, Preview
+from hf_radam.schedules import DECAY, STABLE, WARM_UP
 from hf_radam.training_logs import TrainingLog, smoothed
 
 SUFFIXES = (".png", ".pdf", ".svg")
@@ -64,19 +64,19 @@ def check_suffix(file: str | os.PathLike[str], suffixes: Sequence[str] = SUFFIXE
         raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
 
 
-def schedule_figure(preview: Preview) -> Figure:
-    """The learning rate of every update over its phases, with RAdam's rectification where there is one.
+def schedule_figure(preview: Any) -> Figure:
+    """Draw the learning rate of every step over its phases, with RAdam's rectification where there is one.
 
     Args:
-        preview: the schedule of a run.
+        preview: the `hf_radam.cli.schedule.Preview` of a run.
     """
     figure = Figure(figsize=(9, 4), dpi=DOTS_PER_INCH, layout="constrained")
-    axes = figure.add_subplot(xlabel="update", ylabel="learning rate", title=_title(preview))
+    axes = figure.add_subplot(xlabel="step", ylabel="learning rate", title=_title(preview))
     axes.title.set_fontsize("medium")
-    updates = range(1, len(preview.rates) + 1)
+    steps = range(1, len(preview.rates) + 1)
     for phase in preview.phases:
-        axes.axvspan(phase.first - 0.5, phase.last + 0.5, color=PHASE_COLOURS[phase.name], alpha=0.45, linewidth=0)
-    (line,) = axes.plot(updates, preview.rates, color="black", label="learning rate", gid="learning rate")
+        axes.axvspan(phase.start + 0.5, phase.end + 0.5, color=PHASE_COLOURS[phase.name], alpha=0.45, linewidth=0)
+    (line,) = axes.plot(steps, preview.rates, color="black", label="learning rate", gid="learning rate")
     handles: list[Any] = [line]
     if preview.factors is not None:
         effective = [
@@ -84,13 +84,12 @@ def schedule_figure(preview: Preview) -> Figure:
             for rate, factor in zip(preview.rates, preview.factors, strict=True)
         ]
         label = "times RAdam's rectification"
-        handles += axes.plot(updates, effective, color="#b2182b", linestyle="--", label=label, gid="rectified")
-    kept = [phase for phase in preview.phases if phase.kept]
-    if kept:
-        ends = [phase.last for phase in kept], [phase.last_rate for phase in kept]
-        label = f"kept in {'/ and '.join(sorted({str(p.kept).split('/')[0] for p in kept}))}/"
+        handles += axes.plot(steps, effective, color="#b2182b", linestyle="--", label=label, gid="rectified")
+    if preview.pinned:
+        ends = [*preview.pinned], [preview.rates[step - 1] for step in preview.pinned]
+        label = f"pinned in {'/ and '.join(sorted({path.split('/')[0] for path in preview.pinned.values()}))}/"
         handles += axes.plot(
-            *ends, linestyle="none", marker="v", color="#2166ac", markersize=9, label=label, gid="kept", clip_on=False
+            *ends, linestyle="none", marker="v", color="#2166ac", markersize=9, label=label, gid="pinned", clip_on=False
         )
     names = {phase.name for phase in preview.phases}
     handles += [Patch(color=colour, alpha=0.45, label=name) for name, colour in PHASE_COLOURS.items() if name in names]
@@ -102,9 +101,9 @@ def schedule_figure(preview: Preview) -> Figure:
     return figure
 
 
-def _title(preview: Preview) -> str:
-    lines = textwrap.wrap(preview.words, TITLE_WIDTH)
-    return "\n".join(lines) if len(lines) <= 3 else preview.words.split(": ")[0]  # a dozen budgets fill the figure
+def _title(preview: Any) -> str:
+    lines = textwrap.wrap(preview.summary, TITLE_WIDTH)
+    return "\n".join(lines) if len(lines) <= 3 else preview.summary.split(": ")[0]  # a dozen budgets fill the figure
 
 
 def runs_figure(

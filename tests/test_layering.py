@@ -97,13 +97,9 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
-    "preview": (
-        {"schedules", "names", "optim", "training_args", "averaging"} | within("checkpoints", "runs"),
-        {"torch", "transformers"},
-    ),
     "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
     "plot_parts": ({"training_logs"}, set()),
-    "plots": ({"preview", "training_logs", "plot_parts"}, {"matplotlib"}),
+    "plots": ({"schedules", "training_logs", "plot_parts"}, {"matplotlib"}),
     "merging.coefficients": ({"schedules", "averaging"}, set()),
     "merging.sources": (
         within("checkpoints", "manifest verify layouts runs loading")
@@ -127,13 +123,13 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         | within("cli", "commands"),
         set(),
     ),
-    "cli.scheduling": (
-        {"training_args", "config_files", "preview", "plots"}
-        | within("checkpoints", "extension")
+    "cli.schedule": (
+        {"averaging", "config_files", "names", "optim", "plots", "schedules", "training_args"}
+        | within("checkpoints", "runs extension")
         | within("cli", "commands drawing"),
-        set(),
+        {"torch", "transformers"},
     ),
-    "cli.plotting": ({"training_logs"} | within("cli", "commands drawing scheduling"), set()),
+    "cli.plotting": ({"training_logs"} | within("cli", "commands drawing schedule"), set()),
     "cli.averaging": (
         within("checkpoints", "manifest")
         | within("merging", "coefficients folder")
@@ -141,7 +137,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "cli.stopping": (set(), set()),
-    "cli": (within("cli", "commands stopping inspecting consolidating scheduling plotting averaging"), set()),
+    "cli": (within("cli", "commands stopping inspecting consolidating schedule plotting averaging"), set()),
     "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": (
         {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_radam.cli.commands import add_command, folder, printable
 from hf_radam.cli.drawing import table
-from hf_radam.cli.scheduling import load_plots
+from hf_radam.cli.schedule import load_plots
 
 if TYPE_CHECKING:
     from hf_radam.training_logs import Series, TrainingLog

@@ -1,7 +1,6 @@
-"""`hf-radam schedule`: what it prints and draws, and what it refuses.
+"""`hf-radam schedule`: the learning rates and phases of a run before it, what is printed and drawn, what is refused.
 
-Oracles: the learning rates that `preview` gives (its own tests compare those with real runs); the lines of the figure;
-curves written down by hand.
+Oracles: the learning rates in the optimizer at each step of real tiny runs; phases and curves written down by hand.
 """
 
 import json
@@ -14,13 +13,19 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from matplotlib.transforms import Bbox
+from transformers import TrainerCallback
+from transformers.trainer_utils import SchedulerType
 
 import clm_arguments
-from hf_radam import cli
-from hf_radam.cli.drawing import curve, table
+from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainingArguments, cli
+from hf_radam.checkpoints.runs import list_checkpoints
+from hf_radam.cli.drawing import table
+from hf_radam.cli.schedule import ASCII_BLOCKS, phases_of_rates, preview, report, sparkline
+from hf_radam.optim.radam import rectification
 from hf_radam.plots import save_figure, schedule_figure
-from hf_radam.preview import preview
+from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -34,20 +39,157 @@ def printed(words, capsys, monkeypatch, columns=100):
     return output.out
 
 
+UPSTREAM = {"optim": "adamw_torch"}
+RUNS = {
+    "wsd": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 0.4, "warmup_steps": 3},
+    "wsd linear": {"optim": "radam", "decay_steps": 5, "decay_type": "linear", "min_lr_ratio": 0.1},
+    "wsd_s": {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [0.3, 12], "warmup_steps": 0.1},
+    "constant": {"optim": "radam", "ewa": True},
+    "constant with warm-up": {"optim": "radam_schedulefree", "warmup_steps": 5},
+    "linear": UPSTREAM | {"lr_scheduler_type": "linear", "warmup_steps": 0.25},
+    "cosine": UPSTREAM | {"lr_scheduler_type": "cosine"},
+    "restarts": UPSTREAM | {"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycles": 2}},
+    "polynomial": UPSTREAM | {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0}},
+    "inverse_sqrt": UPSTREAM | {"lr_scheduler_type": "inverse_sqrt", "warmup_steps": 4},
+    "min_lr": UPSTREAM | {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+    "stable": UPSTREAM | {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 6}},
+}
+
+
+PHASES = {
+    "wsd": [(WARM_UP, 0, 3), (STABLE, 3, 12), (DECAY, 12, 20)],
+    "wsd linear": [(STABLE, 0, 15), (DECAY, 15, 20)],
+    "wsd_s": [(WARM_UP, 0, 2), (STABLE, 2, 5), (DECAY, 5, 6), (STABLE, 6, 10), (DECAY, 10, 12)]
+    + [(STABLE, 12, 18), (DECAY, 18, 20)],
+    "constant": [(STABLE, 0, 20)],
+    "constant with warm-up": [(WARM_UP, 0, 5), (STABLE, 5, 20)],
+    "linear": [(WARM_UP, 0, 5), (DECAY, 5, 20)],
+    "cosine": [(DECAY, 0, 20)],
+    "restarts": [(DECAY, 0, 10), (DECAY, 10, 20)],
+    "polynomial": [(DECAY, 0, 20)],
+    "inverse_sqrt": [(WARM_UP, 0, 4), (DECAY, 4, 20)],
+    "min_lr": [(DECAY, 0, 20)],
+    "stable": [(STABLE, 0, 14), (DECAY, 14, 20)],
+}
+
+
+class Rates(TrainerCallback):
+    """Notes the learning rate that the optimizer has when it makes each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.seen.append([group["lr"] for group in optimizer.param_groups])
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_rates_phases_and_pins_are_those_of_a_real_run(name, tmp_path):
+    trainer = tiny.trainer(tmp_path, **RUNS[name])
+    rates = Rates()
+    trainer.add_callback(rates)
+    trainer.train()
+    found = preview(tiny.arguments(tmp_path, **RUNS[name]))
+    assert [[rate] * len(groups) for rate, groups in zip(found.rates, rates.seen, strict=True)] == rates.seen
+    assert found.phases == [Phase(*phase) for phase in PHASES[name]]
+    pinned = [f"{ref.pinned_in}/checkpoint-{ref.step}" for ref in list_checkpoints(tmp_path) if ref.pinned_in]
+    assert sorted(found.pinned.values()) == sorted(pinned)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("decay", [2, 10])
+@pytest.mark.parametrize("kind", ["wsd", "wsd_s"])
+def test_the_curve_alone_tells_the_phases_of_the_schedule(tmp_path, kind, decay, warmup):
+    options = {"optim": "radam", "lr_scheduler_type": kind, "decay_steps": decay, "warmup_steps": warmup}
+    budgets = {"budgets": [30, 60]} if kind == "wsd_s" else {}
+    schedule = tiny.arguments(tmp_path, max_steps=100, **options, **budgets).schedule(100)
+    assert phases_of_rates([schedule.multiplier(step) for step in range(101)]) == schedule.phases()
+
+
+def test_the_notes_on_factor_and_average(tmp_path):
+    args = tiny.arguments(tmp_path, optim="radam", adam_beta2=0.99, max_steps=600, ewa=True, ewa_start_step=200)
+    found = preview(args)
+    assert found.factors == [rectification(n, beta2=0.99, threshold=5.0) for n in range(1, 601)]
+    factor, average = found.notes.values()
+    assert factor.startswith("plain momentum in steps 1-5, 0.082 at step 6") and "0.9 from step 277" in factor
+    assert average == "from step 201 on, half-life 0.0625 of the steps so far: 25 at the end"
+    fixed = {"ewa": True, "ewa_decay": 0.5 ** (1 / 70), "ewa_every": 3}
+    found = preview(tiny.arguments(tmp_path, optim="radam_schedulefree", adam_beta2=0.999, max_steps=4, **fixed))
+    assert [*found.notes.values()] == [
+        "none in steps 1-4 (beta2 0.999)",
+        "from step 3 on, decay 0.990147 per step: a half-life of 70 steps",
+    ]
+    found = preview(tiny.arguments(tmp_path, optim="adamw_torch", max_steps=4))
+    assert found.factors is None and found.notes == {}
+
+
+def test_the_factor_is_what_the_optimizers_do(tmp_path):
+    """One weight with the gradient 1: Adam's part of every step is then 1, and the step the learning rate alone."""
+    for kind, name in ((RAdam, "radam"), (RAdamScheduleFree, "radam_schedulefree")):
+        factors = preview(tiny.arguments(tmp_path, optim=name, adam_beta2=0.9, max_steps=30)).factors
+        weight = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+        optimizer = kind([weight], lr=0.1, betas=(0.9, 0.9), eps=1e-12, weight_decay=0)
+        if name == "radam_schedulefree":
+            optimizer.train()
+        place = 0.0
+        for factor in factors:
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+            now = (optimizer.state[weight]["z"] if name == "radam_schedulefree" else weight).item()
+            undefined = {"radam": 1.0, "radam_schedulefree": 0.0}[name]
+            step = 0.1 * (undefined if factor is None else factor)
+            assert place - now == pytest.approx(step, rel=1e-6, abs=1e-12)
+            place = now
+
+
+NO_CURVE = {
+    "no length": ({"max_steps": -1, "num_train_epochs": 2}, "max_steps is not set.*num_train_epochs=2 .*--max_steps N"),
+    "losses": (
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "steps"},
+        "reduce_lr_on_plateau follows the losses of the training",
+    ),
+    "options": ({"lr_scheduler_type": "cosine_with_min_lr"}, "lr_scheduler_kwargs=.* is refused by transformers: One"),
+}
+
+
+@pytest.mark.parametrize("name", NO_CURVE)
+def test_what_has_no_curve_is_refused(name, tmp_path):
+    options, words = NO_CURVE[name]
+    with pytest.raises(ValueError, match=words):
+        preview(RAdamTrainingArguments(str(tmp_path), **{"max_steps": 20, "use_cpu": True} | options))
+
+
+def test_upstreams_schedules_are_all_answered(tmp_path):
+    """Each has a curve or is refused: none has been forgotten since upstream added it."""
+    needed = {"cosine_with_min_lr": {"min_lr": 1e-4}, "cosine_warmup_with_min_lr": {"min_lr": 1e-4}}
+    needed["warmup_stable_decay"] = {"num_decay_steps": 5}
+    drawn = set()
+    for kind in SchedulerType:
+        options = {"lr_scheduler_type": kind.value, "lr_scheduler_kwargs": needed.get(kind.value)}
+        args = tiny.arguments(tmp_path, eval_strategy="steps", **options)
+        try:
+            rates = preview(args).rates
+        except ValueError as error:
+            assert "follows the losses of the training" in str(error), kind
+        else:
+            assert len(rates) == 20 and all(math.isfinite(rate) for rate in rates)
+            drawn.add(kind.value)
+    assert {kind.value for kind in SchedulerType} - drawn == {"reduce_lr_on_plateau", "greedy"}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_prints_the_rates_of_its_run(path, capsys, monkeypatch):
     text = printed([str(path)], capsys, monkeypatch)
     found = preview(clm_arguments.parse_arguments([str(path)])[2])
-    assert text.startswith(found.words + "\n")
+    assert text.startswith(found.summary + "\n")
     rows = re.findall(r"^(warm-up|stable|decay) +(\d+)-(\d+) +([\d.]+) % +(\S+)(?: to (\S+))?", text, re.MULTILINE)
-    assert len(rows) == len(found.phases)
-    for (name, first, last, share, start, end), phase in zip(rows, found.phases, strict=True):
-        assert (name, int(first), int(last)) == (phase.name, phase.first, phase.last)
-        assert float(share) == pytest.approx(100 * phase.updates / len(found.rates), abs=0.05)
-        assert float(start) == pytest.approx(found.rates[int(first) - 1], rel=1e-3)
-        assert float(end or start) == pytest.approx(found.rates[int(last) - 1], rel=1e-3)
+    assert [Phase(name, int(start), int(end)) for name, start, end, *_ in rows] == found.phases
+    for (_, start, end, share, first, last), phase in zip(rows, found.phases, strict=True):
+        assert float(share) == pytest.approx(100 * (phase.end - phase.start) / len(found.rates), abs=0.05)
+        assert float(first) == pytest.approx(found.rates[int(start)], rel=1e-3)
+        assert float(last or first) == pytest.approx(found.rates[int(end) - 1], rel=1e-3)
     others = {"block_size", "vocab_size", "max_eval_samples", "model_type", "config_overrides"}
-    assert set(text.split("passed over: ")[1].strip().split(", ")) == others
+    assert set(text.split("about training: ")[1].strip().split(", ")) == others
 
 
 def test_flags_win_over_the_file(capsys, monkeypatch):
@@ -62,7 +204,7 @@ def test_flags_win_over_the_file(capsys, monkeypatch):
     ]
     text = printed(words, capsys, monkeypatch)
     assert "wsd, 5000 steps: warm-up 50 steps, peak, 1-sqrt decay over steps 4500-5000" in text
-    assert re.search(r"^stable +51-4500 +89.0 % +0.004 +_pre_decay/checkpoint-4500$", text, re.MULTILINE)
+    assert re.search(r"^stable +50-4500 +89.0 % +0.004 +_pre_decay/checkpoint-4500$", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("budgets", [[], ["--budgets", "3", "10"]], ids=["wsd", "wsd_s"])
@@ -70,7 +212,7 @@ def test_a_decay_without_an_effect_is_warned_of_as_in_training(budgets, tmp_path
     kind = "wsd_s" if budgets else "wsd"
     flags = ["--optim", "radam", "--lr_scheduler_type", kind, "--max_steps", "20", *budgets, "--decay_steps"]
     text = printed([*flags, "0.01"], capsys, monkeypatch, columns=200)
-    assert re.search(r"^decay +20-20 ", text, re.MULTILINE)
+    assert re.search(r"^decay +19-20 ", text, re.MULTILINE)
     (warning,) = re.findall(r"^Warning: (.*)$", text, re.MULTILINE)
     assert "Warning" not in printed([*flags, "2"], capsys, monkeypatch, columns=200)
     options = {"budgets": [3, 10]} if budgets else {}
@@ -89,7 +231,7 @@ def test_a_json_file(capsys, monkeypatch, tmp_path):
     path = tmp_path / "run.json"
     path.write_text(json.dumps({"lr_scheduler_type": "cosine", "max_steps": 50, "block_size": 8}), encoding="utf-8")
     text = printed([str(path)], capsys, monkeypatch)
-    assert text.startswith("cosine, 50 steps\n") and "passed over: block_size" in text
+    assert text.startswith("cosine, 50 steps\n") and "not about training: block_size" in text
 
 
 def test_a_gpus_configuration_is_answered_without_one(capsys, monkeypatch):
@@ -105,7 +247,7 @@ def test_a_run_that_is_extended_keeps_its_past(tmp_path, capsys, monkeypatch):
     more = ["--extend_from", str(tmp_path / "run"), "--max_steps", "60", "--output_dir", str(tmp_path / "longer")]
     text = printed([*flags, *more], capsys, monkeypatch)
     assert "new: wsd_s, 60 steps: warm-up 2 steps, peak, 1-sqrt decay over steps 16-20, 56-60" in text
-    assert re.findall(r"^warm-up +1-2 ", text, re.MULTILINE)
+    assert re.findall(r"^warm-up +0-2 ", text, re.MULTILINE)
 
 
 REFUSED = {
@@ -179,7 +321,7 @@ def test_the_figure_has_the_numbers(tmp_path):
     assert list(lines["learning rate"].get_ydata()) == found.rates
     for rate, factor, drawn in zip(found.rates, found.factors, lines["rectified"].get_ydata(), strict=True):
         assert math.isnan(drawn) if factor is None else drawn == rate * factor
-    assert list(lines["kept"].get_xdata()) == [30, 80]
+    assert list(lines["pinned"].get_xdata()) == [30, 80]
     save_figure(figure, tmp_path / "schedule.png")
     check_layout(figure)
 
@@ -218,37 +360,32 @@ def check_layout(figure):
         assert not any(box.overlaps(other) for other in shown[:index]), box
 
 
-def test_a_curve_in_the_terminal():
-    assert curve([0.0, 0.5, 1.0, 1.0, 0.25] * 2, width=12, height=4) == [
-        "1┤  ██   ██",
-        " ┤  ██   ██",
-        " ┤ ███  ███",
-        " ┤ ████ ████",
-        "0└──────────",
-        "  1       10",
-    ]
-    assert curve([1.0] * 40 + [0.0] * 40, width=12, height=2, ascii_only=True)[:2] == ["1|#####", " |#####"]
+def test_a_sparkline():
+    assert sparkline([0.0, 0.5, 1.0, 1.0, 0.25], width=9) == "▁▅██▃"
+    assert sparkline([1.0] * 500 + [0.0] + [1.0] * 499, width=20) == "██████████▁█████████"
+    assert sparkline([1.0] * 40 + [0.0] * 40, width=8, blocks=ASCII_BLOCKS) == "####____"
+    assert sparkline([0.0, 0.0], width=30) == "▁▁"
 
 
-def test_a_dip_that_is_narrower_than_a_column_shows():
-    lines = curve([1.0] * 500 + [0.0] + [1.0] * 499, width=22, height=4)
-    assert [line.count("░") for line in lines[:4]] == [1, 1, 1, 1]
-    assert [line.count("█") for line in lines[:4]] == [19, 19, 19, 19]
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 7, 100, 12345])
 @pytest.mark.parametrize("width", [20, 60, 211])
-def test_a_curve_fills_the_width_and_no_more(width, count):
-    lines = curve([0.004] * count, width=width)
-    assert {len(line) for line in lines[:-1]} == {width} and len(lines[-1]) <= width
-    assert lines[-1].split()[0] == "1" and lines[-1].rstrip().endswith(str(count)) or count < 4
-
-
-def test_a_rate_of_zero_is_drawn(capsys, monkeypatch):
-    assert set("".join(curve([0.0, 0.0], width=30)[:3])) <= set("0┤ ")
-    assert "learning rate" in printed(["--max_steps", "4", "--learning_rate", "0"], capsys, monkeypatch)
+def test_the_report_is_one_curve_in_the_width_of_the_terminal(tmp_path, width):
+    found = preview(tiny.arguments(tmp_path, optim="radam", max_steps=12345, ewa=True, lr_scheduler_type="wsd"))
+    (curve,) = [line for line in report(found, width=width) if "█" in line]
+    assert len(curve) == width and curve.startswith("learning rate   █") and curve.endswith("▁")
 
 
 def test_a_table():
     rows = [["name", "count"], ["a", "1"], ["long name", "200"]]
     assert table(rows, right=(1,)) == ["name       count", "a              1", "long name    200"]
+
+
+def test_an_extension_is_previewed_from_manifests_alone(tmp_path, capsys, monkeypatch):
+    """Damaged weights are not noticed: nothing is hashed."""
+    options = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 4}
+    tiny.trainer(tmp_path / "run", **options).train()
+    weights = tmp_path / "run" / "_pre_decay" / "checkpoint-16" / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    flags = [word for key, value in options.items() for word in (f"--{key}", str(value))]
+    capsys.readouterr()
+    text = printed([*flags, "--extend_from", str(tmp_path / "run"), "--max_steps", "30"], capsys, monkeypatch)
+    assert f"from {weights.parent}\n" in text

@@ -1,0 +1,268 @@
+"""`hf-radam schedule`: the learning rates of a run before there is one, without training and without hashing.
+
+The learning rates are those of the scheduler that the trainer would make: `Schedule.multiplier`, or the function inside
+the scheduler that transformers makes. Steps are counted as everywhere in this package: a phase "50-4500" has the steps
+after 50 to 4499 completed ones, and the state at its end is `checkpoint-4500`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import shutil
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from hf_radam.checkpoints.runs import PREFIX
+from hf_radam.cli.commands import add_command, only_ascii
+from hf_radam.cli.drawing import table
+from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase, SchedulePast, describe_schedule
+
+if TYPE_CHECKING:
+    from hf_radam.training_args import RAdamTrainingArguments
+
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+INDENT = 16
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "schedule",
+        run,
+        help="print the schedule of a run, without training",
+        usage="hf-radam schedule [CONFIG] [--png FILE] [--flag value ...]",
+        description="Print what the learning rate will be: the phases with their lengths in steps and their learning "
+        "rates, the checkpoints that are pinned, and the curve in one line. For every scheduler, also those of "
+        "transformers, that does not follow the losses of the training.\n\n"
+        "CONFIG is a file as examples/run_clm.py takes it (.yaml, .yml, .json; keys for model and data are ignored), "
+        "and the flags after it are those of RAdamTrainingArguments: they win over the file.",
+        examples=[
+            "hf-radam schedule configs/radam_wsd.yaml",
+            "hf-radam schedule configs/radam_wsd.yaml --max_steps 5000 --decay_steps 0.1 --png schedule.png",
+            "hf-radam schedule --optim radam --lr_scheduler_type wsd_s --max_steps 1000 --budgets 300 700",
+            "hf-radam schedule --lr_scheduler_type cosine --warmup_steps 0.05 --max_steps 2000",
+        ],
+    )
+    parser.add_argument("--png", metavar="FILE", help="draw the schedule into this file too (needs matplotlib)")
+    parser.set_defaults(training_flags=[])
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    """Return the output and the exit code.
+
+    Raises:
+        ValueError: If the flags are not those of a run whose schedule can be known.
+    """
+    plots = None
+    if arguments.png is not None:
+        plots = load_plots()
+        plots.check_suffix(arguments.png, (".png",))
+    from hf_radam.checkpoints.extension import extend
+    from hf_radam.config_files import ConfigArgumentParser
+    from hf_radam.training_args import RAdamTrainingArguments
+
+    parser = ConfigArgumentParser([RAdamTrainingArguments], refuse=arguments.refuse, allow_other_keys=True)
+    # The hardware that the run is for need not be here, and changes no learning rate.
+    (args,) = parser.parse(arguments.training_flags, use_cpu=True, tf32=None, deepspeed=None, fsdp=None)
+    # Manifests are enough for a preview; training verifies the checkpoint.
+    extension = None if args.extend_from is None else extend(args, verify_fn=lambda checkpoint, *, only=None: {})
+    found = preview(args, None if extension is None else extension.past)
+    lines = [] if extension is None else [extension.words, ""]
+    lines += report(found, width=shutil.get_terminal_size().columns, blocks=ASCII_BLOCKS if only_ascii() else BLOCKS)
+    if parser.other_keys:
+        lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]
+    if plots is not None:
+        arguments.stop.begun = True
+        plots.save_figure(plots.schedule_figure(found), arguments.png)
+        lines += ["", f"drawn in {arguments.png}"]
+    return "\n".join(lines) + "\n", 0
+
+
+def load_plots() -> Any:
+    """Import the module that draws.
+
+    Raises:
+        ValueError: Without matplotlib.
+    """
+    try:
+        from hf_radam import plots
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise ValueError("drawing needs matplotlib: pip install 'hf_radam[plots]', or pip install matplotlib") from None
+    return plots
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A schedule, resolved for a run.
+
+    Attributes:
+        summary: The schedule in a line.
+        rates: Learning rate of every step, the first at index 0.
+        phases: The phases, which together are the run.
+        pinned: Paths of the checkpoints that are kept for good, by their steps.
+        factors: RAdam's rectification of every step, None where it is undefined; None for another optimizer.
+        notes: Further lines by their labels: of RAdam's factor and of the average.
+        warning: What training would warn of in the schedule, or None.
+    """
+
+    summary: str
+    rates: list[float]
+    phases: list[Phase]
+    pinned: dict[int, str]
+    factors: list[float | None] | None
+    notes: dict[str, str]
+    warning: str | None
+
+
+def preview(args: RAdamTrainingArguments, past: SchedulePast | None = None) -> Preview:
+    """Resolve the schedule of a run of `args.max_steps` steps.
+
+    Raises:
+        ValueError: If the length of the run is not set, or the schedule follows the losses of the training.
+    """
+    if args.max_steps <= 0:
+        raise ValueError(
+            f"max_steps is not set, and num_train_epochs={args.num_train_epochs:g} is a number of steps only with the "
+            "data. Add --max_steps N."
+        )
+    from hf_radam.names import SchedulerName
+
+    total, name = args.max_steps, str(SchedulerName(args.lr_scheduler_type).value)
+    schedule = args.schedule(total, past)
+    multiplier = transformers_multiplier(args, total, past) if schedule is None else schedule.multiplier
+    rates = [args.learning_rate * multiplier(step) for step in range(total + 1)]
+    phases = phases_of_rates(rates) if schedule is None else schedule.phases()
+    folders = {} if schedule is None else {phase.end: schedule.pinned_at(phase.end) for phase in phases}
+    factors = _factors(args, total)
+    notes = {"RAdam's factor": _describe_factors(factors, args), "average (EWA)": _describe_average(args, total)}
+    return Preview(
+        summary=describe_schedule(schedule, name=name, total_steps=total),
+        rates=rates[:-1],
+        phases=phases,
+        pinned={step: f"{folder}/{PREFIX}{step}" for step, folder in folders.items() if folder is not None},
+        factors=factors,
+        notes={label: note for label, note in notes.items() if note is not None},
+        warning=None if schedule is None else schedule.warning(),
+    )
+
+
+def transformers_multiplier(
+    args: RAdamTrainingArguments, total: int, past: SchedulePast | None
+) -> Callable[[int], float]:
+    """Return the function of the completed steps by which a scheduler of transformers multiplies the learning rate.
+
+    Raises:
+        ValueError: If transformers refuses its options, or the schedule has no such function.
+    """
+    import torch
+    from transformers import get_scheduler
+
+    kwargs: Any = args.lr_scheduler_kwargs
+    name = f"lr_scheduler_type={args.lr_scheduler_type.value}"  # type: ignore[union-attr]  # resolved when made
+    try:
+        scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
+            num_warmup_steps=args.resolve_warmup_steps(total, past),
+            num_training_steps=total,
+            scheduler_specific_kwargs=kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} with lr_scheduler_kwargs={kwargs} is refused by transformers: {error}") from error
+    if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+        raise ValueError(f"{name} follows the losses of the training, so its curve is not known before.")
+    (function,) = scheduler.lr_lambdas
+    return function
+
+
+def phases_of_rates(rates: Sequence[float]) -> list[Phase]:
+    """Return the phases of any curve: a step belongs to a warm-up, a stable phase or a decay by what follows it.
+
+    So the first step of a decay is still at the peak, as in `wsd`. A rise that ends a fall in one step is the jump of a
+    restart: the step before it belongs to the fall, and another phase begins.
+
+    Args:
+        rates: The learning rate of each step, and that of one after the last.
+    """
+    changes = [(after > before) - (after < before) for before, after in itertools.pairwise(rates)]
+    jumps = {
+        index
+        for index, change in enumerate(changes)
+        if change > 0 and index > 0 and changes[index - 1] < 0 and changes[index + 1 : index + 2] != [1]
+    }
+    signs = [-1 if index in jumps else change for index, change in enumerate(changes)]
+    starts = [0] + [i for i in range(1, len(signs)) if signs[i] != signs[i - 1] or i - 1 in jumps]
+    names = {1: WARM_UP, 0: STABLE, -1: DECAY}
+    return [Phase(names[signs[start]], start, end) for start, end in itertools.pairwise([*starts, len(signs)])]
+
+
+def report(found: Preview, *, width: int, blocks: str = BLOCKS) -> list[str]:
+    """Return the schedule as lines of text, `width` characters wide, its curve made of `blocks` from low to high."""
+    total, rates = len(found.rates), found.rates
+    rows = [["phase", "steps", "share", "learning rate", *(["pinned at its end"] if found.pinned else [])]]
+    for phase in found.phases:
+        first, last = f"{rates[phase.start]:.4g}", f"{rates[phase.end - 1]:.4g}"
+        share = f"{100 * (phase.end - phase.start) / total:.1f} %"
+        rows.append([phase.name, f"{phase.start}-{phase.end}", share, first if first == last else f"{first} to {last}"])
+        rows[-1] += [found.pinned.get(phase.end, "")] if found.pinned else []
+    curve = sparkline(rates, width=width - INDENT, blocks=blocks)
+    lines = [found.summary, "", *table(rows, right=(1, 2)), "", f"{'learning rate'.ljust(INDENT)}{curve}"]
+    for label, text in found.notes.items():
+        lines += textwrap.wrap(text, width, initial_indent=label.ljust(INDENT), subsequent_indent=" " * INDENT)
+    return lines + ([] if found.warning is None else ["", *textwrap.wrap(f"Warning: {found.warning}", width)])
+
+
+def sparkline(values: Sequence[float], *, width: int, blocks: str = BLOCKS) -> str:
+    """Draw values of 0 or more in one line; a character stands for the lowest of its values, so that no dip is lost."""
+    columns, top = min(max(width, 1), len(values)), max(values) or 1.0
+    edges = [column * len(values) // columns for column in range(columns + 1)]
+    lowest = [min(values[start:end]) for start, end in itertools.pairwise(edges)]
+    return "".join(blocks[round((len(blocks) - 1) * value / top)] for value in lowest)
+
+
+def _factors(args: RAdamTrainingArguments, total: int) -> list[float | None] | None:
+    from hf_radam.names import OptimizerName
+    from hf_radam.optim import radam, schedule_free
+
+    thresholds = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}
+    threshold = thresholds.get(OptimizerName(args.optim).value)
+    if threshold is None:
+        return None
+    return [radam.rectification(n, beta2=args.adam_beta2, threshold=threshold) for n in range(1, total + 1)]
+
+
+def _describe_factors(factors: list[float | None] | None, args: RAdamTrainingArguments) -> str | None:
+    """Say at which step RAdam's factor on the learning rate is what."""
+    if factors is None:
+        return None
+    defined = [factor for factor in factors if factor is not None]
+    before = len(factors) - len(defined)
+    options = (args.optimizer_class_and_kwargs() or (None, {}))[1]
+    silent = "none" if options.get("silent_sgd_phase", True) else "plain gradient steps"
+    parts = [f"{'plain momentum' if args.optim == 'radam' else silent} in steps 1-{before}"] if before else []
+    if defined:
+        parts.append(f"{defined[0]:.3f} at step {before + 1}")
+    for level in (0.5, 0.9, 0.99):
+        reached = next((step for step, factor in enumerate(defined, before + 1) if factor >= level), None)
+        parts += [] if reached is None else [f"{level:g} from step {reached}"]
+    return f"{', '.join(parts)} (beta2 {args.adam_beta2:g})"
+
+
+def _describe_average(args: RAdamTrainingArguments, total: int) -> str | None:
+    from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
+
+    if not args.ewa:
+        return None
+    begins = f"from step {args.ewa_start_step + args.ewa_every} on"
+    if args.ewa_decay is not None:
+        half_life = -math.log(2) / math.log(args.ewa_decay)
+        return f"{begins}, decay {args.ewa_decay:g} per step: a half-life of {half_life:.4g} steps"
+    ratio = args.ewa_half_life_ratio or DEFAULT_HALF_LIFE_RATIO
+    return f"{begins}, half-life {ratio:g} of the steps so far: {ratio * (total - args.ewa_start_step):.4g} at the end"
