@@ -1,7 +1,7 @@
-"""The sums about memory and saving in the README and in `docs/scale.md` are those of the formulas below.
+"""The tables of memory and checkpoints in `docs/scaling.md` are those of the formulas below.
 
 Oracles: a few results worked out by hand; the bytes of a real average and optimizer. Run as a script, this file writes
-its tables into both documents.
+the tables.
 """
 
 import re
@@ -13,13 +13,13 @@ import torch
 from hf_radam import RAdam, RAdamScheduleFree, WeightAverage
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "scale.md")
-MARKED = re.compile(r"(<!-- scale: (\w+).*?-->\n)(.*?)(<!-- end of scale -->)", re.DOTALL)
+DOCUMENT = ROOT / "docs" / "scaling.md"
+MARKED = re.compile(r"(<!-- scale: (\w+) -->\n)(.*?)(<!-- end of scale -->)", re.DOTALL)
 
-OPTIMIZER, AVERAGE = 8, 4  # bytes per parameter: two float32 numbers, RAdam's or the schedule-free optimizer's; one
-# Bytes per parameter of (what every process holds whole, what N processes share), float32 and with --bf16. DDP keeps
-# the gradients twice, the second time in its buckets. DeepSpeed keeps float32 weights for the optimizer apart from
-# those of the forward pass; with --bf16 the latter and the gradients are in bf16.
+OPTIMIZER, AVERAGE = 8, 4  # bytes per parameter: two float32 numbers of either optimizer; one
+# Bytes per parameter of (what every process holds in full, what N processes share), in float32 and with --bf16. DDP
+# keeps the gradients a second time, in its buckets. DeepSpeed keeps float32 weights for the optimizer apart from those
+# of the forward pass; with --bf16 the latter and the gradients are in bf16.
 HELD = {
     "one_process": {False: (4 + 4 + OPTIMIZER + AVERAGE, 0), True: (4 + 4 + OPTIMIZER + AVERAGE, 0)},
     "ddp": {False: (4 + 4 + 4 + OPTIMIZER, AVERAGE), True: (4 + 4 + 4 + OPTIMIZER, AVERAGE)},
@@ -28,46 +28,52 @@ HELD = {
     "zero3": {False: (0, 4 + 4 + 4 + OPTIMIZER + AVERAGE), True: (0, 2 + 2 + 4 + OPTIMIZER + AVERAGE)},
     "fsdp2": {False: (0, 4 + 4 + OPTIMIZER + AVERAGE), True: (0, 4 + 4 + OPTIMIZER + AVERAGE)},
 }
-SHARDED = {
-    "one_process": "nothing",
-    "ddp": "average",
-    "zero1": "average, optimizer state",
-    "zero2": "average, optimizer state, gradients",
-    "zero3": "everything",
-    "fsdp2": "everything",
-}
-CHOOSE = {
-    "one_process": "model, state and a batch fit one GPU",
-    "ddp": "the same, and you have more GPUs",
-    "zero1": "it nearly fits, and DeepSpeed is what you know",
-    "zero2": "likewise",
-    "zero3": "it does not fit, and DeepSpeed is what you know",
-    "fsdp2": "it does not fit one GPU",
+WHEN = {  # what is sharded, and when to take it
+    "one_process": ("nothing", "model, state and a batch fit one GPU"),
+    "ddp": ("average", "the same, and you have more GPUs"),
+    "zero1": ("average, optimizer state", "it nearly fits, and you use DeepSpeed"),
+    "zero2": ("average, optimizer state, gradients", "likewise"),
+    "zero3": ("everything", "it does not fit, and you use DeepSpeed"),
+    "fsdp2": ("everything", "it does not fit one GPU"),
 }
 WEIGHTS_FILE, FSDP_FILE = 4, 4  # bytes per parameter in a checkpoint: model.safetensors, FSDP's own copy of it
 
 GB = 1e9
-# Assumed, in bytes per second: one process writing to a disk or to a shared file system; that file system altogether;
-# what a GPU receives from others, inside a machine (NVLink) and between machines (400 Gbit/s); sha256 on one thread.
-WRITE, FILE_SYSTEM, NVLINK, NETWORK, SHA256 = 2 * GB, 50 * GB, 200 * GB, 50 * GB, 1.8 * GB
-GPUS_PER_MACHINE = 8
+# Assumed, in bytes per second: one process that writes; the shared file system in total; sha256 on one thread.
+WRITE, FILE_SYSTEM, SHA256 = 2 * GB, 50 * GB, 1.8 * GB
 
 
 def per_rank(file: str, processes: int, bf16: bool = False) -> float:
-    """Bytes per parameter that a process holds between the backward pass and the update."""
-    whole, shared = HELD[file][bf16]
-    return whole + shared / processes
+    """Return the bytes per parameter that a process holds between the backward pass and the step."""
+    full, shared = HELD[file][bf16]
+    return full + shared / processes
 
 
 def formula(file: str, bf16: bool) -> str:
-    """The same as text."""
-    whole, shared = HELD[file][bf16]
-    return " + ".join([str(whole)] * bool(whole) + [f"{shared}/N"] * bool(shared))
+    full, shared = HELD[file][bf16]
+    return " + ".join([str(full)] * bool(full) + [f"{shared}/N"] * bool(shared))
 
 
 def checkpoint(full: bool) -> int:
-    """Bytes per parameter of a checkpoint under FSDP2, with an average."""
+    """Return the bytes per parameter of a checkpoint under FSDP2, with an average."""
     return WEIGHTS_FILE + FSDP_FILE * full + OPTIMIZER + AVERAGE
+
+
+def save_seconds(size: float, processes: int, full: bool) -> dict[str, float]:
+    """Return the bytes of a checkpoint and the seconds that its parts take, for `size` billion parameters."""
+    total = size * 1e9 * checkpoint(full)
+    writing = WRITE if full else min(processes * WRITE, FILE_SYSTEM)
+    return {
+        "bytes": total,
+        "write": total / writing,
+        "hash": total / SHA256 / (1 if full else processes),  # each hashes what it wrote
+        # Each file by one process: the largest, the state of the optimizer, is hashed alone.
+        "verify": size * 1e9 * OPTIMIZER / SHA256 if full else max(total / writing, total / SHA256 / processes),
+    }
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -76,80 +82,45 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def launch_files() -> str:
-    """Which launch file when, and what a process holds."""
-    rows = []
-    for file in HELD:
-        numbers = [formula(file, bf16) for bf16 in (False, True)]
-        rows.append([f"`{file}.yaml`", SHARDED[file], *numbers, CHOOSE[file]])
+    rows = [
+        [f"`{file}.yaml`", WHEN[file][0], formula(file, False), formula(file, True), WHEN[file][1]] for file in HELD
+    ]
     return table("| launch file | sharded among N processes | bytes | with `--bf16` | take it when |", rows)
 
 
-def number(value: float) -> str:
-    """Three digits."""
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def sums_of_memory() -> str:
-    """What a process holds for two models."""
+def memory() -> str:
     rows = []
     for size, processes in ((7, 8), (70, 512)):
-        for file in ("ddp", "zero1", "zero2", "zero3", "fsdp2"):
-            whole, shared = HELD[file][True]
-            held = per_rank(file, processes, bf16=True)
-            arithmetic = f"{size} x ({formula(file, True)})".replace("N", str(processes))
-            rows.append([f"{size} B on {processes}", f"`{file}.yaml`", arithmetic, f"{number(size * held)} GB"])
-    return table("| model, GPUs | launch file | 10^9 x bytes | held by each |", rows)
+        for file in ("ddp", "zero1", "zero2", "zero3", "fsdp2") if size == 7 else ("zero3", "fsdp2"):
+            sum_of_bytes = f"{size} x ({formula(file, True)})".replace("N", str(processes))
+            held = number(size * per_rank(file, processes, bf16=True))
+            rows.append([f"{size} B on {processes}", f"`{file}.yaml`", sum_of_bytes, f"{held} GB"])
+    return table("| model, GPUs | launch file | 10^9 x bytes | per process |", rows)
 
 
-def save_seconds(size: float, processes: int, full: bool) -> dict[str, float]:
-    """Seconds of a checkpoint's parts, in the order of the table."""
-    total = size * 1e9 * checkpoint(full)
-    machines = max(1, processes // GPUS_PER_MACHINE)
-    # Gathering brings all that is written to every GPU; between machines at the speed of the network.
-    gathered = size * 1e9 * (WEIGHTS_FILE + OPTIMIZER + AVERAGE) if full else 0
-    writing = WRITE if full else min(processes * WRITE, machines * GPUS_PER_MACHINE * WRITE, FILE_SYSTEM)
-    return {
-        "bytes": total,
-        "gather": gathered / (NVLINK if machines == 1 else NETWORK),
-        "write": total / writing,
-        "checksum": total / SHA256 / (1 if full else processes),  # each sums what it wrote
-        # Each file by one process: the largest, the whole state of the optimizer, is read and summed alone.
-        "verify": size * 1e9 * OPTIMIZER / SHA256 if full else max(total / writing, total / SHA256 / processes),
-    }
+def saving() -> str:
+    full, sharded = (save_seconds(70, 512, full) for full in (True, False))
+    return (
+        f"For 70 B on 512 GPUs, a checkpoint of FSDP2 has {number(full['bytes'] / GB)} GB with full state dicts and "
+        f"{number(sharded['bytes'] / GB)} GB with\nsharded ones. It takes {number(full['write'])} or "
+        f"{number(sharded['write'])} s to write, {number(full['hash'])} or {number(sharded['hash'])} s to hash at the same "
+        f"time, and {number(full['verify'])} or {number(sharded['verify'])} s to verify.\nAssumed: "
+        f"{WRITE / GB:g} GB/s for each process that writes, {FILE_SYSTEM / GB:g} GB/s for the file system, "
+        f"{SHA256 / GB:g} GB/s for sha256.\n"
+    )
 
 
-def sums_of_saving() -> str:
-    """What a checkpoint costs for two models."""
-    rows = []
-    for size, processes in ((7, 8), (70, 512)):
-        for full in (True, False):
-            cost = save_seconds(size, processes, full)
-            rows.append(
-                [
-                    f"{size} B on {processes}",
-                    "FULL" if full else "SHARDED",
-                    f"{size} x {checkpoint(full)} = {number(cost['bytes'] / GB)} GB",
-                    *(number(cost[name]) if cost[name] else "0" for name in ("gather", "write", "checksum", "verify")),
-                ]
-            )
-    header = "| model, GPUs | state dict | a checkpoint | s to gather | s to write | s of sha256 | s to verify |"
-    return table(header, rows)
+TABLES = {"launch_files": launch_files, "memory": memory, "saving": saving}
 
 
-TABLES = {"launch_files": launch_files, "memory": sums_of_memory, "saving": sums_of_saving}
-
-
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
-def test_the_tables_are_those_of_the_formulas(path):
-    found = MARKED.findall(path.read_text(encoding="utf-8"))
-    assert found
-    for _, name, text, _ in found:
-        assert text == TABLES[name](), "write it anew: python tests/test_scale.py"
+def test_the_tables_are_those_of_the_formulas():
+    found = {name: text for _, name, text, _ in MARKED.findall(DOCUMENT.read_text(encoding="utf-8"))}
+    assert found == {name: make() for name, make in TABLES.items()}, "run python tests/test_scale.py"
 
 
 def test_every_launch_file_has_its_row():
     files = {path.stem for path in (ROOT / "configs" / "accelerate").glob("*.yaml")}
-    assert HELD.keys() == files - {"two_machines"}  # which is DDP
+    assert HELD.keys() == WHEN.keys() == files - {"two_machines"}  # which is DDP
 
 
 def test_some_sums_by_hand():
@@ -181,7 +152,6 @@ def test_optimizers_and_average_take_what_is_said(kind):
 
 
 if __name__ == "__main__":
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        written = MARKED.sub(lambda match: match.group(1) + TABLES[match.group(2)]() + match.group(4), text)
-        document.write_text(written, encoding="utf-8")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    text = MARKED.sub(lambda match: match.group(1) + TABLES[match.group(2)]() + match.group(4), text)
+    DOCUMENT.write_text(text, encoding="utf-8")
