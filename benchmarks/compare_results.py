@@ -31,12 +31,12 @@ class Claim:
 
 
 CLAIMS = (
-    Claim("The average is at least 2 % below the weights that it is of", EWA, OWN_RAW, -2.0),
+    Claim("The average is at least 2 % below its training weights", EWA, OWN_RAW, -2.0),
     Claim("The average is at least 2 % below raw weights at their own best rate", EWA, RAW, -2.0),
     Claim("The average is at most 1 % above a cosine tuned for the horizon", EWA, COSINE, 1.0),
     Claim("The average is at most 2 % above WSD", EWA, WSD, 2.0),
     Claim("WSD-S is not farther than 1 % from WSD", WSD_S, WSD, 1.0, -1.0),
-    Claim("A decay ends at least 3 % below what its trunk has by then", WSD, OWN_RAW, -3.0),
+    Claim("A decay ends at least 3 % below the constant run that it left", WSD, OWN_RAW, -3.0),
     Claim("Schedule-free is at most 2 % above a cosine tuned for the horizon", FREE, COSINE, 2.0),
 )
 

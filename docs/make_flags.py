@@ -9,13 +9,12 @@ from transformers import TrainingArguments
 
 from hf_radam import RAdamTrainingArguments
 
-CHANGED = ("optim", "lr_scheduler_type")
-"""Fields of transformers that take more values here."""
+CHANGED = {"optim": "that of `transformers`", "lr_scheduler_type": "`auto`"}
+"""Fields of transformers that take more values here, and their defaults."""
 TEXT = """# Flags
 
-The fields of `RAdamTrainingArguments` beyond those of `TrainingArguments`, which all keep working. `examples/run_clm.py`
-takes them as flags, after a YAML or JSON file with the same names or without one; `--help` lists its flags for model and
-data, too. A wrong name or value is an error that says what to do, with exit code 2.
+The fields that `RAdamTrainingArguments` adds to `TrainingArguments`. `examples/run_clm.py` takes all of them as flags,
+after a YAML or JSON file with the same names, or without one. Its `--help` lists the flags for model and data, too.
 
 {table}
 This page is written by `make flags`.
@@ -28,8 +27,8 @@ def flags_page() -> str:
     rows = ["| flag | default | meaning |", "|---|---|---|"]
     for field in dataclasses.fields(RAdamTrainingArguments):
         if field.init and (field.name not in upstream or field.name in CHANGED):
-            default = "" if field.default is None else f"`{getattr(field.default, 'value', field.default)}`"
-            rows.append(f"| `--{field.name}` | {default} | {field.metadata['help']} |")
+            default = "" if field.default is None else f"`{field.default}`"
+            rows.append(f"| `--{field.name}` | {CHANGED.get(field.name, default)} | {field.metadata['help']} |")
     return TEXT.format(table="\n".join(rows) + "\n")
 
 

@@ -103,8 +103,8 @@ def saving() -> str:
     return (
         f"For 70 B on 512 GPUs, a checkpoint of FSDP2 has {number(full['bytes'] / GB)} GB with full state dicts and "
         f"{number(sharded['bytes'] / GB)} GB with\nsharded ones. It takes {number(full['write'])} or "
-        f"{number(sharded['write'])} s to write, {number(full['hash'])} or {number(sharded['hash'])} s to hash at the same "
-        f"time, and {number(full['verify'])} or {number(sharded['verify'])} s to verify.\nAssumed: "
+        f"{number(sharded['write'])} s to write, {number(full['hash'])} or {number(sharded['hash'])} s to hash at the "
+        f"same time, and {number(full['verify'])} or {number(sharded['verify'])} s to verify.\nAssumed: "
         f"{WRITE / GB:g} GB/s for each process that writes, {FILE_SYSTEM / GB:g} GB/s for the file system, "
         f"{SHA256 / GB:g} GB/s for sha256.\n"
     )

@@ -1,4 +1,4 @@
-"""The README's first run: its commands as they stand, in their order, print the lines that it shows.
+"""The guide's first run: its commands as they stand, in their order, print the lines that it shows.
 
 Only the configuration is smaller, and the text. Numbers with decimals that come out of a training are not compared.
 """
@@ -13,7 +13,7 @@ import limits
 import yaml
 
 ROOT = Path(__file__).parents[2]
-SECTION = (ROOT / "README.md").read_text("utf-8").split("## A first run, step by step")[1].split("\n## ")[0]
+SECTION = (ROOT / "docs" / "guide.md").read_text("utf-8").split("## 1. A first run")[1].split("\n## ")[0]
 SMALLER = {"train_file": "texts", "validation_split_percentage": 20, "block_size": 32, "vocab_size": 300}
 SMALLER |= {"per_device_train_batch_size": 2, "config_overrides": "hidden_size=16,intermediate_size=32"}
 SMALLER["config_overrides"] += ",num_hidden_layers=1,num_attention_heads=2,num_key_value_heads=2"

@@ -1,8 +1,7 @@
-"""The command `hf-radam inspect` itself: exit codes, JSON, read-only folders, the sample in docs/tools.md."""
+"""The command `hf-radam inspect` itself: exit codes, JSON, read-only folders."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -99,17 +98,3 @@ def test_control_characters_do_not_reach_the_terminal(made_by_stock, tmp_path, c
     cli.main(["inspect", str(checkpoint)])
     output = capsys.readouterr().out
     assert "a?[2Jb" in output and "\x1b" not in output
-
-
-def test_the_sample_in_the_documentation(run, monkeypatch, capsys):
-    folder = run("wsd")
-    (folder.parent / "runs").mkdir()
-    folder.rename(folder.parent / "runs/wsd")
-    (folder.parent / "runs/wsd/checkpoint-12/optimizer.pt").unlink()
-    monkeypatch.chdir(folder.parent)
-    assert cli.main(["inspect", "runs/wsd"]) == 1
-    output = capsys.readouterr().out.splitlines()
-    document = (ROOT / "docs" / "tools.md").read_text("utf-8")
-    sample = re.search(r"<!-- sample: tests/inspection.*?```text\n(.*?)```", document, re.DOTALL)[1]
-    missing = [line for line in sample.splitlines() if line not in output]
-    assert missing == []
