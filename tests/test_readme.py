@@ -133,9 +133,7 @@ def test_links_lead_to_files_and_headings():
                 assert heading in map(anchor, headings), f"{page.name}: {target}"
 
 
-def test_the_documents_are_short_and_all_are_linked():
-    assert len(PAGES[README].splitlines()) <= 150
-    assert sum(len(text.split()) for page, text in PAGES.items() if page != README) <= 7000
+def test_the_readme_links_every_document():
     assert all(f"(docs/{page.name})" in PAGES[README] for page in PAGES if page != README)
 
 
