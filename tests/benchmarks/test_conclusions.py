@@ -48,8 +48,8 @@ BEATEN = (COSINE["losses"][0][0], LONGER[0], COSINE["losses"][1][0], LONGER[1])
 WORDS = {
     f"the seeds of the cosine at the last horizon are {SEEDS:.1f} % apart": True,
     f"the text that chooses ({DATA['settings']['evaluated'] * DATA['settings']['block']:,} tokens)": True,
-    f"It ends {-AVERAGE[2]:.1f} % below its training weights at the last horizon, {-AVERAGE[1]:.1f} % at the second, and "
-    f"{-AVERAGE[0]:.2f} % at the first": True,
+    f"It ends {-AVERAGE[2]:.1f} % below its training weights at the last horizon, {-AVERAGE[1]:.1f} % at the second, "
+    f"and {-AVERAGE[0]:.2f} % at the first": True,
     f"where the average is {EWA_COSINE[2]:.1f} % above": True,
     f"with 106 steps it ends {100 * (1 - AT_106 / LAST):.1f} % below the average (first seed), with "
     f"{COSINE['warmups'][2]} steps {100 * (1 - LAST_COSINE / LAST):.1f} % below": True,
