@@ -35,6 +35,8 @@ ZERO = ("zero1", "zero2", "zero3", "zero3_ungathered")
 FSDP2 = ("fsdp2", "fsdp2_sharded")
 BACKENDS = ("one", "ddp", *FSDP2, *ZERO)
 """One process; full and sharded state dicts under FSDP2; ZeRO-3 with and without a gathered model in its saves."""
+SAME = {"zero3": ("zero3", "zero3_ungathered"), "zero3_ungathered": ("zero3", "zero3_ungathered")}
+"""Those that `is_really` cannot tell apart."""
 
 PRELOADED = (
     "torch.distributed.fsdp torch.distributed.checkpoint torch.distributed.tensor transformers.trainer "
@@ -120,6 +122,14 @@ def is_really(trainer: Any, backend: str) -> bool:
         return kind in str(trainer.accelerator.state.fsdp_plugin.state_dict_type)
     alone = not (any(sharded) or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
     return alone and isinstance(trainer.model_wrapped, DistributedDataParallel) == (backend == "ddp")
+
+
+def gathered(trainer: Any) -> dict[str, torch.Tensor]:
+    """Every parameter as the forward pass has it, complete, on every rank; collective."""
+    from hf_radam.sharding import find_sharding
+
+    sharding = find_sharding(trainer.accelerator.unwrap_model(trainer.model), wrapped=trainer.model_wrapped)
+    return {name: sharding.gather_model(name).clone() for name in sharding.parameters}
 
 
 def missing(backend: str) -> str | None:

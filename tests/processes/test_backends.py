@@ -1,7 +1,8 @@
 """The table "method x back-end": trained, evaluated, saved, shipped, resumed and extended in two real processes.
 
-Oracles: the run of one process with as many sequences in each update; plain `from_pretrained` on what was written, with
-a loss that no trainer computed; the run that was never interrupted, and the one that was planned longer, bit for bit.
+Oracles: the run of one process with as many sequences in each step; plain `from_pretrained` on what was written, with
+a loss that no trainer computed; the run that was never interrupted, and the one that was planned longer, bit for bit;
+the schedule's own function.
 """
 
 from __future__ import annotations
@@ -20,25 +21,33 @@ from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.manifest import read_manifest
+from hf_radam.schedules import wsd, wsd_s
 
-UPDATES, LONGER = 12, 16
-METHODS = {name: tiny.METHODS[name] for name in ("wsd", "ewa", "schedule_free")}
-METHODS["ewa"] = METHODS["ewa"] | {"ewa_device": "cpu"}
-METHODS["flags"] = tiny.METHODS["schedule_free_ewa"] | {
-    "gradient_accumulation_steps": 2,
-    "max_grad_norm": 0.05,
-    "ewa_every": 3,
-    "ewa_start_step": 4,  # the first averaging comes with update 7
-    "ewa_eval_raw": True,
-    "eval_on_start": True,
+STEPS, LONGER, SAVED = 8, 11, 4
+METHODS = {
+    "wsd": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 3},
+    "wsd_s": {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [5], "decay_steps": 2},
+    # the first averaging comes with step 3, the next with step 5, after the checkpoint that is resumed
+    "ewa": {"optim": "radam", "ewa": True, "ewa_device": "cpu", "ewa_every": 2, "ewa_start_step": 1}
+    | {"ewa_eval_raw": True, "eval_on_start": True, "gradient_accumulation_steps": 2, "max_grad_norm": 0.05},
+    "schedule_free": {"optim": "radam_schedulefree"},
 }
-METHODS["wsd_s"] = {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [6], "decay_steps": 2}
 BACKENDS = harness.BACKENDS
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
-# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 updates long.
+# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 8 steps long.
 TOLERANCE = 2e-6
-BESIDE = {"ewa": "ewa", "schedule_free": "schedule_free", "flags": "ewa"}
-RESUMED_AT = {"flags": 4}  # before there is an average
+BESIDE = {"ewa": "ewa", "schedule_free": "schedule_free"}
+REFUSED = {"weight_decay": 0.2, "learning_rate": 2e-2, "optim": "adamw_torch"}
+
+
+class Rates(tiny.TrainerCallback):
+    """Keeps the learning rate of every step."""
+
+    def __init__(self):
+        self.used = {}
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        self.used[state.global_step] = float(optimizer.param_groups[0]["lr"])
 
 
 def model(method):
@@ -51,49 +60,62 @@ def model(method):
 
 def options(backend, method):
     accumulation = METHODS[method].get("gradient_accumulation_steps", 1) * (2 if backend == "one" else 1)
-    when = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 4}
-    size = {"max_steps": UPDATES, "per_device_train_batch_size": 2, "dataloader_pin_memory": False}
+    when = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": SAVED}
+    size = {"max_steps": STEPS, "per_device_train_batch_size": 2, "dataloader_pin_memory": False}
     size |= {"gradient_accumulation_steps": accumulation}
     return when | METHODS[method] | size | harness.arguments(backend)
 
 
-def whole_weights(trainer):
-    """Every parameter as the forward pass has it, whole, on every rank."""
-    sharding = trainer._evaluation.sharding
-    return {name: sharding.gather_model(name).clone() for name in sharding.parameters}
-
-
 def train_one(folder, backend, method):
-    """Train, evaluate, ship, resume and extend; what one process saw of it."""
+    """Train, evaluate, ship, resume and extend; return what one process saw of it."""
     made = partial(tiny.trainer, **options(backend, method))
     trainer = made(folder / "run", model(method))
     trainer.train()
-    assert harness.is_really(trainer, backend)
+    assert [name for name in BACKENDS if harness.is_really(trainer, name)] == [*harness.SAME.get(backend, [backend])]
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
-    weights = whole_weights(trainer)
+    weights = harness.gathered(trainer)
     average = trainer.average
-    pieces = average.state_dict()["averages"].values() if average else ()
+    shards = average.state_dict()["averages"].values() if average else ()
     facts = {
         "losses": {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry},
         "loss": loss,
         "weights": weights,
         "average": average.averaged_state_dict() if average else None,
-        "bytes": sum(piece.numel() * piece.element_size() for piece in pieces),
+        "bytes": sum(shard.numel() * shard.element_size() for shard in shards),
     }
+    saved = str(folder / "run" / f"checkpoint-{SAVED}")
     resumed = made(folder / "resumed", model(method))
-    resumed.train(resume_from_checkpoint=str(folder / "run" / f"checkpoint-{RESUMED_AT.get(method, 8)}"))
-    facts["resumed is the same"] = tiny.same(weights, whole_weights(resumed))
+    resumed.train(resume_from_checkpoint=saved)
+    facts["resumed is the same"] = tiny.same(weights, harness.gathered(resumed))
     facts["resumed loss"] = resumed.evaluate()["eval_loss"]
     if average:
         facts["resumed average is the same"] = tiny.same(facts["average"], resumed.average.averaged_state_dict())
-    longer = made(folder / "longer", model(method), max_steps=LONGER, extend_from=str(folder / "run"))
-    longer.train()
-    planned = {"budgets": [6, 12]} if method == "wsd_s" else {}
-    twin = made(folder / "planned", model(method), max_steps=LONGER, **planned)
-    twin.train()
-    facts["longer is the planned"] = tiny.same(whole_weights(longer), whole_weights(twin))
+    if method == "wsd":
+        facts["refused"] = [refusal(made, folder / "refused", saved, {key: value}) for key, value in REFUSED.items()]
+    if method in ("wsd", "wsd_s"):
+        rates = Rates()
+        longer = made(folder / "longer", model(method), max_steps=LONGER, extend_from=str(folder / "run"))
+        longer.add_callback(rates)
+        longer.train()
+        twin = made(folder / "planned", model(method), max_steps=LONGER, **planned(method), save_strategy="no")
+        twin.train()
+        facts["longer is the planned"] = tiny.same(harness.gathered(longer), harness.gathered(twin))
+        facts["rates"] = rates.used
     return facts
+
+
+def planned(method):
+    return {"budgets": [5, STEPS]} if method == "wsd_s" else {}
+
+
+def refusal(made, folder, checkpoint, changed):
+    """What is said of a checkpoint that was trained with other hyper-parameters."""
+    trainer = made(folder, model("wsd"), **changed)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except ValueError as error:
+        return str(error)
 
 
 def train_all(folder, backend):
@@ -126,14 +148,14 @@ def check(folder, method, backend, ranks, one):
             torch.testing.assert_close(facts["weights"][name], value, rtol=0, atol=TOLERANCE, msg=f"{method} {name}")
         assert tiny.same(facts["weights"], ranks[0]["weights"])
         assert facts["resumed is the same"] and facts["resumed loss"] == facts["loss"], method
-        assert facts["longer is the planned"], method
         if one["average"]:
             assert facts["resumed average is the same"]
             for name, value in one["average"].items():
                 torch.testing.assert_close(facts["average"][name], value, rtol=0, atol=TOLERANCE)
+        check_schedule(facts, method)
     if method == "ewa":
         check_shares(backend, ranks, one)
-    loss, checkpoint = ranks[0]["loss"], folder / "run" / "checkpoint-12"
+    loss, checkpoint = ranks[0]["loss"], folder / "run" / f"checkpoint-{STEPS}"
     files = read_manifest(checkpoint)["files"]
     states = {"rng_state.pth"} if backend == "one" else {"rng_state_0.pth", "rng_state_1.pth"}
     assert {*states, "scheduler.pt", "trainer_state.json"} <= set(files)
@@ -148,6 +170,22 @@ def check(folder, method, backend, ranks, one):
     if method == "ewa":
         average = load_file(checkpoint / "ewa" / "model.safetensors")
         assert tiny.same(average, {name: ranks[0]["average"][name] for name in average})
+
+
+def check_schedule(facts, method):
+    """Other numbers are refused, and an extension has the weights and the rates of the longer schedule."""
+    for (name, value), said in zip(REFUSED.items() if method == "wsd" else (), facts.get("refused", ()), strict=True):
+        assert f"{name}=" in said and str(value) in said, said
+    if method in ("wsd", "wsd_s"):
+        assert facts["longer is the planned"], method
+        first = min(facts["rates"])
+        assert first == (STEPS - 3 if method == "wsd" else STEPS)  # before the decay, or at the budget
+        if method == "wsd":
+            rates = [wsd(step, total_steps=LONGER, decay_steps=3) for step in range(first, LONGER)]
+        else:
+            ends = [5, STEPS, LONGER]
+            rates = [wsd_s(step, budgets=ends, decay_steps=[2, 2, 2]) for step in range(first, LONGER)]
+        assert [*facts["rates"].values()] == pytest.approx([1e-2 * rate for rate in rates], rel=1e-12)
 
 
 def check_shares(backend, ranks, one):
