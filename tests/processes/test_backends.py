@@ -208,7 +208,7 @@ def test_the_table_of_back_ends_claims_what_is_tested():
     tested = {"one process": ["one"], "DDP": ["ddp"], "FSDP2, full or sharded state dicts": ["fsdp2", "fsdp2_sharded"]}
     tested |= {"ZeRO-1": ["zero1"], "ZeRO-2": ["zero2"], "ZeRO-3, gathered or not": ["zero3", "zero3_ungathered"]}
     assert head[1:] == list(tested) and sum(tested.values(), []) == list(BACKENDS)
-    # What moves, in the columns' order; the refusals are tested in test_going_on.py and test_refusals.py.
+    # What moves, in the columns' order; the refusals are tested in test_refusals.py.
     columns, words = ("one", "ddp", "fsdp2"), {"one": "one process", "ddp": "DDP", "fsdp2": "FSDP2"}
     moved = {(source.removesuffix("_sharded"), target.removesuffix("_sharded")) for source, target in MOVES}
     sources = [", ".join(words[source] for source in columns if (source, c) in moved and source != c) for c in columns]

@@ -1,4 +1,4 @@
-"""Models and optimizers that are refused before the first update, each with a way out."""
+"""Models, optimizers and checkpoints that are refused before the first step, each with a way out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,16 @@ from processes.test_sharded_details import ODD, options
 from torch import nn
 
 from hf_radam import RAdamTrainer
+
+zero = pytest.mark.skipif(bool(harness.missing("zero3")), reason=str(harness.missing("zero3")))
+SAVING = {
+    "optim": "radam",
+    "lr_scheduler_type": "constant",
+    "max_steps": 3,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "logging_strategy": "no",
+}
 
 
 class Normalised(nn.Module):
@@ -32,40 +42,73 @@ def with_adapter():
     return peft.get_peft_model(tiny.llama(**ODD), peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
 
 
-REFUSED = {with_adapter: "PEFT model .* train it under DDP", Normalised: "recalibrate_batch_norm_batches=0"}
+MODELS = {with_adapter: "PEFT model .* train it under DDP", Normalised: "recalibrate_batch_norm_batches=0"}
 
 
-def said_to_each(folder, backend):
-    said = []
-    for model in REFUSED:
-        try:
-            tiny.trainer(folder, model(), **options(backend, optim="radam", ewa=True))
-        except ValueError as error:
-            said.append(str(error))
-    return said
+def error_of(do, *args, **kwargs):
+    """The error that a call raises, or None."""
+    try:
+        do(*args, **kwargs)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
 
 
-@pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero2", "zero3"])
-def test_models_that_are_refused_where_anything_is_sharded(tmp_path, backend):
-    if harness.missing(backend):
-        pytest.skip(harness.missing(backend))
-    for said in harness.run(said_to_each, tmp_path, backend, backend=backend):
-        assert len(said) == len(REFUSED)
-        for pattern, words in zip(REFUSED.values(), said, strict=True):
-            assert re.search(pattern, words), words
+def refused(folder, backend, checkpoints=()):
+    """Train and save, then offer every model and checkpoint; return what is said of each."""
+    trainer = tiny.trainer(folder / backend, tiny.llama(**ODD), **options(backend, **SAVING))
+    trainer.train()
+    with_average = options(backend, optim="radam", ewa=True)
+    models = [error_of(tiny.trainer, folder / "new", make(), **with_average) for make in MODELS]
+    resumed = []
+    for checkpoint in checkpoints:
+        again = tiny.trainer(folder / "new", tiny.llama(**ODD), **options(backend, **SAVING | {"max_steps": 4}))
+        resumed.append(error_of(again.train, resume_from_checkpoint=str(checkpoint)))
+    return {"models": models, "checkpoints": resumed}
 
 
-class PutsItsOwn(RAdamTrainer):
-    """Somebody's trainer that makes another optimizer than the flags say."""
+@zero
+def test_what_is_refused_where_anything_is_sharded(tmp_path):
+    """The state of DeepSpeed's optimizer stays with its stage (1 and 2 are alike) and its number of processes."""
+    plain, first, second, third = (tmp_path / name / "checkpoint-3" for name in ("ddp", "zero1", "zero2", "zero3"))
+    for backend, world, checkpoints, accepted in (
+        ("ddp", 2, [], None),
+        ("zero1", 2, [plain], None),
+        ("zero2", 2, [plain, first], first),
+        ("zero3", 2, [plain, first, second], None),
+        ("fsdp2", 2, [plain, second, third], plain),
+        ("zero2", 1, [plain, first, third], None),
+    ):
+        folder = tmp_path if world == 2 else tmp_path / "alone"
+        each = harness.run(refused, folder, backend, checkpoints, backend=backend, world=world)
+        for found in each:
+            for pattern, said in zip(MODELS.values(), found["models"], strict=True):
+                # one process and DDP take both
+                assert (said is None) if backend == "ddp" else re.search(pattern, said), (backend, said)
+            for checkpoint, said in zip(checkpoints, found["checkpoints"], strict=True):
+                if checkpoint == accepted:
+                    assert said is None, (backend, said)
+                    continue
+                stage = {plain: "one process or DDP", third: "DeepSpeed (ZeRO-3"}.get(
+                    checkpoint, "DeepSpeed (ZeRO-1 or 2"
+                )
+                assert said.startswith(f"CheckpointError: {checkpoint} was saved with {stage}"), (backend, said)
+                now = (
+                    f"DeepSpeed (ZeRO-{backend[-1]}) with {world}" if backend != "fsdp2" else "without DeepSpeed with 2"
+                )
+                assert now in said and "Resume with" in said, (backend, said)
+
+
+class OtherOptimizer(RAdamTrainer):
+    """A user's trainer that makes another optimizer than the flags say."""
 
     def create_optimizer(self, *args, **kwargs):
         self.optimizer = torch.optim.AdamW(self.model.parameters())
         return self.optimizer
 
 
-def test_an_optimizer_that_took_the_place_of_ours(tmp_path):
+def test_another_optimizer_than_the_flags_say(tmp_path):
     args = tiny.arguments(tmp_path, optim="radam", ewa=True, max_steps=2)
-    trainer = PutsItsOwn(tiny.llama(), args, train_dataset=tiny.TRAIN)
+    trainer = OtherOptimizer(tiny.llama(), args, train_dataset=tiny.TRAIN)
     with pytest.raises(ValueError, match="optim=radam, but torch.optim.adamw.AdamW took its place"):
         trainer.train()
     assert trainer.state.global_step == 0
