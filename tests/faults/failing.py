@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import resource
 import signal
@@ -11,16 +12,18 @@ from typing import Any
 import attempts
 from transformers import TrainerCallback
 
+from hf_radam.checkpoints.runs import list_checkpoints
 from hf_radam.training.failures import CheckpointSaveError
 
 NOBODY = 65534
+codecs.lookup("latin1")  # imported now, as a random state needs it and the interpreter may lie where nobody can read
 
 
 class Fault(TrainerCallback):
-    """Makes writing impossible when an update is done, before it is saved.
+    """Makes writing impossible when a step is done, before it is saved.
 
     Args:
-        at: the update.
+        at: the step.
         kind: ``"limit <bytes>"`` lets no file grow beyond that; ``"fill <bytes>"`` fills the run's file system until
             that is left; ``"read-only"`` takes the right to write from the run's folder.
         run: the run's folder.
@@ -53,8 +56,7 @@ def fill(file: Path, *, leave: int) -> None:
 
 def train_into_fault(run: Path, options: dict[str, Any], at: int, kind: str, message: Path) -> None:
     """Train until writing fails, and write down what the trainer says then. Without special rights."""
-    message.touch()
-    descriptor = os.open(message, os.O_WRONLY)
+    descriptor = os.open(message, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if os.geteuid() == 0:
         os.chown(run, NOBODY, NOBODY)
         for name in ("log", "run.saved"):
@@ -64,8 +66,9 @@ def train_into_fault(run: Path, options: dict[str, Any], at: int, kind: str, mes
         os.seteuid(NOBODY)
     trainer = attempts.make_trainer(run, options)
     trainer.add_callback(Fault(at, kind, run))
+    resumes = bool(list_checkpoints(run)) and not options.get("save_only_model")
     try:
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resumes or None)
     except CheckpointSaveError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(descriptor, str(error).encode())

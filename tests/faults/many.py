@@ -1,4 +1,4 @@
-"""Trainings of several processes, one of which may die: at an update, or before a chosen operation on files."""
+"""Trainings of several processes, one of which may die or fail: after a step, or at a chosen operation on files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ COMMON = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "save_total
 
 
 class Begins(TrainerCallback):
-    """Notes the update that training goes on from."""
+    """Notes the step that training resumes from."""
 
     at: int | None = None
 
@@ -40,27 +39,27 @@ class Begins(TrainerCallback):
 
 
 class Dies(TrainerCallback):
-    """Ends one process with a signal that it cannot catch.
+    """Ends one process with a signal that it cannot catch, or has its writes fail.
 
     Args:
         rank: which one.
-        update: after which update.
+        step: after which step.
         where: ``"in training"`` at once; ``"limit 5000"`` in the middle of the next file that grows beyond so many
-            bytes; ``"before open model.safetensors"`` before the next operation on files of which an audit event of the
-            interpreter tells with these words in its name and path.
+            bytes, which ``"fails 5000"`` has raise instead; ``"before open model.safetensors"`` before the next
+            operation on files of which an audit event of the interpreter has these words in its name and path.
     """
 
-    def __init__(self, rank: int, update: int, where: str):
-        self.rank, self.update, self.where = rank, update, where
+    def __init__(self, rank: int, step: int, where: str):
+        self.rank, self.step, self.where = rank, step, where
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The save comes after this."""
-        if state.global_step != self.update or args.process_index != self.rank:
+        if state.global_step != self.step or args.process_index != self.rank:
             return
         if self.where == "in training":
             kill_myself()
-        if self.where.startswith("limit"):
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        if self.where.startswith(("limit", "fails")):
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL if self.where.startswith("limit") else signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.where.split()[1]), resource.RLIM_INFINITY))
             return
@@ -91,7 +90,10 @@ def train(run: Path, backend: str, options: dict[str, Any], dies: tuple[int, int
     trainer.add_callback(begins)
     if dies is not None:
         trainer.add_callback(Dies(*dies))
-    trainer.train(resume_from_checkpoint=bool(list_checkpoints(run)) or None)
+    try:
+        trainer.train(resume_from_checkpoint=bool(list_checkpoints(run)) or None)
+    finally:  # so that what is raised can be written down
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert harness.is_really(trainer, backend)
     dist.barrier()
     return {"began at": begins.at} | on_this_rank(attempts.outcome(trainer))
@@ -106,16 +108,3 @@ def on_this_rank(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(on_this_rank(inner) for inner in value)
     return value
-
-
-def train_into_fault(
-    run: Path, backend: str, options: dict[str, Any], fault: Callable[[], TrainerCallback], rank: int
-) -> None:
-    """Train with a fault in one of the processes."""
-    trainer = make_trainer(run, backend, options)
-    if trainer.args.process_index == rank:
-        trainer.add_callback(fault())
-    try:
-        trainer.train()
-    finally:  # so that what is raised can be told
-        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))

@@ -72,7 +72,6 @@ SAVES = [
     ("wsd+ewa", 7, True, {("_pre_decay", 7)}, {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
     ("wsd_s", 7, False, set(), {("_budgets", 7)}, {"os.rename"}),
     ("ewa, best", 6, False, set(), set(), {"os.rename", "os.remove"}),
-    ("schedule_free+ewa", 5, True, set(), set(), {"os.rename", "os.remove"}),
 ]
 
 

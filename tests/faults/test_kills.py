@@ -9,4 +9,4 @@ import kills
 
 
 def test_killed_runs_end_as_their_twins(tmp_path):
-    print(kills.soak(tmp_path, kills=6, most_each=2, seed=1))
+    print(kills.soak(tmp_path, kills=4, most_each=2, seed=1))

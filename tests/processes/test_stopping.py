@@ -1,4 +1,4 @@
-"""A SIGTERM that reaches one of several processes stops all after the same update, with one whole checkpoint."""
+"""A SIGTERM that reaches one of several processes stops all after the same step, with one complete checkpoint."""
 
 from __future__ import annotations
 
