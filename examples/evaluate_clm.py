@@ -21,14 +21,13 @@ import transformers
 import yaml
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from clm_arguments import DataArguments, ModelArguments, fail
 from clm_data import TextSize, load_texts, validation_blocks
 from clm_model import InputError
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.loading import holds_model, is_checkpoint, newest_loadable_checkpoint
-from hf_radam.checkpoints.models.consolidation import consolidate
+from hf_radam.checkpoints.load import holds_model, is_checkpoint, load_model_folder, newest_loadable_checkpoint
 from hf_radam.merging.folder import RECORD_NAME
 from run_clm import RECIPE, bits_per_byte, perplexity
 
@@ -151,8 +150,7 @@ def compare(args: argparse.Namespace) -> list[Column]:
     try:
         models = {"evaluation weights": (load_evaluation_model(evaluated, **trust), evaluated)}
         if trained is not None:
-            consolidate(trained, training_weights=True, **trust)  # where they lie in shards
-            models["training weights"] = AutoModelForCausalLM.from_pretrained(trained, **trust), trained
+            models["training weights"] = load_model_folder(trained, **trust), trained
         holds_tokenizer = (args.path / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(args.path if holds_tokenizer else trained or args.path, **trust)
     except (OSError, ValueError, SafetensorError) as error:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hf_radam.averaging import WeightAverage
     from hf_radam.batch_norm import recalibrate_batch_norm
-    from hf_radam.checkpoints.loading import load_evaluation_model
+    from hf_radam.checkpoints.load import load_evaluation_model
     from hf_radam.optim import RAdam, RAdamScheduleFree
     from hf_radam.trainer import RAdamTrainer, RAdamTrainerMixin
     from hf_radam.training_args import RAdamTrainingArguments
@@ -35,7 +35,7 @@ _MODULE_OF = {
     "RAdamTrainerMixin": "hf_radam.trainer",
     "RAdamTrainingArguments": "hf_radam.training_args",
     "WeightAverage": "hf_radam.averaging",
-    "load_evaluation_model": "hf_radam.checkpoints.loading",
+    "load_evaluation_model": "hf_radam.checkpoints.load",
     "recalibrate_batch_norm": "hf_radam.batch_norm",
 }
 

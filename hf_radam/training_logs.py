@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.loading import is_checkpoint
+from hf_radam.checkpoints.load import is_checkpoint
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike, read_manifest
 from hf_radam.checkpoints.runs import newest_checkpoint, recorded_step
 from hf_radam.checkpoints.storage import sha256

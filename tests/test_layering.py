@@ -38,36 +38,18 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "model_card": ({"averaging"}, {"yaml"}),
     "checkpoints.storage": (set(), set()),
     "checkpoints.manifest": (within("checkpoints", "storage"), set()),
-    "checkpoints.dcp_folders": (within("checkpoints", "manifest"), {"torch"}),
     "checkpoints.layouts": (within("checkpoints", "manifest"), set()),
-    "checkpoints.optimizer_states": ({"sharding"} | within("checkpoints", "manifest dcp_folders layouts"), {"torch"}),
     "checkpoints.verify": (within("checkpoints", "storage manifest layouts"), set()),
     "checkpoints.runs": ({"schedules"} | within("checkpoints", "storage manifest layouts verify"), set()),
-    "checkpoints.models.adapters": ({"batch_norm"} | within("checkpoints", "manifest"), ANY),
-    "checkpoints.models.weight_files": ({"sharding"}, ANY),
-    "checkpoints.models.sharded_weights": (within("checkpoints", "manifest dcp_folders"), {"torch"}),
-    "checkpoints.models.whole_models": (set(), {"torch", "transformers"}),
-    "checkpoints.models.model_class": (set(), {"torch", "transformers"}),
-    "checkpoints.models.model_folders": (
-        {"random_state", "sharding"}
-        | within("checkpoints", "manifest layouts")
-        | within("checkpoints.models", "adapters weight_files sharded_weights whole_models"),
+    "checkpoints.sharded": ({"sharding"} | within("checkpoints", "manifest layouts"), {"torch"}),
+    "checkpoints.optimizer_state": ({"sharding"} | within("checkpoints", "manifest layouts sharded"), {"torch"}),
+    "checkpoints.peft": ({"batch_norm"} | within("checkpoints", "manifest layouts"), ANY),
+    "checkpoints.weights": (
+        {"random_state", "sharding"} | within("checkpoints", "manifest layouts peft sharded"),
         ANY,
     ),
-    "checkpoints.models.weight_reading": (
-        {"sharding"}
-        | within("checkpoints", "manifest dcp_folders layouts")
-        | within("checkpoints.models", "weight_files sharded_weights model_folders"),
-        ANY,
-    ),
-    "checkpoints.models.consolidation": (
-        within("checkpoints", "manifest storage verify layouts")
-        | within("checkpoints.models", "model_class sharded_weights weight_files"),
-        ANY,
-    ),
-    "checkpoints.loading": (
-        within("checkpoints", "manifest layouts verify runs")
-        | within("checkpoints.models", "adapters consolidation model_class"),
+    "checkpoints.load": (
+        within("checkpoints", "storage manifest layouts verify runs peft sharded weights"),
         ANY,
     ),
     "checkpoints.extension": (
@@ -75,7 +57,7 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "inspection.phases": ({"schedules", "describe"}, set()),
-    "inspection.peeking": (within("checkpoints", "manifest optimizer_states"), {"torch"}),
+    "inspection.peeking": (within("checkpoints", "manifest optimizer_state"), {"torch"}),
     "inspection.pickled": (set(), set()),
     "inspection.facts": (set(), set()),
     "inspection.checkpoint": (
@@ -86,41 +68,39 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "inspection.uses": (
         {"describe"}
-        | within("checkpoints", "verify manifest layouts runs loading")
-        | within("checkpoints.models", "consolidation")
+        | within("checkpoints", "verify manifest layouts runs load")
+        | within("checkpoints", "sharded")
         | within("inspection", "phases facts"),
         {"transformers"},
     ),
     "inspection.run": (
-        within("checkpoints", "storage manifest layouts verify runs loading")
+        within("checkpoints", "storage manifest layouts verify runs load")
         | within("inspection", "peeking facts checkpoint uses"),
         set(),
     ),
     "inspection.report": (within("inspection", "phases facts run uses"), set()),
-    "training_logs": (within("checkpoints", "storage manifest runs loading"), set()),
+    "training_logs": (within("checkpoints", "storage manifest runs load"), set()),
     "plot_parts": ({"training_logs"}, set()),
     "plots": ({"schedules", "training_logs", "plot_parts"}, {"matplotlib"}),
     "merging.coefficients": ({"schedules", "averaging"}, set()),
     "merging.sources": (
-        within("checkpoints", "manifest verify layouts runs loading")
-        | within("checkpoints.models", "consolidation weight_reading")
+        within("checkpoints", "manifest verify layouts runs load")
+        | within("checkpoints", "sharded weights")
         | within("inspection", "phases pickled"),
         {"torch", "safetensors", "transformers"},
     ),
     "merging.differences": (within("checkpoints", "manifest"), set()),
     "merging.folder": (
         within("checkpoints", "storage manifest layouts verify")
-        | within("checkpoints.models", "model_folders weight_files")
+        | within("checkpoints", "weights")
         | within("merging", "coefficients differences sources"),
         {"torch", "transformers"},
     ),
     "cli.commands": (set(), set()),
     "cli.drawing": (set(), set()),
     "cli.inspecting": (within("inspection", "checkpoint uses run report") | within("cli", "commands"), set()),
-    "cli.consolidating": (
-        within("checkpoints", "loading runs")
-        | within("checkpoints.models", "consolidation")
-        | within("cli", "commands"),
+    "cli.consolidate": (
+        within("checkpoints", "load runs") | within("checkpoints", "sharded") | within("cli", "commands"),
         set(),
     ),
     "cli.schedule": (
@@ -137,16 +117,16 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
         set(),
     ),
     "cli.stopping": (set(), set()),
-    "cli": (within("cli", "commands stopping inspecting consolidating schedule plotting averaging"), set()),
+    "cli": (within("cli", "commands stopping inspecting consolidate schedule plotting averaging"), set()),
     "training.launched": (set(), {"accelerate", "transformers"}),
     "training.backends": (
-        {"optim", "names", "batch_norm"} | within("checkpoints.models", "adapters") | within("training", "launched"),
+        {"optim", "names", "batch_norm"} | within("checkpoints", "peft") | within("training", "launched"),
         ANY,
     ),
     "training.collected": (set(), set()),
     "training.support": (
         {"optim", "names", "schedules", "training_args"}
-        | within("checkpoints.models", "adapters")
+        | within("checkpoints", "peft")
         | within("training", "backends collected"),
         ANY,
     ),
@@ -158,15 +138,11 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     ),
     "training.resume_checks": (
         {"averaging"}
-        | within("checkpoints", "manifest layouts verify optimizer_states runs extension")
-        | within("checkpoints.models", "weight_reading adapters model_folders"),
+        | within("checkpoints", "manifest layouts verify optimizer_state runs extension")
+        | within("checkpoints", "weights peft"),
         ANY,
     ),
     "training.verification": ({"sharding"} | within("checkpoints", "manifest verify"), {"torch"}),
-    "training.moving": (
-        {"sharding"} | within("checkpoints", "manifest layouts optimizer_states") | within("training", "verification"),
-        {"torch"},
-    ),
     "training.agreement": ({"sharding"}, ANY),
     "training.shared_folder": (
         {"sharding"} | within("checkpoints", "storage") | within("training", "agreement"),
@@ -176,14 +152,14 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.just_in_time": (set(), ANY),
     "training.failures": (within("checkpoints", "storage"), {"torch", "safetensors"}),
     "training.folders": (
-        {"sharding"} | within("checkpoints.models", "adapters model_folders") | within("training", "backends parts"),
+        {"sharding"} | within("checkpoints", "peft weights") | within("training", "backends parts"),
         ANY,
     ),
     "training.raw_names": (set(), set()),
     "training.card_facts": (
         {"schedules", "model_card", "names", "averaging"}
-        | within("checkpoints", "manifest runs loading")
-        | within("checkpoints.models", "adapters consolidation")
+        | within("checkpoints", "manifest runs load")
+        | within("checkpoints", "peft sharded")
         | within("training", "parts raw_names"),
         {"transformers"},
     ),
@@ -192,15 +168,15 @@ TABLE: dict[str, tuple[set[str], set[str] | None]] = {
     "training.saving": (
         {"names", "sharding"}
         | within("checkpoints", "storage manifest runs")
-        | within("checkpoints.models", "adapters weight_files")
+        | within("checkpoints", "peft weights")
         | within("training", "backends card failures final_uploads folders hub just_in_time"),
         ANY,
     ),
     "training.resuming": (
         {"sharding", "schedules", "training_args", "averaging"}
-        | within("checkpoints", "storage manifest layouts verify runs loading extension")
-        | within("checkpoints.models", "weight_reading adapters model_folders")
-        | within("training", "agreement shared_folder verification backends evaluation resume_checks moving parts"),
+        | within("checkpoints", "optimizer_state storage manifest layouts verify runs load extension")
+        | within("checkpoints", "weights peft")
+        | within("training", "agreement shared_folder verification backends evaluation resume_checks parts"),
         ANY,
     ),
     "training.around_update": (within("training", "parts"), {"transformers"}),

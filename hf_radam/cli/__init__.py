@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hf_radam.cli import averaging, consolidating, inspecting, plotting, schedule
+from hf_radam.cli import averaging, consolidate, inspecting, plotting, schedule
 from hf_radam.cli.commands import printable
 from hf_radam.cli.stopping import Stop
 
@@ -20,7 +20,7 @@ def parser() -> argparse.ArgumentParser:
         epilog="hf-radam COMMAND --help says what a command takes, with examples.",
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    for command in (inspecting, schedule, plotting, averaging, consolidating):
+    for command in (inspecting, schedule, plotting, averaging, consolidate):
         command.add(commands)
     return top
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hf_radam.checkpoints.manifest import CheckpointError
-from hf_radam.checkpoints.optimizer_states import read_groups
+from hf_radam.checkpoints.optimizer_state import read_groups
 
 
 def json_object(file: Path) -> tuple[dict[str, Any], str | None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_radam.checkpoints.loading import holds_model, is_checkpoint, later_than_model
+from hf_radam.checkpoints.load import holds_model, is_checkpoint, later_than_model
 from hf_radam.checkpoints.manifest import PathLike
 from hf_radam.checkpoints.runs import PREFIX, list_checkpoints, step_of
 from hf_radam.checkpoints.storage import REPLACED, STAGING, interrupted

@@ -12,8 +12,8 @@ from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME
 
 from hf_radam.checkpoints.layouts import DEEPSPEED, has_optimizer, layout_of, missing_state
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
-from hf_radam.checkpoints.models.consolidation import is_sharded_alone
 from hf_radam.checkpoints.runs import list_checkpoints, run_of
+from hf_radam.checkpoints.sharded import is_sharded_alone
 from hf_radam.checkpoints.verify import evaluation_folder
 from hf_radam.describe import decay_at
 from hf_radam.inspection.facts import NOT_RESUMABLE, WHOLE, CheckpointFacts, X, Y

@@ -1,7 +1,7 @@
 """Write the merged model: tensor by tensor, on the CPU, as a complete model folder.
 
 The tensors are merged as they lie in the files, so that no model is made and none of its code is run. Memory holds one
-file that is written (`max_file_bytes` or `weight_files.MAX_FILE_BYTES`), and of what is read the tensor that is merged.
+file that is written (`max_file_bytes` or `weights.MAX_FILE_BYTES`), and of what is read the tensor that is merged.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_IND
 
 from hf_radam.checkpoints.layouts import DEEPSPEED_LATEST
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, TRAINER_STATE_NAME, CheckpointError, PathLike
-from hf_radam.checkpoints.models.model_folders import say_float32
-from hf_radam.checkpoints.models.weight_files import Tensors, widened, write_weights
 from hf_radam.checkpoints.storage import flush
 from hf_radam.checkpoints.verify import INCOMPLETE_NAME
+from hf_radam.checkpoints.weights import Tensors, promote_to_fp32, set_config_dtype, write_weights
 from hf_radam.merging.coefficients import DECAY_SHAPES, coefficients
 from hf_radam.merging.differences import differences
 from hf_radam.merging.sources import Source, configuration, find_sources, is_statistic, not_constant
@@ -179,9 +178,9 @@ def _write(
     """Write the model into a folder whose place will be `target`."""
     newest = sources[-1]
     _copy_surroundings(newest.path, folder)
-    like = {key: torch.empty_like(tensor, dtype=widened(tensor.dtype)) for key, tensor in newest.like.items()}
+    like = {key: torch.empty_like(tensor, dtype=promote_to_fp32(tensor.dtype)) for key, tensor in newest.like.items()}
     if (folder / CONFIG_NAME).is_file() and all(tensor.dtype != torch.float64 for tensor in like.values()):
-        say_float32(folder / CONFIG_NAME)
+        set_config_dtype(folder / CONFIG_NAME)
     tensors = Tensors(like, lambda key: merged_tensor(key, sources, shares))
     write_weights(folder, None, tensors, writes=True, max_bytes=max_file_bytes)
     parts = [
@@ -216,7 +215,7 @@ def merged_tensor(key: str, sources: Sequence[Source], shares: Sequence[float]) 
     newest = sources[-1].read(key)
     if not newest.dtype.is_floating_point or is_statistic(key):
         return newest.clone()
-    dtype = widened(newest.dtype)
+    dtype = promote_to_fp32(newest.dtype)
     merged = newest.to(dtype, copy=True)
     flat, last = merged.view(-1), newest.reshape(-1)
     for source, share in zip(sources[:-1], shares[:-1], strict=True):

@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers.utils import CONFIG_NAME
 
 from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES
-from hf_radam.checkpoints.loading import is_checkpoint
+from hf_radam.checkpoints.load import is_checkpoint
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike, read_manifest
-from hf_radam.checkpoints.models.consolidation import is_sharded_alone
-from hf_radam.checkpoints.models.weight_reading import weight_files
 from hf_radam.checkpoints.runs import recorded_step
+from hf_radam.checkpoints.sharded import is_sharded_alone
 from hf_radam.checkpoints.verify import check_complete
+from hf_radam.checkpoints.weights import weight_files
 from hf_radam.inspection.phases import CONSTANT, multiplier
 from hf_radam.inspection.pickled import pickled_attributes
 

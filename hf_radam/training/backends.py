@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
 from hf_radam.batch_norm import batch_norm_modules
-from hf_radam.checkpoints.models.adapters import is_peft
+from hf_radam.checkpoints.peft import is_peft
 from hf_radam.names import OPTIMIZERS, OptimizerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.training.launched import check_launched

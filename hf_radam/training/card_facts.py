@@ -11,11 +11,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from hf_radam import __version__
 from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
-from hf_radam.checkpoints.loading import holds_model
+from hf_radam.checkpoints.load import holds_model
 from hf_radam.checkpoints.manifest import EVALUATION_FOLDERS, MANIFEST_NAME, read_manifest
-from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
-from hf_radam.checkpoints.models.consolidation import is_sharded_alone
+from hf_radam.checkpoints.peft import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.runs import list_checkpoints
+from hf_radam.checkpoints.sharded import is_sharded_alone
 from hf_radam.model_card import TRAINING, Averaging, Best, Checkpoint, Evaluation, Facts, Loader
 from hf_radam.names import SchedulerName
 from hf_radam.schedules import describe_schedule

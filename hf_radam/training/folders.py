@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from hf_radam.checkpoints.models import adapters, model_folders
+from hf_radam.checkpoints import peft
+from hf_radam.checkpoints.weights import save_config_and_tokenizer, save_model_folder, save_sharded_folder
 from hf_radam.sharding import Weights
 from hf_radam.training.backends import gathers_weights
 from hf_radam.training.parts import PartsMixin
@@ -29,7 +30,7 @@ class FoldersMixin(PartsMixin):
         if gathers_weights(self):
             self._save_gathered(folder)
             return
-        model_folders.save_surroundings(
+        save_config_and_tokenizer(
             folder,
             self._bare_model,
             processing_class=self._tokenizer_to_save,
@@ -44,11 +45,11 @@ class FoldersMixin(PartsMixin):
 
     def _save_folder(self, folder: Path, weights: Weights, *, in_float32: bool = True, sharded: bool = False) -> None:
         if sharded:
-            model_folders.save_sharded_folder(
+            save_sharded_folder(
                 folder, self._bare_model, weights, processing_class=self._tokenizer_to_save, in_float32=in_float32
             )
             return
-        model_folders.save_model_folder(
+        save_model_folder(
             folder,
             self._bare_model,
             weights,
@@ -64,7 +65,7 @@ class FoldersMixin(PartsMixin):
     def _save_beside(self, checkpoint: Path) -> Iterator[Path]:
         """Write every kind of weights that a checkpoint keeps beside those that train; yields each folder written."""
         for source in self._evaluation.kept:
-            folder = checkpoint / adapters.evaluation_subfolder(source, self._bare_model)
+            folder = checkpoint / peft.evaluation_subfolder(source, self._bare_model)
             with self._evaluation.weights(source) as weights:
                 self._save_folder(folder, weights, sharded=not gathers_weights(self))
             yield folder

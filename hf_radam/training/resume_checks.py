@@ -21,12 +21,11 @@ from hf_radam.averaging import WeightAverage
 from hf_radam.checkpoints.extension import right_command
 from hf_radam.checkpoints.layouts import DEEPSPEED, layout_of, process_count, zero_stages
 from hf_radam.checkpoints.manifest import EWA_FOLDER, TRAINER_STATE_NAME, CheckpointError, read_manifest
-from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_peft
-from hf_radam.checkpoints.models.model_folders import read_parameters
-from hf_radam.checkpoints.models.weight_reading import read_pieces
-from hf_radam.checkpoints.optimizer_states import read_groups
+from hf_radam.checkpoints.optimizer_state import read_groups
+from hf_radam.checkpoints.peft import evaluation_subfolder, is_peft
 from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
+from hf_radam.checkpoints.weights import read_optimizer_shards, read_parameters
 
 logger = logging.get_logger(__name__)
 
@@ -259,6 +258,6 @@ def restore_average(average: WeightAverage, model: nn.Module, *, checkpoint: str
 def _averages(average: WeightAverage, model: nn.Module, folder: Path) -> dict[str, Tensor]:
     """What this process averages, out of a model or adapter folder."""
     if not is_peft(model):
-        return read_pieces(folder, model, average.sharding)
+        return read_optimizer_shards(folder, model, average.sharding)
     trained = set(average.sharding.trained)
     return {name: value for name, value in read_parameters(model, folder).items() if name in trained}

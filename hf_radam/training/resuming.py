@@ -16,12 +16,10 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.checkpoints import storage
+from hf_radam.checkpoints import optimizer_state, peft, storage, weights
 from hf_radam.checkpoints.extension import Extension, extend, schedule_of
 from hf_radam.checkpoints.layouts import FSDP_FULL, FSDP_SHARDED, SCHEDULER_NAME, Layout, layout_of
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
-from hf_radam.checkpoints.models import adapters, model_folders
-from hf_radam.checkpoints.models.weight_reading import load_parts
 from hf_radam.checkpoints.runs import (
     PREFIX,
     check_resumable,
@@ -31,9 +29,10 @@ from hf_radam.checkpoints.runs import (
     step_of,
 )
 from hf_radam.checkpoints.verify import VerifyFn, evaluation_folder
+from hf_radam.checkpoints.weights import load_model_shards
 from hf_radam.schedules import SchedulePast
 from hf_radam.sharding import find_sharding
-from hf_radam.training import moving, resume_checks
+from hf_radam.training import resume_checks
 from hf_radam.training.agreement import check_agreement
 from hf_radam.training.backends import is_sharded
 from hf_radam.training.evaluation import EvaluationWeights
@@ -176,9 +175,9 @@ class ResumingMixin(PartsMixin):
             with self._fsdp_as_in(layout):
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
         elif self.is_fsdp_enabled or layout is FSDP_SHARDED:
-            load_parts(Path(resume_from_checkpoint), bare, find_sharding(bare, device=self.args.device))
-        elif isinstance(bare, PreTrainedModel) or adapters.is_on_its_own(bare) or layout is FSDP_FULL:
-            model_folders.load_weights(bare, resume_from_checkpoint)
+            load_model_shards(Path(resume_from_checkpoint), bare, find_sharding(bare, device=self.args.device))
+        elif isinstance(bare, PreTrainedModel) or peft.is_on_its_own(bare) or layout is FSDP_FULL:
+            weights.load_weights(bare, resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -186,7 +185,7 @@ class ResumingMixin(PartsMixin):
     def _fsdp_as_in(self, layout: Layout) -> Iterator[None]:
         """Context in which upstream's FSDP reads a layout of its own, whichever of the two this run writes."""
         plugin = self.accelerator.state.fsdp_plugin
-        with moving.state_dicts_as_written(plugin, layout, world_size=self.args.world_size):
+        with optimizer_state.fsdp_state_dict_type(plugin, layout, world_size=self.args.world_size):
             yield
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -200,11 +199,11 @@ class ResumingMixin(PartsMixin):
             [*self._planned], bare.param_groups, name=self._optimizer_name, checkpoint=checkpoint
         )
         if self.is_fsdp_enabled and layout in (FSDP_FULL, FSDP_SHARDED):
-            moving.allow_a_first_step(bare)
+            optimizer_state.allow_a_first_step(bare)
             with self._fsdp_as_in(layout):
                 super()._load_optimizer_and_scheduler(checkpoint)
         elif layout in (FSDP_FULL, FSDP_SHARDED) or self.is_fsdp_enabled:
-            moving.load_optimizer(bare, self._bare_model, checkpoint)
+            optimizer_state.load_optimizer(bare, self._bare_model, checkpoint)
             self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
         else:
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -274,9 +273,9 @@ class ResumingMixin(PartsMixin):
         logger.info(f"Loading the evaluation weights of {best} (score: {self.state.best_metric}).")
         folder: Path = decide_on_rank0(lambda verify_fn: evaluation_folder(best, verify_fn=verify_fn))
         if is_sharded(self):
-            load_parts(folder, self._bare_model, self._evaluation.sharding)
+            load_model_shards(folder, self._bare_model, self._evaluation.sharding)
         else:
-            model_folders.load_weights(self._bare_model, folder)
+            weights.load_weights(self._bare_model, folder)
         if self._schedule_free is not None:
             self._schedule_free.forget_training_weights()
         self.average = None

@@ -16,10 +16,9 @@ from transformers.trainer_utils import HubStrategy, TrainOutput
 from transformers.utils import logging
 
 from hf_radam import __version__
-from hf_radam.checkpoints import manifest, storage
-from hf_radam.checkpoints.models import adapters
-from hf_radam.checkpoints.models.weight_files import parameter_dtypes
+from hf_radam.checkpoints import manifest, peft, storage
 from hf_radam.checkpoints.runs import PREFIX, rotate
+from hf_radam.checkpoints.weights import parameter_dtypes
 from hf_radam.names import SchedulerName
 from hf_radam.sharding.base import all_gather_object
 from hf_radam.training.backends import is_sharded
@@ -299,7 +298,7 @@ class SavingMixin(FoldersMixin):
             "extended_from": self._extended_from,
             "averaging": self._describe_average(),
             "evaluation": {
-                "folder": source and adapters.evaluation_subfolder(source, self._bare_model),
+                "folder": source and peft.evaluation_subfolder(source, self._bare_model),
                 **parameter_dtypes(self._bare_model),
             },
         }

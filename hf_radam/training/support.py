@@ -6,7 +6,7 @@ from typing import Any
 
 from accelerate.optimizer import AcceleratedOptimizer
 
-from hf_radam.checkpoints.models.adapters import check_adapter, is_peft
+from hf_radam.checkpoints.peft import check_adapter, is_peft
 from hf_radam.names import OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.radam import low_precision

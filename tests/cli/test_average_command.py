@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_radam import RAdamTrainer, cli
-from hf_radam.checkpoints.models.weight_files import Tensors, write_weights
+from hf_radam.checkpoints.weights import Tensors, write_weights
 from hf_radam.merging.coefficients import WEIGHTS, coefficients
 from hf_radam.merging.folder import merge
 

@@ -145,7 +145,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from hf_radam.merging.folder import merge
-from hf_radam.checkpoints.models.weight_files import Tensors, write_weights
+from hf_radam.checkpoints.weights import Tensors, write_weights
 
 folder, rows = Path(sys.argv[1]), 2**19
 folders = [folder / f"checkpoint-{number}" for number in (1, 2, 3, 4)]

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hf_radam import cli
-from hf_radam.checkpoints.models.weight_files import Tensors, write_weights
+from hf_radam.checkpoints.weights import Tensors, write_weights
 from hf_radam.cli.stopping import Stopped
 from hf_radam.merging.sources import Source
 

@@ -15,7 +15,7 @@ from tiny import METHODS, arguments, llama, trainer
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extension import extend
-from hf_radam.checkpoints.loading import newest_loadable_checkpoint
+from hf_radam.checkpoints.load import newest_loadable_checkpoint
 from hf_radam.checkpoints.manifest import read_manifest, write_manifest
 from hf_radam.checkpoints.runs import check_resumable, newest_checkpoint
 from hf_radam.inspection.run import inspect_run

@@ -11,7 +11,7 @@ from inspecting import inspect, stock
 from tiny import METHODS, llama, trainer
 from transformers import TrainerCallback
 
-from hf_radam.checkpoints.models.model_folders import read_parameters
+from hf_radam.checkpoints.weights import read_parameters
 from hf_radam.inspection.checkpoint import inspect_checkpoint
 from hf_radam.inspection.phases import phase
 from hf_radam.schedules import wsd, wsd_s

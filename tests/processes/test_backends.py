@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
+from hf_radam.checkpoints.load import consolidate
 from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.schedules import wsd, wsd_s
 
@@ -163,6 +164,7 @@ def check(folder, method, backend, ranks, one):
     assert not shards or {re.search(r"(__|rank_)(\d)", name)[2] for name in shards} == {"0", "1"}, "every rank's files"
     # The mean over 16 sequences one by one, or over batches of 8: float32 sums in another order.
     assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
+    consolidate(checkpoint)  # where the weights lie in shards
     assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(folder / "run")) == pytest.approx(loss, abs=1e-6)
     if method in BESIDE:
         beside = checkpoint / BESIDE[method]

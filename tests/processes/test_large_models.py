@@ -1,6 +1,6 @@
-"""Models too large for one process: memory while saving, and the shards put together afterwards.
+"""Models too large for one process: memory while saving, loading shards, and consolidating them.
 
-Oracles: the peak of resident memory, as the kernel counts it; the same model written whole.
+Oracles: the peak of resident memory, as the kernel counts it; the loss that the trainer reported; the folder's listing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from processes import harness
 from transformers import AutoModelForCausalLM
 
 from hf_radam import load_evaluation_model
-from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
-from hf_radam.checkpoints.models import consolidation, model_folders, weight_files
-from hf_radam.checkpoints.models.consolidation import consolidate, is_sharded_alone
-from hf_radam.checkpoints.models.weight_reading import load_parts
+from hf_radam.checkpoints import load, weights
+from hf_radam.checkpoints.load import consolidate
+from hf_radam.checkpoints.manifest import CheckpointError
+from hf_radam.checkpoints.sharded import is_sharded_alone
 from hf_radam.checkpoints.verify import verify_checkpoint
+from hf_radam.checkpoints.weights import load_model_shards
 from hf_radam.cli import main
 from hf_radam.sharding import Weights, find_sharding
 
@@ -31,10 +32,10 @@ FILE = 20 * MEGABYTE
 LARGE = {"vocab_size": 64, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16}
 
 
-def forget_the_peak():
-    """Give freed memory back, and begin to count the peak of resident memory anew; returns what is resident now."""
+def reset_peak():
+    """Return freed memory, and reset the peak of resident memory; returns what is resident now."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # else what was freed would be used again without being counted
+    ctypes.CDLL(None).malloc_trim(0)  # else freed memory would be used again without being counted
     Path("/proc/self/clear_refs").write_text("5")
     return in_status("VmRSS")
 
@@ -44,18 +45,18 @@ def in_status(name):
 
 
 def peaks_of_a_save(folder, sharded, file_size):
-    """How much more a process holds at most while it saves, and the bytes of the whole model in float32."""
-    weight_files.MAX_FILE_BYTES = file_size
+    """Return how much the memory of a process grows while it saves, and the bytes of the model in float32."""
+    weights.MAX_FILE_BYTES = file_size
     trainer = tiny.trainer(folder, tiny.llama(**LARGE), **harness.arguments("fsdp2"), max_steps=1)
     trainer.train()
     assert harness.is_really(trainer, "fsdp2")
     sharding = trainer._evaluation.sharding
-    whole = sum(4 * sharding.shape(name).numel() for name in sharding.parameters)
-    write = model_folders.save_sharded_folder if sharded else model_folders.save_model_folder
-    for name in ("first", "model"):  # the first loads modules, and finds out who has what
-        before = forget_the_peak()
+    size = sum(4 * sharding.shape(name).numel() for name in sharding.parameters)
+    write = weights.save_sharded_folder if sharded else weights.save_model_folder
+    for name in ("first", "model"):  # the first loads modules, and all-gathers the ranges
+        before = reset_peak()
         write(folder / name, trainer._bare_model, Weights.of_model(sharding), processing_class=None)
-    return in_status("VmHWM") - before, whole
+    return in_status("VmHWM") - before, size
 
 
 counts_peaks = pytest.mark.skipif(
@@ -65,7 +66,7 @@ counts_peaks = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """The folder of a large model in shards, or whole, and what each process of its save says of memory."""
+    """The folder of a large model, in shards or complete, and what each rank measured while saving it."""
     made = {}
 
     def of(sharded):
@@ -81,41 +82,41 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_process_holds_one_file_of_the_model_at_most(saved, sharded):
     _, ranks = saved(sharded)
-    for rank, (more, whole) in enumerate(ranks):
-        assert whole > 12 * FILE
-        # A file; and, whatever its size, 40 to 80 MB for the first process, which gathers, and 20 for others.
+    for rank, (more, size) in enumerate(ranks):
+        assert size > 12 * FILE
+        # A file; and, whatever its size, 40 to 80 MB for rank 0, which gathers, and 20 for others.
         allowed = FILE + 110 * MEGABYTE if rank == 0 and not sharded else 30 * MEGABYTE
         assert more < allowed, (rank, more / MEGABYTE)
 
 
 def peak_of_consolidating(folder, file_size):
-    """How much more a process holds at most while it puts a folder of shards together."""
-    weight_files.MAX_FILE_BYTES = file_size
+    """Return how much the memory of a process grows while it consolidates."""
+    weights.MAX_FILE_BYTES = file_size
     for name in ("first", "second"):  # the first loads modules
         (folder / name).mkdir()
-        before = forget_the_peak()
-        consolidation._write_whole(folder / "model", folder / name)
+        before = reset_peak()
+        load.write_consolidated(folder / "model", folder / name)
     return in_status("VmHWM") - before
 
 
 @counts_peaks
 def test_consolidating_holds_one_file_of_the_model_at_most(saved, tmp_path):
-    folder, ((_, whole), _) = saved(True)
+    folder, ((_, size), _) = saved(True)
     peaks = []
-    for name, size in (("files", FILE), ("whole", 2**40)):
+    for name, file_size in (("files", FILE), ("one file", 2**40)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model").symlink_to(folder / "model")
-        peaks += harness.run(peak_of_consolidating, tmp_path / name, size, backend="one")
-    assert peaks[0] < FILE + 110 * MEGABYTE < whole < peaks[1], peaks
+        peaks += harness.run(peak_of_consolidating, tmp_path / name, file_size, backend="one")
+    assert peaks[0] < FILE + 110 * MEGABYTE < size < peaks[1], peaks
 
 
 @counts_peaks
 def test_the_measurement_of_memory_can_fail(tmp_path):
-    (more, whole), _ = harness.run(peaks_of_a_save, tmp_path, False, 2**40, backend="fsdp2")
-    assert more > whole
+    (more, size), _ = harness.run(peaks_of_a_save, tmp_path, False, 2**40, backend="fsdp2")
+    assert more > size
 
 
-# ---- Put together ----
+# ---- Load and consolidate ----
 
 
 def train_sharded(folder, method):
@@ -132,7 +133,7 @@ def train_sharded(folder, method):
 
 @pytest.fixture(scope="module", params=["wsd", "ewa", "schedule_free"])
 def sharded(request, tmp_path_factory):
-    """A run whose checkpoint has nothing whole in it, the loss it reported, and the folder of the weights evaluated."""
+    """A run with all weights in shards, the loss it reported, and the folder of its evaluation weights."""
     folder = tmp_path_factory.mktemp(request.param)
     loss = harness.run(train_sharded, folder, request.param, backend="fsdp2_sharded")[0]
     return folder, loss, "" if request.param == "wsd" else request.param
@@ -144,23 +145,38 @@ def checkpoint(sharded, tmp_path):
     return tmp_path / "run" / "checkpoint-4"
 
 
-def test_loading_puts_the_shards_together(sharded, checkpoint):
+def listing(folder):
+    paths = [folder, *folder.rglob("*")]
+    return {path.relative_to(folder): (path.stat().st_mtime_ns, path.stat().st_size) for path in paths}
+
+
+def load_after_a_barrier(checkpoint):
+    harness.join_group()
+    torch.distributed.barrier()
+    return tiny.loss_of(load_evaluation_model(checkpoint))
+
+
+def test_loading_writes_nothing_into_a_checkpoint(sharded, checkpoint):
     _, loss, beside = sharded
     assert is_sharded_alone(checkpoint / beside)
-    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
-    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint / beside)) == pytest.approx(loss, abs=1e-6)
-    assert not verify_checkpoint(checkpoint)
+    before = listing(checkpoint.parent)
+    model = load_evaluation_model(checkpoint)
+    assert tiny.loss_of(model) == pytest.approx(loss, abs=1e-6) and not model.training
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert harness.run(load_after_a_barrier, checkpoint) == pytest.approx([loss] * 2, abs=1e-6)
+    assert listing(checkpoint.parent) == before
 
 
-def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
+def test_the_command_consolidates_once(sharded, checkpoint, capsys):
     _, loss, beside = sharded
     before = checkpoint.stat().st_mtime_ns
-    assert main(["inspect", str(checkpoint)]) == 0 and "in shards; for" in capsys.readouterr().out
     assert main(["consolidate", str(checkpoint)]) == 0
     assert capsys.readouterr().out.strip() == str(checkpoint / beside)
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint / beside)) == pytest.approx(loss, abs=1e-6)
+    assert not verify_checkpoint(checkpoint) and not list(checkpoint.rglob(".consolidating-*"))
     file = checkpoint / beside / "model.safetensors"
     written = file.stat()
-    assert checkpoint.stat().st_mtime_ns == before  # by which rotation tells the oldest
+    assert checkpoint.stat().st_mtime_ns == before  # rotation goes by it
     assert main(["consolidate", str(checkpoint.parent)]) == 0 and file.stat() == written  # of a run, its newest
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -168,24 +184,22 @@ def test_the_command_puts_them_together_once(sharded, checkpoint, capsys):
     assert (Path(beside) / "model.safetensors").as_posix() in verify_checkpoint(checkpoint)
 
 
-def test_the_training_weights_are_put_together_too(sharded, checkpoint):
+def test_the_training_weights_are_consolidated_too(sharded, checkpoint):
     assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     saved = torch.load(sharded[0] / "training.pt")
     assert tiny.same(tiny.parameters(model), saved) and not verify_checkpoint(checkpoint)
 
 
-def test_shards_are_merged_once_they_are_put_together(checkpoint, tmp_path, capsys):
+def test_shards_are_averaged_once_they_are_consolidated(checkpoint, tmp_path, capsys):
     pinned = checkpoint.parent / "_pre_decay/checkpoint-2"
     if not pinned.exists():
         pytest.skip("only the run with WSD keeps two checkpoints")
     words = ["average", str(pinned), str(checkpoint), "--weights", "uniform", "-o", str(tmp_path / "merged")]
     with pytest.raises(SystemExit) as refused:
         main(words)
-    told = re.search(
-        r"put each together first, with hf-radam (consolidate \S+ --training_weights)", capsys.readouterr().err
-    )
-    assert refused.value.code == 2 and main(told[1].split()) == 0
+    advice = re.search(r"hf-radam (consolidate \S+ --training_weights)", capsys.readouterr().err)
+    assert refused.value.code == 2 and main(advice[1].split()) == 0
     assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0 and main(words) == 0
     first, last, merged = (
         tiny.parameters(AutoModelForCausalLM.from_pretrained(f)) for f in (pinned, checkpoint, tmp_path / "merged")
@@ -194,36 +208,24 @@ def test_shards_are_merged_once_they_are_put_together(checkpoint, tmp_path, caps
         torch.testing.assert_close(value, (first[name] + last[name]) / 2)
 
 
-def test_a_folder_that_cannot_be_written_to_is_loaded_all_the_same(sharded, checkpoint, monkeypatch, caplog):
-    _, loss, beside = sharded
-
-    def refuse(*args, **kwargs):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr("hf_radam.checkpoints.models.consolidation.consolidate", refuse)
-    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(loss, abs=1e-6)
-    assert is_sharded_alone(checkpoint / beside) and "put together elsewhere" in caplog.text
-
-
-def test_shards_that_are_damaged_are_named(sharded, checkpoint, capsys):
+def test_damaged_shards_are_named(sharded, checkpoint, capsys):
     _, _, beside = sharded
     shard = checkpoint / beside / ("sharded" if beside else "pytorch_model_fsdp_0") / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-40])
     with pytest.raises(CheckpointError, match="__1_0.distcp"):
         consolidate(checkpoint)
-    assert main(["consolidate", str(checkpoint)]) == 1 and "__1_0.distcp" in capsys.readouterr().err
-    (checkpoint / MANIFEST_NAME).unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="__1_0.distcp"):
         load_evaluation_model(checkpoint)
+    assert main(["consolidate", str(checkpoint)]) == 1 and "__1_0.distcp" in capsys.readouterr().err
 
 
 def test_shards_of_a_larger_model_are_refused(sharded, checkpoint):
     smaller = tiny.llama(tie_word_embeddings=True, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match=r"unexpected \['model.layers.1."):
-        load_parts(checkpoint, smaller, find_sharding(smaller))
+        load_model_shards(checkpoint, smaller, find_sharding(smaller))
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path, capsys):
+def test_a_folder_without_checkpoints_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as refused:
         main(["consolidate", str(tmp_path)])
     assert refused.value.code == 2 and "consolidate" in capsys.readouterr().err

@@ -12,11 +12,13 @@ import pytest
 import tiny
 import torch
 from processes import harness
+from torch.distributed.checkpoint import FileSystemReader
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_radam import RAdamTrainer, WeightAverage, load_evaluation_model
+from hf_radam import RAdamTrainer, WeightAverage
+from hf_radam.checkpoints.load import consolidate
 from hf_radam.training.support import check_supported
 
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
@@ -123,7 +125,7 @@ def test_bf16_rounds_neither_losses_nor_averages(tmp_path, backend):
         size = 1.0 if n == 1 else 1 - 0.5 ** (1 / (0.0625 * n))
         wide = {name: value.double() for name, value in weights.items()}
         expected = wide if n == 1 else {k: v + size * (wide[k] - v) for k, v in expected.items()}
-    load_evaluation_model(tmp_path / "checkpoint-6")  # puts shards together
+    consolidate(tmp_path / "checkpoint-6")  # where they lie in shards
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6" / "ewa")
     assert model.dtype == torch.float32
     for name, value in model.named_parameters():
@@ -155,6 +157,32 @@ def test_the_best_weights_are_loaded_evaluated_and_shipped(tmp_path, backend, me
     for facts in harness.run(train_for_the_best, tmp_path, backend, method, backend=backend):
         assert facts["loss"] == facts["best"] and facts["step"] < 6
         assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(facts["loss"], abs=1e-6)
+
+
+def elements_read_for_the_best(folder):
+    """Return how many elements a rank reads to load the best model, and how many it holds."""
+    args = options("fsdp2_sharded", optim="radam", load_best_model_at_end=True, eval_strategy="steps", eval_steps=2)
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args, save_strategy="steps", save_steps=2)
+    read, load_best, read_data = [], trainer._load_best_model, FileSystemReader.read_data
+
+    def counting(self, plan, planner):
+        read.append(sum(item.lengths.numel() for item in plan.items))
+        return read_data(self, plan, planner)
+
+    def watched():
+        FileSystemReader.read_data = counting
+        load_best()
+        FileSystemReader.read_data = read_data
+
+    trainer._load_best_model = watched
+    trainer.train()
+    sharding = trainer._evaluation.sharding
+    return sum(read), sum(sharding.model_shard(name).numel() for name in sharding.parameters)
+
+
+def test_every_rank_reads_its_shard_of_the_best_weights(tmp_path):
+    for read, held in harness.run(elements_read_for_the_best, tmp_path, backend="fsdp2_sharded"):
+        assert read == held
 
 
 # ---- Sharded at load time ----

@@ -14,8 +14,8 @@ from processes import harness
 from processes.test_sharded_details import ODD, LargestTensor, options
 from torch import nn
 
-from hf_radam import RAdamScheduleFree, WeightAverage
-from hf_radam.checkpoints.models.consolidation import consolidate
+from hf_radam import RAdamScheduleFree, WeightAverage, load_evaluation_model
+from hf_radam.checkpoints.load import consolidate
 from hf_radam.optim import schedule_free_x
 from hf_radam.sharding import find_sharding
 
@@ -118,7 +118,9 @@ def train_and_resume_mixtral(folder, backend):
 def test_mixtral_resumes_also_from_shards_put_together(tmp_path, backend):
     first = harness.run(train_and_resume_mixtral, tmp_path, backend, backend=backend)
     checkpoint = tmp_path / "run" / "checkpoint-2"
+    loaded = tiny.parameters(load_evaluation_model(checkpoint))
     consolidate(checkpoint)
+    assert tiny.same(loaded, tiny.parameters(type(tiny.mixtral()).from_pretrained(checkpoint / "ewa")))
     again = harness.run(train_mixtral, tmp_path / "again", backend, str(checkpoint), backend=backend)
     assert tiny.same(first[0], again[0]) and tiny.same(first[0], first[1])
 

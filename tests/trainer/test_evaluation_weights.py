@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_radam import RAdamTrainer, load_evaluation_model
-from hf_radam.checkpoints.loading import newest_loadable_checkpoint
+from hf_radam.checkpoints.load import newest_loadable_checkpoint
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 # The mean of 16 fp32 losses in other batches: a few roundings of 6e-8 on values of size 4.

@@ -1,4 +1,4 @@
-"""`hf-radam consolidate`: sharded weights put together."""
+"""`hf-radam consolidate`: write weights that lie in shards as files that `from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -15,32 +15,26 @@ def add(commands: Any) -> None:
         commands,
         "consolidate",
         run,
-        help="put sharded weights together, so that from_pretrained loads them",
-        description="Write the weights that evaluation uses, which a checkpoint holds in shards (FSDP2 with sharded "
-        "state dicts, ZeRO-3 that does not gather), whole into the same folder, file by file. Prints that folder. "
-        "Exit code 1 if the checkpoint is damaged or cannot be written to.",
-        examples=[
-            "hf-radam consolidate runs/wsd/checkpoint-18",
-            "hf-radam consolidate runs/wsd --training_weights",
-        ],
+        help="consolidate sharded weights, so that from_pretrained loads them",
+        description="Write the weights that evaluation used, which a checkpoint holds in shards (FSDP2 with sharded "
+        "state dicts, ZeRO-3 that does not gather), as files into the same folder. Prints that folder. Exit code 1 if "
+        "the checkpoint is damaged or cannot be written to.",
+        examples=["hf-radam consolidate runs/wsd/checkpoint-18", "hf-radam consolidate runs/wsd --training_weights"],
     )
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, checkpoint-N, or a run, whose newest one is taken")
     parser.add_argument(
-        "path", metavar="PATH", help="a checkpoint, checkpoint-N, or the folder of a run, of which it takes the newest"
+        "--training_weights", action="store_true", help="write the training weights, at the checkpoint's root, instead"
     )
-    parser.add_argument(
-        "--training_weights", action="store_true", help="write those that train instead, at the checkpoint's root"
-    )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code of a model that brings its own")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the custom code of a model")
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """The output and the exit code.
+    """Return the output and the exit code.
 
     Raises:
         ValueError: for a folder that is neither a checkpoint nor a run.
     """
-    from hf_radam.checkpoints.loading import is_checkpoint, newest_loadable_checkpoint
-    from hf_radam.checkpoints.models.consolidation import consolidate
+    from hf_radam.checkpoints.load import consolidate, is_checkpoint, newest_loadable_checkpoint
     from hf_radam.checkpoints.runs import list_checkpoints
 
     path = folder(arguments.path)

@@ -1,39 +1,35 @@
-"""PEFT models: write, read and load the evaluation weights of their one adapter as a standard adapter folder.
+"""Write, read and load the evaluation weights of a PEFT model: a standard adapter folder for its one adapter.
 
     checkpoint-500/         the adapter that trains, as PEFT writes it
       ewa/adapter/          the averaged adapter: PeftModel.from_pretrained(base, "checkpoint-500/ewa/adapter")
       schedule_free/adapter/
 
-It lies one level deeper than a full model, because upstream's resume loads an adapter out of every first-level folder
+It lies one level deeper than a full model, because upstream's resume loads an adapter from every first-level folder
 that has one. PEFT is imported only where there is an adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import (
-    ADAPTER_CONFIG_NAME,
-    ADAPTER_SAFE_WEIGHTS_NAME,
-    ADAPTER_WEIGHTS_NAME,
-    is_peft_available,
-)
+from transformers.utils import ADAPTER_CONFIG_NAME, ADAPTER_SAFE_WEIGHTS_NAME, is_peft_available
 
 from hf_radam.batch_norm import batch_norm_modules
+from hf_radam.checkpoints.layouts import ADAPTER_FILES
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 
 ADAPTER_FOLDER = "adapter"
 ADAPTER_NAME = "default"
-"""PEFT's name for an adapter, under which its files lie in the folder itself and not in one of that name."""
+"""PEFT's name for an adapter whose files lie in the folder itself, not in one of that name."""
 
 
 def is_peft(model: Any) -> bool:
-    """Whether the model was made by PEFT."""
+    """Return whether the model is a PEFT model."""
     if not is_peft_available():
         return False
     from peft import PeftModel
@@ -42,17 +38,17 @@ def is_peft(model: Any) -> bool:
 
 
 def evaluation_subfolder(source: str, model: nn.Module) -> str:
-    """Where in a checkpoint the evaluation weights `source` (`ewa` or `schedule_free`) of such a model lie."""
+    """Return the folder in a checkpoint of the model's evaluation weights `source` (`ewa` or `schedule_free`)."""
     return f"{source}/{ADAPTER_FOLDER}" if is_peft(model) else source
 
 
-def written_tensors(model: Any, *, save_embedding_layers: bool | Literal["auto"]) -> dict[str, Tensor]:
-    """The model's own tensors by the key under which PEFT writes them.
+def _saved_keys(model: Any, *, save_embedding_layers: bool | Literal["auto"]) -> dict[str, Tensor]:
+    """Return the model's own tensors by the keys that PEFT writes.
 
     Args:
         model: a PEFT model with an adapter named `default`.
-        save_embedding_layers: with the embeddings of the base model or without them; PEFT's `"auto"`, which is what it
-            writes by, may have to look the base model up on the hub.
+        save_embedding_layers: whether to include the base model's embeddings; PEFT's own default, `"auto"`, may have to
+            look the base model up on the hub.
     """
     from peft import get_peft_model_state_dict
 
@@ -65,37 +61,37 @@ def written_tensors(model: Any, *, save_embedding_layers: bool | Literal["auto"]
     return state
 
 
-def why_not_on_its_own(model: Any) -> str | None:
-    """Why the one adapter folder would not hold everything that trains, or None if it does."""
+def _unsupported_reason(model: Any) -> str | None:
+    """Return why one adapter folder cannot hold everything that trains, or None."""
     kind = next((c.peft_type for c in model.peft_config.values() if c.is_prompt_learning), None)
     if kind is not None:
-        return f"what {getattr(kind, 'value', kind)} learns is no part of the model: use another kind of adapter."
+        return f"what {getattr(kind, 'value', kind)} learns is no part of the model. Use another kind of adapter."
     if list(model.peft_config) != [ADAPTER_NAME]:
         return (
-            f"the model has the adapters {list(model.peft_config)}: train one, with PEFT's own name for it, "
+            f"the model has the adapters {list(model.peft_config)}. Train one, with PEFT's own name for it, "
             f"{ADAPTER_NAME!r} (get_peft_model without adapter_name)."
         )
-    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    embeddings: tuple[Literal[False, "auto"], ...] = (False, "auto")  # the second may ask the hub
-    for choice in embeddings:
-        for tensor in written_tensors(model, save_embedding_layers=choice).values():
-            trained.pop(id(tensor), None)
-        if not trained:
+    unsaved = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    choices: tuple[Literal[False, "auto"], ...] = (False, "auto")  # the second may ask the hub
+    for choice in choices:
+        for tensor in _saved_keys(model, save_embedding_layers=choice).values():
+            unsaved.pop(id(tensor), None)
+        if not unsaved:
             return None
-    lost = next(iter(trained.values()))
-    return f"PEFT does not write {lost}, which trains: freeze it, or name its module in modules_to_save."
+    name = next(iter(unsaved.values()))
+    return f"PEFT does not write {name}, which trains. Freeze it, or name its module in modules_to_save."
 
 
 def is_on_its_own(model: Any) -> bool:
-    """Whether this is a PEFT model with one adapter that holds everything that trains."""
-    return is_peft(model) and why_not_on_its_own(model) is None
+    """Return whether this is a PEFT model with one adapter that holds everything that trains."""
+    return is_peft(model) and _unsupported_reason(model) is None
 
 
 def check_adapter(model: Any) -> None:
     """Raise `ValueError` for a PEFT model whose evaluation weights one adapter folder could not hold."""
-    reason = why_not_on_its_own(model)
+    reason = _unsupported_reason(model)
     if reason is None and batch_norm_modules(model):
-        reason = "the model has BatchNorm layers, whose statistics no adapter holds: merge the adapter first."
+        reason = "the model has BatchNorm layers, whose statistics no adapter holds. Merge the adapter first."
     if reason is not None:
         raise ValueError(
             "The evaluation weights of a PEFT model with ewa, radam_schedulefree or load_best_model_at_end are one "
@@ -106,10 +102,7 @@ def check_adapter(model: Any) -> None:
 def save_adapter_folder(
     folder: PathLike, model: Any, weights: Mapping[str, Tensor], *, processing_class: Any = None
 ) -> None:
-    """Write an adapter folder with `weights` (float32 by parameter name) in place of the model's own.
-
-    Only the process that saves may call this.
-    """
+    """Write an adapter folder with `weights` (float32 by name) in place of the model's own; not collective."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     state = model.state_dict()
     for key, value in model.state_dict(keep_vars=True).items():
@@ -129,23 +122,22 @@ def read_adapter(model: Any, folder: PathLike) -> dict[str, Tensor]:
     from peft.utils import load_peft_weights
 
     path = Path(folder)
-    if not any((path / name).is_file() for name in (ADAPTER_SAFE_WEIGHTS_NAME, ADAPTER_WEIGHTS_NAME)):
-        raise CheckpointError(f"{path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: it is not the folder of an adapter.")
+    if not any((path / name).is_file() for name in ADAPTER_FILES):
+        raise CheckpointError(f"{path} has no {ADAPTER_SAFE_WEIGHTS_NAME}: it is not an adapter folder.")
     try:
         file: dict[str, Tensor] = load_peft_weights(str(path), device="cpu")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as an adapter: {error}") from error
-    # With the embeddings, whether or not they were written: what is not in the file is no concern here.
-    keys = written_tensors(model, save_embedding_layers=hasattr(model, "get_input_embeddings"))
+    keys = _saved_keys(model, save_embedding_layers=hasattr(model, "get_input_embeddings"))  # written or not
     values = {id(tensor): file[key] for key, tensor in keys.items() if key in file}
     own = model.state_dict(keep_vars=True)
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in values]
-    other_shapes = [n for n, v in own.items() if id(v) in values and values[id(v)].shape != v.shape]
+    other_shape = [n for n, v in own.items() if id(v) in values and values[id(v)].shape != v.shape]
     unexpected = sorted(set(file) - set(keys))
-    if missing or unexpected or other_shapes:
+    if missing or unexpected or other_shape:
         raise CheckpointError(
             f"{path} does not hold the adapter of this model: missing {missing[:5]}, unexpected {unexpected[:5]}, "
-            f"of another shape {other_shapes[:5]}."
+            f"of another shape {other_shape[:5]}. Load an adapter with the same configuration."
         )
     return {name: values[id(value)] for name, value in own.items() if id(value) in values}
 
@@ -154,7 +146,7 @@ def read_adapter(model: Any, folder: PathLike) -> dict[str, Tensor]:
 def load_adapter(model: Any, folder: PathLike) -> None:
     """Copy an adapter folder into the adapter of `model`, in place and in its dtypes.
 
-    PEFT's own `load_adapter` skips what it does not find, and replaces parameters below float32 by new ones.
+    PEFT's own `load_adapter` skips missing tensors, and replaces parameters below float32 by new ones.
 
     Raises:
         CheckpointError: if the folder does not hold exactly such an adapter; nothing is changed then.
@@ -173,18 +165,18 @@ def base_and_adapter(
     Args:
         folder: the adapter folder.
         model_class: class of the base model; by default PEFT's Auto class for the adapter's task finds it.
-        dtypes: what `parameter_dtypes` said of the model that was evaluated; None leaves the dtypes as loaded.
-        **kwargs: for `from_pretrained`.
+        dtypes: `parameter_dtypes` of the model that was evaluated; None for the dtypes as loaded.
+        **kwargs: passed to `from_pretrained`.
 
     Raises:
-        ValueError: if the adapter does not say which base model it belongs to.
+        ValueError: if the adapter does not name its base model.
     """
     import peft
 
     config = peft.PeftConfig.from_pretrained(str(folder))
     if not config.base_model_name_or_path:
         raise ValueError(
-            f"{Path(folder, ADAPTER_CONFIG_NAME)} does not name the base model (base_model_name_or_path): load that "
+            f"{Path(folder, ADAPTER_CONFIG_NAME)} does not name the base model (base_model_name_or_path). Load that "
             f"yourself, then peft.PeftModel.from_pretrained(base, {str(folder)!r})."
         )
     if dtypes is not None:
@@ -202,23 +194,29 @@ def base_and_adapter(
     else:
         base = model_class.from_pretrained(config.base_model_name_or_path, **kwargs)
         model = peft.PeftModel.from_pretrained(base, str(folder))
-    if dtypes is not None and _cast(model, dtypes):
-        load_adapter(model, folder)  # what was rounded on the way in
+    if dtypes is not None and cast_parameters(model, dtypes):
+        load_adapter(model, folder)  # it was rounded to the base model's dtype
     return model
 
 
 def _base_dtype(dtypes: Mapping[str, Any]) -> Any:
-    """A dtype in which the base model loses nothing: its own if it has one, else a wide one; `auto` if quantized."""
+    """Return a dtype that holds the base model exactly; `auto` if it is quantized."""
     if not getattr(torch, dtypes["dtype"]).is_floating_point:
         return "auto"
-    others = {dtype for name, dtype in dtypes["other_dtypes"].items() if ADAPTER_NAME not in name.split(".")}
-    if not others:
-        return getattr(torch, dtypes["dtype"])
-    return torch.float64 if "float64" in {dtypes["dtype"], *others} else torch.float32
+    others = [dtype for name, dtype in dtypes["other_dtypes"].items() if ADAPTER_NAME not in name.split(".")]
+    return exact_dtype([dtypes["dtype"], *others])
 
 
-def _cast(model: nn.Module, dtypes: Mapping[str, Any]) -> bool:
-    """Give every floating-point parameter its dtype back; whether any had another one."""
+def exact_dtype(names: Iterable[str]) -> torch.dtype:
+    """Return a dtype that holds every one of several dtypes exactly."""
+    dtypes = {getattr(torch, name) for name in names}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def cast_parameters(model: nn.Module, dtypes: Mapping[str, Any]) -> bool:
+    """Cast every floating-point parameter to its dtype in `parameter_dtypes`; return whether any had another."""
     changed = False
     for name, parameter in model.named_parameters():
         dtype = getattr(torch, dtypes["other_dtypes"].get(name, dtypes["dtype"]))

@@ -1,1 +1,0 @@
-"""The models in a checkpoint: whole folders, adapters and shards, written, read and put together."""

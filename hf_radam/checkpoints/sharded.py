@@ -1,0 +1,357 @@
+"""Folders of `torch.distributed.checkpoint`: every rank writes its own shards, and reads any range of any tensor.
+
+    ewa/sharded/.metadata       a pickle: which range of which tensor lies where
+    ewa/sharded/__1_0.distcp    what rank 1 wrote
+    ewa/sharded/shapes.json     shapes of the tensors, each of which is written flattened
+    pytorch_model_fsdp_0/       the model as FSDP2 writes it: tensors by rows, named `model.NAME`
+    optimizer_0/                the optimizer as FSDP2 writes it
+
+No rank holds more than its own shards. Every back-end and number of processes reads what another wrote: a range is
+assembled from the ranges that were written. Nothing that is stored in a folder is executed.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint._nested_dict import unflatten_state_dict  # private (torch 2.13)
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    LoadItemType,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER, WEIGHT_FILES
+from hf_radam.checkpoints.manifest import CheckpointError, PathLike
+from hf_radam.sharding.base import rank, world_size
+
+METADATA_NAME, SHAPES_NAME = ".metadata", "shapes.json"
+LARGEST_METADATA = 2**30
+"""Bytes; the entry of one shard takes about 200."""
+TRUSTED = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+"""What metadata consists of: plain records, and functions that only make a value."""
+
+
+# ---- Write ----
+
+
+@dataclass(frozen=True)
+class TensorShard:
+    """What this rank writes of one tensor.
+
+    Attributes:
+        shape: shape of the complete tensor.
+        dtype: dtype in the file.
+        start: index of the shard's first element in the flattened tensor.
+        length: number of elements; 0 if other ranks write them all.
+        read: makes the elements, in any shape and dtype.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    start: int
+    length: int
+    read: Callable[[], Tensor]
+
+
+class _SavePlanner(dcp.DefaultSavePlanner):
+    """Writes shards of flattened tensors, and makes each only when it is written."""
+
+    def __init__(self, shards: Mapping[str, TensorShard]):
+        super().__init__()
+        self.shards = shards
+
+    def create_local_plan(self) -> SavePlan:
+        """Return one item for each shard that is not empty."""
+        items = [_write_item(name, shard) for name, shard in self.shards.items() if shard.length]
+        self.plan = SavePlan(items, planner_data={name: (name,) for name in self.shards})
+        return self.plan
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        """Return the shard's elements on the CPU."""
+        shard = self.shards[write_item.index.fqn]
+        return shard.read().detach().reshape(-1).to(device="cpu", dtype=shard.dtype)
+
+
+def _write_item(name: str, shard: TensorShard) -> WriteItem:
+    chunk = ChunkStorageMetadata(offsets=torch.Size([shard.start]), sizes=torch.Size([shard.length]))
+    size, properties = torch.Size([shard.shape.numel()]), TensorProperties(dtype=shard.dtype)
+    data = TensorWriteData(chunk=chunk, properties=properties, size=size)
+    return WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def write_sharded(folder: Path, shards: Mapping[str, TensorShard]) -> None:
+    """Write this rank's shards to a folder on a shared file system; collective.
+
+    Args:
+        folder: where to; rank 0 makes it.
+        shards: by the tensors' names in the model's state dict, the same names on every rank.
+    """
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shapes = {name: list(shard.shape) for name, shard in shards.items()}
+        (folder / SHAPES_NAME).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
+    # One thread: every shard that waits to be written takes memory.
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)
+    dcp.save({}, storage_writer=writer, planner=_SavePlanner(shards), no_dist=world_size() == 1)
+
+
+# ---- Read ----
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes nothing but the records of metadata."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.partition(".")[0] == "pathlib":  # the folder's path, whose class depends on Python's version
+            return lambda *parts: "/".join(parts)
+        dtype = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(dtype, torch.dtype):
+            return dtype
+        if name in TRUSTED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
+
+
+def read_metadata(folder: PathLike) -> Metadata:
+    """Read a folder's metadata without executing anything in it.
+
+    Raises:
+        CheckpointError: if it is missing or damaged.
+    """
+    file = Path(folder) / METADATA_NAME
+    try:
+        if file.stat().st_size > LARGEST_METADATA:
+            raise ValueError("it is too long")
+        metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it is a {type(metadata).__name__}")
+        places = dict(metadata.storage_data)
+        if {index.fqn for index in places} != set(metadata.state_dict_metadata) or metadata.planner_data is None:
+            raise ValueError("it is incomplete")
+        if not all(Path(place.relative_path).name == place.relative_path for place in places.values()):
+            raise ValueError("it names files outside of the folder")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file} is missing.") from error
+    except Exception as error:  # a damaged pickle raises almost anything
+        raise CheckpointError(f"{file} cannot be read ({error}).") from error
+    return metadata
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads a folder's metadata once, and safely."""
+
+    @cached_property
+    def contents(self) -> Metadata:
+        return read_metadata(self.path)
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.contents
+
+
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Reads ranges of tensors into place, and other values without executing anything in them.
+
+    Args:
+        targets: offsets in the stored tensor, and the tensor to fill, by name.
+        values: filled with what is stored under its keys.
+    """
+
+    def __init__(self, targets: Mapping[str, tuple[tuple[int, ...], Tensor]], values: dict[str, Any]):
+        super().__init__()
+        self.targets, self.values = targets, values
+
+    def create_local_plan(self) -> LoadPlan:
+        """Find the stored chunks that overlap each target."""
+        assert self.metadata is not None, "torch sets it up first"
+        items: list[ReadItem] = []
+        for name, (offsets, target) in self.targets.items():
+            entry = self.metadata.state_dict_metadata[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            chunk = ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=target.shape)
+            found = create_read_items_for_chunk_list(name, entry, [chunk])
+            if sum(item.lengths.numel() for item in found) != target.numel():
+                raise ValueError(f"{name} is incomplete")
+            items += found
+        zero = torch.Size([0])
+        for name in self.values:
+            items.append(ReadItem(LoadItemType.BYTE_IO, MetadataIndex(name), zero, MetadataIndex(name), zero, zero))
+        return LoadPlan(items)
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Unpickle a value."""
+        self.values[read_item.dest_index.fqn] = torch.load(value, map_location="cpu", weights_only=True)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return the part of a target that an item fills."""
+        target = self.targets[read_item.dest_index.fqn][1]
+        for dim, (start, length) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
+            target = target.narrow(dim, start, length)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Do nothing: the item was read into place."""
+
+
+def _load(
+    reader: _Reader, targets: Mapping[str, tuple[tuple[int, ...], Tensor]], values: dict[str, Any] | None = None
+) -> None:
+    planner = _LoadPlanner(targets, {} if values is None else values)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist=True asks
+            dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
+    except Exception as error:  # torch wraps errors in several classes of its own
+        raise CheckpointError(f"{reader.path} cannot be read: {error}") from error
+
+
+def read_tree(folder: PathLike, *, tensors: bool = True) -> dict[str, Any]:
+    """Read a folder as the nested state dict that was saved, with complete tensors on the CPU; not collective.
+
+    Args:
+        folder: the folder.
+        tensors: whether to read tensors outside of `param_groups`.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    reader = _Reader(folder)
+    metadata = reader.contents
+    targets: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+    values: dict[str, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            values[name] = None
+        elif tensors or "param_groups" in metadata.planner_data[name]:
+            targets[name] = ((0,) * len(entry.size), torch.empty(entry.size, dtype=entry.properties.dtype))
+    _load(reader, targets, values)
+    tree: dict[str, Any] = unflatten_state_dict(
+        values | {name: tensor for name, (_, tensor) in targets.items()}, metadata.planner_data
+    )
+    return tree
+
+
+def rows_of(shape: torch.Size, start: int, length: int) -> tuple[int, int, int]:
+    """Return the first row, and the row after the last, that hold a range of a flattened tensor, and their length."""
+    row = max(math.prod(shape[1:]), 1)
+    return start // row, -(-(start + length) // row), row
+
+
+class ShardedWeights:
+    """The weights of a model folder that lie in shards, `sharded/` or FSDP2's `pytorch_model_fsdp_0/`.
+
+    Args:
+        folder: the model folder.
+
+    Attributes:
+        like: a tensor on the meta device, with the stored shape and dtype, by its name in the state dict.
+
+    Raises:
+        CheckpointError: if the shards are damaged.
+    """
+
+    def __init__(self, folder: PathLike):
+        self._flattened = Path(folder, SHARDED_FOLDER).is_dir()
+        self._reader = _Reader(Path(folder, SHARDED_FOLDER if self._flattened else FSDP_WEIGHTS_FOLDER))
+        self._prefix = "" if self._flattened else "model."
+        entries = self._reader.contents.state_dict_metadata
+        stored = {
+            name.removeprefix(self._prefix): entry
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        shapes = self._shapes() if self._flattened else {name: entry.size for name, entry in stored.items()}
+        if set(shapes) != set(stored):
+            raise CheckpointError(f"{self._reader.path} is damaged: {SHAPES_NAME} lists other tensors.")
+        self.like = {
+            name: torch.empty(shape, dtype=stored[name].properties.dtype, device="meta")
+            for name, shape in shapes.items()
+        }
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        file = Path(self._reader.path, SHAPES_NAME)
+        try:
+            shapes = json.loads(file.read_text(encoding="utf-8"))
+            return {name: torch.Size(shape) for name, shape in shapes.items()}
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file} cannot be read ({error!r}): the folder is damaged.") from error
+
+    def read(self, into: Mapping[str, tuple[int, Tensor]]) -> None:
+        """Read ranges of flattened tensors; not collective, and no more than the ranges (or their rows) is read.
+
+        Args:
+            into: index of the first element, and a one-dimensional tensor to fill, by name.
+        """
+        targets: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        unaligned: list[tuple[Tensor, Tensor]] = []
+        for name, (start, target) in into.items():
+            shape = self.like[name].shape
+            if not target.numel():
+                continue
+            if self._flattened or not shape:
+                targets[self._prefix + name] = ((start,), target) if self._flattened else ((), target.view(()))
+                continue
+            first, end, row = rows_of(shape, start, target.numel())
+            rows = target
+            if rows.numel() != (end - first) * row:
+                rows = target.new_empty((end - first) * row)
+                unaligned.append((target, rows[start - first * row :][: target.numel()]))
+            offsets = (first, *[0] * (len(shape) - 1))
+            targets[self._prefix + name] = (offsets, rows.view(end - first, *shape[1:]))
+        _load(self._reader, targets)
+        for target, part in unaligned:
+            target.copy_(part)
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read one complete tensor."""
+        target = torch.empty(self.like[name].numel(), dtype=self.like[name].dtype)
+        self.read({name: (0, target)})
+        return target.view(self.like[name].shape)
+
+
+def has_shards(folder: PathLike) -> bool:
+    """Return whether a model folder has weights in shards."""
+    return any(Path(folder, name).is_dir() for name in (SHARDED_FOLDER, FSDP_WEIGHTS_FOLDER))
+
+
+def is_sharded_alone(folder: PathLike) -> bool:
+    """Return whether a model folder has its weights in shards and not in files that `from_pretrained` loads."""
+    return has_shards(folder) and not any(Path(folder, name).is_file() for name in WEIGHT_FILES)
