@@ -1,1 +1,1 @@
-"""The parts that `RAdamTrainerMixin` is made of."""
+"""Moved soon."""

@@ -1,0 +1,255 @@
+"""Decide on rank 0 what all ranks do, verify checkpoints together, and refuse ranks that were started differently."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import hashlib
+import os
+import pickle
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from transformers.trainer_utils import has_length
+
+from hf_radam import __version__
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
+from hf_radam.checkpoints.storage import STAGING
+from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
+from hf_radam.sharding.base import all_gather_object, rank, world_size
+
+MAY_DIFFER = frozenset(
+    "local_rank log_level log_level_replica disable_tqdm report_to run_name project hub_token "
+    "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+    "dataloader_multiprocessing_context".split()
+)
+"""Arguments that each rank may have its own value of: what it shows, and how fast its machine reads."""
+MOST_NAMED = 10
+"""Differences that the error names; a model of another shape has hundreds."""
+PATIENCE = 30.0
+"""Seconds until a file written by another machine must be visible; network file systems cache what was absent."""
+
+
+class DisagreementError(ValueError):
+    """The ranks of a run were started differently. Every rank raises it."""
+
+
+# ---- Decisions of rank 0 ----
+
+
+def decide_on_rank0(decide: Callable[[VerifyFn], Any]) -> Any:
+    """Return on every rank what `decide` returns on rank 0, or raise what it raises there; collective.
+
+    Args:
+        decide: called on rank 0 with a function like `verify_checkpoint`, in which all ranks share the hashing: one
+            process would take minutes over a large checkpoint, for which the others wait anyway.
+    """
+    if world_size() == 1:
+        return decide(verify_checkpoint)
+    if rank() > 0:
+        while (request := _broadcast(None))[0] == "verify":
+            _verify_shares(*request[1:])
+        _, result, error = request
+        if error is not None:
+            raise error
+        return result
+    try:
+        result = decide(_verify_together)
+    except Exception as error:
+        _broadcast(("done", None, _picklable(error)))
+        raise
+    _broadcast(("done", result, None))
+    return result
+
+
+def _verify_together(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
+    """Verify a checkpoint with the help of the other ranks, which wait for it in `decide_on_rank0`."""
+    _broadcast(("verify", Path(checkpoint), only))
+    found = _verify_shares(Path(checkpoint), only)
+    for error in (share for share in found if isinstance(share, Exception)):
+        raise error
+    return {name: problem for share in found for name, problem in share.items()}
+
+
+class _Seen(NamedTuple):
+    """What identifies the folder that a rank finds at a path: the manifest's sha256 and the folder's inode."""
+
+    manifest: str | None
+    inode: int | None
+
+
+def _verify_shares(checkpoint: Path, only: str | None) -> list[Any]:
+    """All-gather what each rank finds in its share of the files, or the error that it met."""
+    seen = all_gather_object(_seen(checkpoint))
+    mine: dict[str, str] | Exception
+    try:
+        if len({one.manifest for one in seen}) > 1:
+            raise CheckpointError(
+                f"{checkpoint} is not the same folder on every rank: its {MANIFEST_NAME} differs or is missing. Give a "
+                "path on a file system that all machines share."
+            )
+        same = [number for number, one in enumerate(seen) if one == seen[rank()]]
+        mine = verify_checkpoint(checkpoint, only=only, share=(same.index(rank()), len(same)))
+    except Exception as error:
+        mine = _picklable(error)
+    return all_gather_object(mine)
+
+
+def _seen(checkpoint: Path) -> _Seen:
+    manifest = checkpoint / MANIFEST_NAME
+    inode = checkpoint.stat().st_ino if checkpoint.is_dir() else None
+    return _Seen(hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None, inode)
+
+
+def _picklable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__} on rank {rank()}: {error}")
+    return error
+
+
+def _broadcast(message: tuple[Any, ...] | None) -> Any:
+    box = [message]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+# ---- The same run on every rank ----
+
+
+def check_agreement(trainer: Any, **further: Any) -> None:
+    """Raise `DisagreementError` on every rank if they are not about to train the same; collective.
+
+    Compared are arguments, functions, the model's parameters, lengths of the data, versions, and `further`.
+    """
+    if world_size() == 1:
+        return
+    facts = describe_run(trainer) | dict(_flatten("", further))
+    digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
+    if len(set(all_gather_object(digest))) > 1:
+        raise DisagreementError(
+            "The ranks of this run were started differently, and would wait for each other or train different things: "
+            f"{'; '.join(differences(all_gather_object(facts)))}. Start every rank with the same flags, model and data."
+        )
+
+
+def differences(by_rank: list[dict[str, str]]) -> list[str]:
+    """List, for each fact that is not the same on every rank, its name and its values with their ranks."""
+    found = []
+    for name in dict.fromkeys(name for facts in by_rank for name in facts):
+        ranks: dict[str, list[int]] = {}
+        for number, facts in enumerate(by_rank):
+            ranks.setdefault(facts.get(name, "absent"), []).append(number)
+        if len(ranks) > 1:
+            values = [f"{value} on rank {', '.join(map(str, which))}" for value, which in ranks.items()]
+            found.append(f"{name}: {', '.join(values)}")
+    return found[:MOST_NAMED] + ([f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])
+
+
+def describe_run(trainer: Any) -> dict[str, str]:
+    """Describe what a trainer is about to train as names and texts, which contain no memory addresses."""
+    args, optimizer = trainer.args, trainer.optimizer
+    names = [field.name for field in dataclasses.fields(args) if not field.name.startswith("_")]
+    facts: dict[str, Any] = {name: getattr(args, name) for name in names if name not in MAY_DIFFER}
+    functions = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "data_collator")
+    facts |= {name: getattr(trainer, name) for name in (*functions, "optimizer_cls_and_kwargs")}
+    facts |= {
+        "optimizer": {"class": type(optimizer)} | dict(getattr(optimizer, "defaults", {})),
+        "lr_scheduler": type(trainer.lr_scheduler),
+        "length of train_dataset": _length(trainer.train_dataset),
+        "length of eval_dataset": _length(trainer.eval_dataset),
+        "version": {"hf_radam": __version__}
+        | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)},
+    }
+    if trainer.is_fsdp_enabled:
+        facts["FSDP"] = trainer.accelerator.state.fsdp_plugin
+    if trainer.is_deepspeed_enabled:
+        facts["DeepSpeed"] = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+    for name, parameter in trainer.model.named_parameters():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
+        facts[f"parameter {name}"] = f"{shape} {_text(parameter.dtype)}{'' if parameter.requires_grad else ', frozen'}"
+    return dict(_flatten("", facts))
+
+
+def _length(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {name: _length(one) for name, one in data.items()}
+    return len(data) if data is not None and has_length(data) else "unknown"
+
+
+def _flatten(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(f"{prefix}{key}.", value)
+        else:
+            yield f"{prefix}{key}", _text(value)
+
+
+def _text(value: Any) -> str:
+    """Write a value in a way that is the same in every process."""
+    if isinstance(value, enum.Enum):
+        return _text(value.value)
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, os.PathLike)):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, functools.partial):
+        return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{_text(k)}: {_text(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple, set, frozenset)):
+        texts = [_text(one) for one in value]
+        return f"[{', '.join(sorted(texts) if isinstance(value, (set, frozenset)) else texts)}]"
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _text({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
+
+
+def check_shared_folder(args: Any) -> None:
+    """Raise `DisagreementError` if what rank 0 writes into `output_dir` is not visible on all machines; collective.
+
+    What the other machines wrote would be missing from every checkpoint. On one machine nothing is done.
+    """
+    if args.world_size == 1 or int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)) == args.world_size:
+        return
+    if args.save_on_each_node:
+        raise DisagreementError(
+            "save_on_each_node is not supported: a checkpoint is one folder, into which every rank writes. Leave it "
+            "out, and set output_dir to a folder that all machines share."
+        )
+    token = _broadcast((uuid.uuid4().hex,))[0]
+    probe = Path(str(args.output_dir), STAGING, f"visible-{token}")
+    if rank() == 0:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    dist.barrier()
+    visible = all_gather_object(_becomes_visible(probe))
+    if rank() == 0:
+        probe.unlink()
+        if not any(probe.parent.iterdir()):
+            probe.parent.rmdir()
+    if not all(visible):
+        blind = [number for number, sees in enumerate(visible) if not sees]
+        raise DisagreementError(
+            f"output_dir={args.output_dir} is not shared by all machines: ranks {blind} do not see what rank 0 writes. "
+            "Set it to a folder on a shared file system."
+        )
+
+
+def _becomes_visible(file: Path) -> bool:
+    until = time.monotonic() + PATIENCE
+    while not file.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+        if file.parent.is_dir():
+            os.listdir(file.parent)  # has a network file system look again
+    return True
