@@ -16,7 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_radam.checkpoints.layouts import has_optimizer
-from hf_radam.checkpoints.manifest import MANIFEST_NAME, OWN_CHECKSUM, TRAINER_STATE_NAME, CheckpointError, read_manifest
+from hf_radam.checkpoints.manifest import (
+    MANIFEST_NAME,
+    OWN_CHECKSUM,
+    TRAINER_STATE_NAME,
+    CheckpointError,
+    read_manifest,
+)
 from hf_radam.checkpoints.runs import (
     CheckpointRef,
     check_resumable,
@@ -43,7 +49,8 @@ class ResumePlan:
         checkpoint: the folder to load.
         manifest: its manifest without the list of files; None for one of stock `Trainer`.
         past: what the new schedule keeps of the old one; None for a schedule of upstream's.
-        resets_to_peak: whether it is the end of a decay of WSD-S, from which an extension returns to the peak.
+        sets_learning_rate: whether the new schedule sets the rate of the next step, which the old one would have made
+            another: an extension begins at a checkpoint that the old schedule pinned, such as a budget of WSD-S.
         extended_from: hash that identifies the checkpoint of another run from which this run was extended, or None.
         summary: the old and the new schedule, to be printed; None but for an extension.
     """
@@ -51,7 +58,7 @@ class ResumePlan:
     checkpoint: str
     manifest: Mapping[str, Any] | None
     past: SchedulePast | None = None
-    resets_to_peak: bool = False
+    sets_learning_rate: bool = False
     extended_from: str | None = None
     summary: str | None = None
 
@@ -166,12 +173,15 @@ def _plan_extension(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Resume
         checkpoint=str(begin.path),
         manifest=begin_manifest,
         past=past,
-        resets_to_peak=own is None and past is not None and past.schedule is not None
-        and past.schedule.resets_to_peak(past.step),
+        sets_learning_rate=own is None and past is not None and _is_pinned(past),
         extended_from=identity,
         summary=f"Extending {args.extend_from} from {begin.path}\n  old: {old}\n"
         f"  new: {describe_schedule(new, name=name, total_steps=args.max_steps)}",
     )
+
+
+def _is_pinned(past: SchedulePast) -> bool:
+    return past.schedule is not None and past.schedule.pinned_at(past.step) is not None
 
 
 def _own_checkpoint(
@@ -231,8 +241,8 @@ def _check_total(newest: Mapping[str, Any], root: Path, args: RAdamTrainingArgum
     if schedule is not None and schedule.decay_at(schedule.total_steps) is not None:
         if total < schedule.total_steps:
             raise HorizonError(
-                f"max_steps={total} is less than the {schedule.total_steps} steps of {root}. Raise it, or for a shorter "
-                "run resume one of its checkpoints from before the decay with --resume_from_checkpoint."
+                f"max_steps={total} is less than the {schedule.total_steps} steps of {root}. Raise it, or for a "
+                "shorter run resume one of its checkpoints from before the decay with --resume_from_checkpoint."
             )
         return
     done = newest["schedule_step"]
@@ -246,6 +256,6 @@ def _check_decay_to_come(schedule: Schedule | None, step: int, checkpoint: Path)
     for phase in schedule.phases() if schedule is not None else ():
         if phase.name == "decay" and phase.start < step < phase.end:
             raise HorizonError(
-                f"The decay to step {phase.end} would begin at {phase.start}, before {checkpoint} at step {step}. Raise "
-                "max_steps, shorten decay_steps, or name an earlier checkpoint of the run in extend_from."
+                f"The decay to step {phase.end} would begin at {phase.start}, before {checkpoint} at step {step}. "
+                "Raise max_steps, shorten decay_steps, or name an earlier checkpoint of the run in extend_from."
             )

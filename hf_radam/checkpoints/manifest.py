@@ -21,7 +21,7 @@ OWN_CHECKSUM = "manifest_sha256"
 NO_CHECKSUM = "0" * 64
 TRAINER_STATE_NAME = "trainer_state.json"
 MARK = "hf_radam"
-"""Key of our mark among the `stateful_callbacks` of the trainer's state."""
+"""Key of our mark in the state of `TrainerControl` among the `stateful_callbacks` of the trainer's state."""
 EWA_FOLDER, SCHEDULE_FREE_FOLDER = "ewa", "schedule_free"
 EVALUATION_FOLDERS = (EWA_FOLDER, SCHEDULE_FREE_FOLDER)
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
@@ -34,9 +34,10 @@ class CheckpointError(ValueError):
     """A checkpoint is damaged, or cannot be used with the given arguments."""
 
 
-def mark(step: int) -> dict[str, int]:
-    """Return the mark for the trainer's state at a step; stock `Trainer` copies old marks into later checkpoints."""
-    return {"global_step": step}
+def mark_state(stateful_callbacks: dict[str, Any], step: int) -> None:
+    """Mark the trainer's state; stock `Trainer` writes the state of its control anew, so that the mark does not stay."""
+    stateful_callbacks.pop(MARK, None)  # where it was before 0.2
+    stateful_callbacks.setdefault("TrainerControl", {})[MARK] = {"global_step": step}
 
 
 def recorded_step(folder: PathLike) -> int | None:
@@ -48,10 +49,11 @@ def recorded_step(folder: PathLike) -> int | None:
 
 
 def is_marked(checkpoint: PathLike) -> bool:
-    """Return whether the trainer's state in a checkpoint bears our mark, made at its step."""
+    """Return whether the trainer's state in a checkpoint has our mark, made at its step."""
     try:
         state = json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-        return bool(state["stateful_callbacks"].get(MARK) == mark(state["global_step"]))
+        marks = [state["stateful_callbacks"].get("TrainerControl", {}), state["stateful_callbacks"]]
+        return any(one.get(MARK) == {"global_step": state["global_step"]} for one in marks)
     except UNREADABLE:
         return False
 

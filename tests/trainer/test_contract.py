@@ -47,7 +47,9 @@ PUBLIC_OVERRIDES = {
     "call_model_init": ["self", "trial"],
     "hyperparameter_search": ["self", "hp_space", "compute_objective"],
 }
-ATTRIBUTES = "_train_batch_size _created_lr_scheduler is_in_train is_fsdp_enabled is_deepspeed_enabled model_wrapped".split()
+ATTRIBUTES = (
+    "_train_batch_size _created_lr_scheduler is_in_train is_fsdp_enabled is_deepspeed_enabled model_wrapped".split()
+)
 
 
 def method_nodes() -> dict[str, ast.FunctionDef]:
@@ -85,8 +87,12 @@ def test_no_other_class_of_the_package_overrides_upstream():
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
-                assert not any("Trainer" in ast.unparse(base) and "Callback" not in ast.unparse(base) and
-                               "Arguments" not in ast.unparse(base) for base in node.bases), f"{file}: {node.name}"
+                assert not any(
+                    "Trainer" in ast.unparse(base)
+                    and "Callback" not in ast.unparse(base)
+                    and "Arguments" not in ast.unparse(base)
+                    for base in node.bases
+                ), f"{file}: {node.name}"
 
 
 def test_attributes_exist(tmp_path):
