@@ -7,7 +7,7 @@ import os
 import tiny
 from processes import harness
 
-from hf_radam.training import shared_folder
+from hf_radam.trainer import ranks as shared_folder
 
 
 def train(folder, apart, **options):

@@ -23,8 +23,8 @@ from hf_radam.checkpoints import verify
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
-from hf_radam.training import verification
-from hf_radam.training.verification import decide_on_rank0
+from hf_radam.trainer import ranks as verification
+from hf_radam.trainer.ranks import decide_on_rank0
 
 OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
 

@@ -13,8 +13,8 @@ from processes import harness
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from hf_radam.training import agreement
-from hf_radam.training.agreement import check_agreement
+from hf_radam.trainer import ranks as agreement
+from hf_radam.trainer.ranks import check_agreement
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

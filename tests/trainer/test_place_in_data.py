@@ -8,7 +8,7 @@ import logging
 import pytest
 import tiny
 
-from hf_radam.training.resume_checks import epochs_after
+from hf_radam.trainer.resume import epochs_after
 
 
 class Counted(list):
