@@ -157,10 +157,20 @@ def train(
     trainer.add_callback(accepted)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+<<<<<<< HEAD
     except ValueError as error:
         if accepted.first_step is not None:
             raise
         fail(error)  # arguments or checkpoint were refused
+=======
+    except (
+        CheckpointError,
+        HorizonError,
+        DisagreementError,
+        RunInUseError,
+    ) as error:
+        fail(error)
+>>>>>>> 3fcc255 (Trainer: adapt tests of what moved)
     trainer.save_model()  # with the tokenizer
     if trainer.state.global_step == accepted.first_step:
         return  # a finished run was resumed: nothing was trained, and its metrics stay

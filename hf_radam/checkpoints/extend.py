@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.layouts import has_optimizer
 from hf_radam.checkpoints.manifest import (
-    MANIFEST_NAME,
     OWN_CHECKSUM,
     TRAINER_STATE_NAME,
     CheckpointError,
@@ -26,6 +24,7 @@ from hf_radam.checkpoints.manifest import (
 from hf_radam.checkpoints.runs import (
     CheckpointRef,
     check_resumable,
+    is_checkpoint,
     list_checkpoints,
     newest_checkpoint,
     recorded_step,
@@ -163,6 +162,7 @@ def _plan_extension(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Resume
         old = describe_schedule(
             schedule, name=manifest["method"]["lr_scheduler_type"], total_steps=manifest["max_steps"]
         )
+    args.resolve_warmup_steps(args.max_steps, past)  # also of a schedule of transformers
     new = args.schedule(args.max_steps, past)
     _check_decay_to_come(new, manifest["schedule_step"] if manifest else source.step, source.path)
     identity = manifest[OWN_CHECKSUM] if manifest else sha256(source.path / TRAINER_STATE_NAME)
@@ -206,9 +206,7 @@ def _own_checkpoint(
 def _find_source(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> CheckpointRef:
     """Find the latest checkpoint in `extend_from` from which a longer schedule can continue."""
     root = Path(str(args.extend_from))
-    # The root of a run has neither, whatever its name is.
-    is_checkpoint = (root / MANIFEST_NAME).is_file() or has_optimizer(root)
-    found = [CheckpointRef(recorded_step(root) or 0, "", root)] if is_checkpoint else list_checkpoints(root)
+    found = [CheckpointRef(recorded_step(root) or 0, "", root)] if is_checkpoint(root) else list_checkpoints(root)
     damaged: list[str] = []
     in_decay: list[str] = []
     is_newest = True

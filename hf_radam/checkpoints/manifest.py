@@ -35,7 +35,7 @@ class CheckpointError(ValueError):
 
 
 def mark_state(stateful_callbacks: dict[str, Any], step: int) -> None:
-    """Mark the trainer's state; stock `Trainer` writes the state of its control anew, so that the mark does not stay."""
+    """Mark the trainer's state; a stock `Trainer` that resumes writes its control's state anew, without the mark."""
     stateful_callbacks.pop(MARK, None)  # where it was before 0.2
     stateful_callbacks.setdefault("TrainerControl", {})[MARK] = {"global_step": step}
 

@@ -66,7 +66,7 @@ if hasattr(os, "register_at_fork"):
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run, so that no other process writes into its folder; the writing rank enters this.
 
-    The lock goes with the process, however it ends; the file stays. On a file system without locks only a warning is
+    The lock goes with the process, however it ends. On a file system without locks only a warning is
     logged.
 
     Raises:
@@ -76,29 +76,41 @@ def run_lock(run: Path) -> Iterator[None]:
         yield
         return
     run.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = _open_lock(run)
     _held_locks.add(descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
-            raise RunInUseError(
-                f"{run} is in use: {holder} trains in it. Wait until it ends, or choose another output_dir."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            logger.warning("%s is on a file system without locks. Let one run at a time write into it.", run)
         yield
     finally:
         if descriptor in _held_locks:  # else this is a forked child
             _held_locks.remove(descriptor)
             with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_UN)
+                (run / LOCK_NAME).unlink()
             os.close(descriptor)
+
+
+def _open_lock(run: Path) -> int:
+    """Open the lock file and lock it; whoever held it may have removed the file that was opened."""
+    while True:
+        descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_nlink == 0:
+                os.close(descriptor)
+                continue
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise RunInUseError(
+                f"{run} is in use: {holder} trains in it. Wait until it ends, or choose another output_dir."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                os.close(descriptor)
+                raise
+            logger.warning("%s is on a file system without locks. Let one run at a time write into it.", run)
+        return descriptor
 
 
 def sha256(file: Path) -> str:

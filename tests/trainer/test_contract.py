@@ -1,4 +1,4 @@
-"""The private names of upstream's `Trainer` that `hf_radam.trainer` overrides or calls exist and are called as expected.
+"""The names of upstream's `Trainer` that `hf_radam.trainer` overrides or calls exist and are called as expected.
 
 Each is checked against the installed version of transformers, so that a failure names what an upgrade has changed. The
 oracle for a call is what upstream really passes in a small training.

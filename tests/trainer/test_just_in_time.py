@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from hf_radam.training.just_in_time import SaveBetweenUpdates
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_radam import RAdamTrainer
-from hf_radam.training.just_in_time import SaveBetweenUpdates
 
 TESTS = Path(__file__).parents[1]
 

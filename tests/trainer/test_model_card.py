@@ -11,13 +11,13 @@ import peft
 import pytest
 import tiny
 import torch
+from hf_radam.model_card import completed
+from hf_radam.training.card_facts import facts_of, last_evaluation, loaders
 from huggingface_hub import ModelCard
 from test_peft import lora
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer
-from hf_radam.model_card import completed
-from hf_radam.training.card_facts import facts_of, last_evaluation, loaders
 
 SAVED = {"save_strategy": "steps", "save_steps": 10}
 CLOSE = 2e-6  # as in test_evaluation_weights.py

@@ -68,7 +68,7 @@ def test_it_trains_pins_resumes_and_extends(tmp_path):
     alone = tiny.trainer(tmp_path / "alone", **OPTIONS, max_steps=40)
     alone.train()
     assert tiny.same(tiny.parameters(extended.model), tiny.parameters(alone.model))
-    assert rates(extended) == [1e-2] * 20 + [5e-3] * 6
+    assert rates(extended) == [1e-2] * 34 + [5e-3] * 6
 
 
 def test_it_is_previewed(capsys):

@@ -7,6 +7,10 @@ import pytest
 import schedulefree
 import tiny
 import torch
+from hf_radam.training.reporting import ReportingMixin
+from hf_radam.training.resuming import ResumingMixin
+from hf_radam.training.saving import SavingMixin
+from hf_radam.training.search import SearchMixin
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -19,10 +23,6 @@ from transformers import (
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
 from hf_radam.checkpoints.manifest import read_manifest
-from hf_radam.training.reporting import ReportingMixin
-from hf_radam.training.resuming import ResumingMixin
-from hf_radam.training.saving import SavingMixin
-from hf_radam.training.search import SearchMixin
 
 PASSED_ON = ("create_model_card", "evaluate")
 """These take whatever there is, and pass it on: their arguments are others in TRL's trainers and `Seq2SeqTrainer`."""
