@@ -29,6 +29,7 @@ from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, vali
 from clm_model import InputError, build_model, load_named_config, resolve_block_size
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.checkpoints.runs import list_checkpoints, run_of
+from hf_radam.checkpoints.storage import RunInUseError
 
 logger = logging.getLogger(__name__)
 
@@ -157,20 +158,10 @@ def train(
     trainer.add_callback(accepted)
     try:
         result = trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-<<<<<<< HEAD
-    except ValueError as error:
+    except (ValueError, RunInUseError) as error:
         if accepted.first_step is not None:
             raise
         fail(error)  # arguments or checkpoint were refused
-=======
-    except (
-        CheckpointError,
-        HorizonError,
-        DisagreementError,
-        RunInUseError,
-    ) as error:
-        fail(error)
->>>>>>> 3fcc255 (Trainer: adapt tests of what moved)
     trainer.save_model()  # with the tokenizer
     if trainer.state.global_step == accepted.first_step:
         return  # a finished run was resumed: nothing was trained, and its metrics stay

@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     if arguments.png is not None:
         plots = load_plots()
         plots.check_suffix(arguments.png, (".png",))
-    from hf_radam.checkpoints.extension import extend
+    from hf_radam.checkpoints.extend import plan_resume
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments
 
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     # The hardware that the run is for need not be here, and changes no learning rate.
     (args,) = parser.parse(arguments.training_flags, use_cpu=True, tf32=None, deepspeed=None, fsdp=None)
     # Manifests are enough for a preview; training verifies the checkpoint.
-    extension = None if args.extend_from is None else extend(args, verify_fn=lambda checkpoint, *, only=None: {})
-    found = preview(args, None if extension is None else extension.past)
-    lines = [] if extension is None else [extension.words, ""]
+    plan = None if args.extend_from is None else plan_resume(args, None, verify_fn=lambda checkpoint, *, only=None: {})
+    found = preview(args, None if plan is None else plan.past)
+    lines = [] if plan is None else [str(plan.summary), ""]
     lines += report(found, width=shutil.get_terminal_size().columns, blocks=ASCII_BLOCKS if only_ascii() else BLOCKS)
     if parser.other_keys:
         lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]

@@ -26,7 +26,7 @@ class FirstCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Have the weights copied to an average in host memory before they change."""
         if self.trainer.average is not None:
-            self.trainer.average.before_writing()
+            self.trainer.average.wait_for_copies()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the last checkpoint: with a limit of 1 upstream's end of training removes all but the best."""

@@ -24,10 +24,10 @@ from transformers import TrainingArguments
 from transformers.utils import logging
 
 from hf_radam.batch_norm import batch_norm_modules
-from hf_radam.checkpoints.models.adapters import check_adapter, is_peft
+from hf_radam.checkpoints.peft import check_adapter, is_peft
 from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OptimizerName, SchedulerName
 from hf_radam.optim import RAdam, RAdamScheduleFree
-from hf_radam.optim.checks import low_precision
+from hf_radam.optim.radam import low_precision
 from hf_radam.schedules import Schedule
 from hf_radam.training_args import RAdamTrainingArguments, check_combinations
 

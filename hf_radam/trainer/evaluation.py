@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
-from hf_radam.optim import RAdamScheduleFree, x_piece, x_pieces
+from hf_radam.optim import RAdamScheduleFree, x_shard, x_shards
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, Weights, find_sharding
 
@@ -109,7 +109,7 @@ class EvaluationWeights:
                 stack.enter_context(self.average.applied(exchange=exchange))
             elif self.optimizer is not None:
                 optimizer = self.optimizer
-                stack.enter_context(self.sharding.holding(lambda: x_pieces(self.sharding, optimizer)))
+                stack.enter_context(self.sharding.holding(lambda: x_shards(self.sharding, optimizer)))
             stack.enter_context(self.training_weights())
             if self._recalibrate is not None:
                 if source in self._statistics:
@@ -135,7 +135,7 @@ class EvaluationWeights:
                 yield Weights(self.average.sharding, self.average.averages.get)
             else:
                 assert self.optimizer is not None
-                yield Weights(self.sharding, x_piece(self.sharding, self.optimizer))
+                yield Weights(self.sharding, x_shard(self.sharding, self.optimizer))
 
 
 # ---- Evaluation of both kinds of weights (`ewa_eval_raw`) ----

@@ -19,7 +19,7 @@ from transformers.utils import PushInProgress, logging
 from hf_radam import __version__
 from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 from hf_radam.checkpoints.manifest import read_manifest
-from hf_radam.checkpoints.models.adapters import is_peft
+from hf_radam.checkpoints.peft import is_peft
 from hf_radam.checkpoints.runs import PREFIX, list_checkpoints
 from hf_radam.names import SchedulerName
 from hf_radam.schedules import describe_schedule

@@ -33,18 +33,21 @@ from hf_radam.checkpoints.layouts import (
     zero_stages,
 )
 from hf_radam.checkpoints.manifest import EWA_FOLDER, CheckpointError
-from hf_radam.checkpoints.models.adapters import evaluation_subfolder, is_on_its_own, is_peft
-from hf_radam.checkpoints.models.model_folders import load_weights, read_parameters
-from hf_radam.checkpoints.models.weight_reading import load_parts, read_pieces
-from hf_radam.checkpoints.optimizer_states import read_groups
+from hf_radam.checkpoints.optimizer_state import (
+    allow_a_first_step,
+    fsdp_state_dict_type,
+    load_optimizer,
+    read_groups,
+)
+from hf_radam.checkpoints.peft import evaluation_subfolder, is_on_its_own, is_peft
 from hf_radam.checkpoints.runs import PREFIX, run_of
 from hf_radam.checkpoints.verify import VerifyFn, evaluation_folder
+from hf_radam.checkpoints.weights import load_model_shards, load_weights, read_optimizer_shards, read_parameters
 from hf_radam.names import OptimizerName
 from hf_radam.sharding import find_sharding
 from hf_radam.sharding.base import rank
 from hf_radam.trainer.compatibility import is_sharded, zero_stage
 from hf_radam.trainer.ranks import decide_on_rank0
-from hf_radam.training import moving
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +82,7 @@ def load_training_weights(trainer: Any, checkpoint: str, stock: Callable[[], Non
         with _fsdp_reads(trainer, layout):
             stock()
     elif trainer.is_fsdp_enabled or layout is FSDP_SHARDED:
-        load_parts(Path(checkpoint), model, find_sharding(model, device=trainer.args.device))
+        load_model_shards(Path(checkpoint), model, find_sharding(model, device=trainer.args.device))
     elif isinstance(model, PreTrainedModel) or is_on_its_own(model) or layout is FSDP_FULL:
         load_weights(model, checkpoint)
     else:
@@ -92,14 +95,14 @@ def load_best_weights(trainer: Any) -> None:
     logger.info(f"Loading the evaluation weights of {best} (score: {trainer.state.best_metric}).")
     folder: Path = decide_on_rank0(lambda verify_fn: evaluation_folder(best, verify_fn=verify_fn))
     if is_sharded(trainer):
-        load_parts(folder, trainer._bare_model, trainer._evaluation.sharding)
+        load_model_shards(folder, trainer._bare_model, trainer._evaluation.sharding)
     else:
         load_weights(trainer._bare_model, folder)
 
 
 def _fsdp_reads(trainer: Any, layout: Layout) -> AbstractContextManager[None]:
     plugin = trainer.accelerator.state.fsdp_plugin
-    return moving.state_dicts_as_written(plugin, layout, world_size=trainer.args.world_size)
+    return fsdp_state_dict_type(plugin, layout, world_size=trainer.args.world_size)
 
 
 def check_deepspeed(trainer: Any, checkpoint: str) -> None:
@@ -141,11 +144,11 @@ def load_optimizer_and_scheduler(trainer: Any, checkpoint: str, stock: Callable[
     plan: ResumePlan = trainer._plan
     _check_same_optimizer(trainer, optimizer, checkpoint, plan.manifest)
     if trainer.is_fsdp_enabled and layout in (FSDP_FULL, FSDP_SHARDED):
-        moving.allow_a_first_step(optimizer)
+        allow_a_first_step(optimizer)
         with _fsdp_reads(trainer, layout):
             stock()
     elif layout in (FSDP_FULL, FSDP_SHARDED) or trainer.is_fsdp_enabled:
-        moving.load_optimizer(optimizer, trainer._bare_model, checkpoint)
+        load_optimizer(optimizer, trainer._bare_model, checkpoint)
         scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
     else:
         stock()
@@ -317,7 +320,7 @@ def restore_average(average: WeightAverage, model: nn.Module, plan: ResumePlan, 
             trained = set(average.sharding.trained)
             averages = {name: value for name, value in read_parameters(model, folder).items() if name in trained}
         else:
-            averages = read_pieces(folder, model, average.sharding)
+            averages = read_optimizer_shards(folder, model, average.sharding)
     average.load_state_dict(saved | {"averages": averages})
 
 

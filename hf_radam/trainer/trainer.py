@@ -32,19 +32,17 @@ from transformers.utils import logging
 from hf_radam import __version__
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
-from hf_radam.checkpoints import manifest, storage
+from hf_radam.checkpoints import manifest, peft, storage, weights
 from hf_radam.checkpoints.extend import ResumePlan, plan_resume
-from hf_radam.checkpoints.models import adapters, model_folders
-from hf_radam.checkpoints.models.weight_files import parameter_dtypes
 from hf_radam.checkpoints.runs import PREFIX
 from hf_radam.names import SchedulerName
 from hf_radam.optim import RAdamScheduleFree
+from hf_radam.optim.fused import agree_on_fused
 from hf_radam.random_state import preserved_random_state
 from hf_radam.schedules import Schedule
 from hf_radam.sharding import Weights, find_sharding
 from hf_radam.trainer import callbacks, compatibility, evaluation, ranks, reporting, resume
 from hf_radam.trainer.session import CheckpointSession
-from hf_radam.training.fusing import choose_fused
 from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -245,7 +243,7 @@ class RAdamTrainerMixin(_Base):
         self._session = CheckpointSession(run, args.save_total_limit, self.accelerator.wait_for_everyone)
         sharding = find_sharding(model, wrapped=self.model_wrapped, device=args.device)
         sharding.check()
-        choose_fused(optimizer, args.fused_optimizer, sharding, speaks=self.is_world_process_zero())
+        agree_on_fused(optimizer, args.fused_optimizer, sharding, log=self.is_world_process_zero())
         self.average = None
         if args.ewa:
             self.average = WeightAverage(
@@ -417,7 +415,7 @@ class RAdamTrainerMixin(_Base):
         elif not sharded:
             self._save_full_weights(folder)
         else:
-            model_folders.save_surroundings(
+            weights.save_config_and_tokenizer(
                 folder, self._bare_model, processing_class=self._tokenizer, in_float32=False
             )
             if self.args.should_save:
@@ -427,9 +425,9 @@ class RAdamTrainerMixin(_Base):
                 self._save_folder(folder, Weights.of_model(self._evaluation.sharding), sharded=True)
         session.hash_weights(folder)
         for source in self._evaluation.saved_sources:
-            with self._evaluation.weights(source) as weights:
-                subfolder = folder / adapters.evaluation_subfolder(source, self._bare_model)
-                self._save_folder(subfolder, weights, sharded=sharded, in_float32=True)
+            with self._evaluation.weights(source) as saved:
+                subfolder = folder / peft.evaluation_subfolder(source, self._bare_model)
+                self._save_folder(subfolder, saved, sharded=sharded, in_float32=True)
             session.hash_weights(folder)
 
     def _save_full_weights(self, folder: Path) -> None:
@@ -438,9 +436,9 @@ class RAdamTrainerMixin(_Base):
         if self.args.should_save:
             torch.save(self.args, folder / TRAINING_ARGS_NAME)
 
-    def _save_folder(self, folder: Path, weights: Weights, *, sharded: bool, in_float32: bool = False) -> None:
-        save = model_folders.save_sharded_folder if sharded else model_folders.save_model_folder
-        save(folder, self._bare_model, weights, processing_class=self._tokenizer, in_float32=in_float32)
+    def _save_folder(self, folder: Path, saved: Weights, *, sharded: bool, in_float32: bool = False) -> None:
+        save = weights.save_sharded_folder if sharded else weights.save_model_folder
+        save(folder, self._bare_model, saved, processing_class=self._tokenizer, in_float32=in_float32)
 
     @property
     def _tokenizer(self) -> Any:
@@ -557,8 +555,8 @@ class RAdamTrainerMixin(_Base):
             "extended_from": plan.extended_from if plan else None,
             "averaging": resume.describe_average(self.average, requested_start_step=args.ewa_start_step),
             "evaluation": {
-                "folder": source and adapters.evaluation_subfolder(source, self._bare_model),
-                **parameter_dtypes(self._bare_model),
+                "folder": source and peft.evaluation_subfolder(source, self._bare_model),
+                **weights.parameter_dtypes(self._bare_model),
             },
         }
 

@@ -13,7 +13,7 @@ import attempts
 from transformers import TrainerCallback
 
 from hf_radam.checkpoints.runs import list_checkpoints
-from hf_radam.training.failures import CheckpointSaveError
+from hf_radam.trainer.session import CheckpointSaveError
 
 NOBODY = 65534
 codecs.lookup("latin1")  # imported now, as a random state needs it and the interpreter may lie where nobody can read

@@ -14,7 +14,7 @@ from inspecting import inspect, snapshot, truncate
 from tiny import METHODS, arguments, llama, trainer
 
 from hf_radam.checkpoints import storage
-from hf_radam.checkpoints.extension import extend
+from hf_radam.checkpoints.extend import plan_resume
 from hf_radam.checkpoints.load import newest_loadable_checkpoint
 from hf_radam.checkpoints.manifest import read_manifest, write_manifest
 from hf_radam.checkpoints.runs import check_resumable, newest_checkpoint
@@ -22,7 +22,7 @@ from hf_radam.inspection.run import inspect_run
 
 
 def extension_of(folder, output, total, **options):
-    return extend(arguments(output, max_steps=total, extend_from=str(folder), **options)).checkpoint
+    return plan_resume(arguments(output, max_steps=total, extend_from=str(folder), **options), None).checkpoint
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer, WeightAverage
 from hf_radam.checkpoints.load import consolidate
-from hf_radam.training.support import check_supported
+from hf_radam.trainer.compatibility import check_supported
 
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
 ZERO = [name for name in harness.ZERO]

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 import tiny
-from hf_radam.training.just_in_time import SaveBetweenUpdates
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_radam import RAdamTrainer
+from hf_radam.trainer.callbacks import SigtermCallback
 
 TESTS = Path(__file__).parents[1]
 
 
 class Request(TrainerCallback):
-    """Asks for the checkpoint in the middle of an update, as upstream's timer does some time after a SIGTERM."""
+    """Sends SIGTERM to this process in the middle of a step."""
 
-    def __init__(self, trainer, update, event):
-        self.manager = next(c for c in trainer.callback_handler.callbacks if hasattr(c, "jit_manager")).jit_manager
-        self.update = update
+    def __init__(self, trainer, step, event):
+        self.step = step
         setattr(self, event, self.ask)
 
     def ask(self, args, state, control, **kwargs):
-        self.manager.is_checkpoint_requested |= state.global_step == self.update - 1
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)
@@ -69,12 +69,29 @@ def test_the_evaluation_that_decides_about_saving_does_not_decide_about_this_sav
 
 def test_with_none_of_our_methods_the_callback_is_upstreams(tmp_path):
     trainer = tiny.trainer(tmp_path, enable_jit_checkpoint=True)
-    kinds = [type(c) for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)]
-    assert kinds == [JITCheckpointCallback]
-    ours = tiny.trainer(tmp_path, enable_jit_checkpoint=True, ewa=True)
-    assert [c for c in ours.callback_handler.callbacks if isinstance(c, JITCheckpointCallback)] != []
-    assert not [c for c in ours.callback_handler.callbacks if type(c) is JITCheckpointCallback]
-    assert any(isinstance(c, SaveBetweenUpdates) for c in ours.callback_handler.callbacks)
+    assert JITCheckpointCallback in map(type, trainer.callback_handler.callbacks)
+    before = signal.getsignal(signal.SIGTERM)
+    own = tiny.trainer(tmp_path, enable_jit_checkpoint=True, ewa=True)
+    kinds = [type(callback) for callback in own.callback_handler.callbacks]
+    assert SigtermCallback in kinds and JITCheckpointCallback not in kinds
+    assert signal.getsignal(signal.SIGTERM) == before  # upstream's is set while a trainer is made
+
+
+def test_no_request_is_lost(tmp_path):
+    """Also one that arrives after the flag was read: it is never reset while training."""
+    trainer = tiny.trainer(tmp_path, **options("ewa"))
+    read = trainer._sigterm.is_requested
+
+    def late(args):
+        answer = read(args)
+        if trainer.state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    trainer._sigterm.is_requested = late
+    trainer.train()
+    assert trainer.state.global_step == 4 and (tmp_path / "checkpoint-4" / "hf_radam.json").is_file()
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 SCRIPT = """
@@ -95,7 +112,7 @@ trainer.train()
 
 
 def test_a_real_sigterm(tmp_path):
-    """Upstream waits three seconds after the signal, in case it is followed by a SIGKILL."""
+    """The step under way is completed and saved."""
     environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
     script = SCRIPT.format(tests=str(TESTS), folder=str(tmp_path))
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)

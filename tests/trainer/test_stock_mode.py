@@ -41,7 +41,9 @@ def test_a_stock_run_starts_no_threads_and_asks_no_other_rank(tmp_path, monkeypa
         monkeypatch.setattr(ranks, name, refuse)
     before = threading.active_count()
     started = []
-    monkeypatch.setattr(threading.Thread, "start", lambda self: started.append(self) if "tqdm" not in self.name else None)
+    monkeypatch.setattr(
+        threading.Thread, "start", lambda self: started.append(self) if "tqdm" not in self.name else None
+    )
     tiny.trainer(tmp_path, **SAVING).train()
     assert started == [] and threading.active_count() == before
     assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{n}" for n in (5, 10, 15, 20)}

@@ -1,16 +1,11 @@
 """The trainer among its neighbours: upstream's signatures, other trainers, other optimizers, the hub, refusals."""
 
-import inspect
 from dataclasses import dataclass
 
 import pytest
 import schedulefree
 import tiny
 import torch
-from hf_radam.training.reporting import ReportingMixin
-from hf_radam.training.resuming import ResumingMixin
-from hf_radam.training.saving import SavingMixin
-from hf_radam.training.search import SearchMixin
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import (
@@ -18,36 +13,10 @@ from transformers import (
     Seq2SeqTrainingArguments,
     T5Config,
     T5ForConditionalGeneration,
-    Trainer,
 )
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin, RAdamTrainingArguments
 from hf_radam.checkpoints.manifest import read_manifest
-
-PASSED_ON = ("create_model_card", "evaluate")
-"""These take whatever there is, and pass it on: their arguments are others in TRL's trainers and `Seq2SeqTrainer`."""
-
-
-def overrides():
-    for cls in (RAdamTrainerMixin, SearchMixin, SavingMixin, ReportingMixin, ResumingMixin):
-        for name in vars(cls):
-            if name != "__init__" and not name.startswith("__") and hasattr(Trainer, name):
-                yield cls, name
-
-
-@pytest.mark.parametrize(("cls", "name"), list(overrides()), ids=lambda value: getattr(value, "__name__", value))
-def test_overrides_have_upstreams_signature(cls, name):
-    ours, upstream = (inspect.signature(getattr(c, name)).parameters.values() for c in (cls, Trainer))
-    if name in PASSED_ON:
-        assert [str(p).partition(":")[0] for p in ours] == ["self", "*positional", "**keywords"]
-        return
-    assert [(p.name, p.kind, p.default) for p in ours] == [(p.name, p.kind, p.default) for p in upstream]
-
-
-def test_all_the_overrides_are_looked_at():
-    names = {name for _, name in overrides()}
-    assert {"save_model", "evaluation_loop", "create_scheduler", "_load_best_model", "_prepare_for_training"} <= names
-    assert {"log", "create_model_card"} <= names
 
 
 @dataclass
