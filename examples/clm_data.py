@@ -146,13 +146,13 @@ def train_tokenizer(
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def load_tokenizer(
-    model_args: ModelArguments, data_args: DataArguments, train: Text, overwrite: bool = False
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(model_args: ModelArguments, data_args: DataArguments, train: Text) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the arguments name, or train one on the training text (its first 100 MB)."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
     if name is None:
-        return train_tokenizer(list(_first_texts(train)), data_args.vocab_size, model_args.cache_dir, overwrite)
+        return train_tokenizer(
+            list(_first_texts(train)), data_args.vocab_size, model_args.cache_dir, data_args.overwrite_cache
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **hub_kwargs(model_args))
     except (OSError, ValueError) as error:
@@ -174,9 +174,9 @@ def _first_texts(text: Text) -> Iterator[str]:
 # ---- Texts ----
 
 
-def load_texts(model_args: ModelArguments, data_args: DataArguments, overwrite: bool = False) -> dict[str, Text]:
+def load_texts(model_args: ModelArguments, data_args: DataArguments) -> dict[str, Text]:
     """Load the texts that the arguments name: `train` and `validation`, which is never a stream."""
-    load = _loader(model_args, data_args, overwrite)
+    load = _loader(model_args, data_args)
     percentage = data_args.validation_split_percentage
     if data_args.dataset_name:
         parts = load(data_args.dataset_name, data_args.dataset_config_name, token=model_args.token)
@@ -201,8 +201,8 @@ def load_texts(model_args: ModelArguments, data_args: DataArguments, overwrite: 
     return texts
 
 
-def _loader(model_args: ModelArguments, data_args: DataArguments, overwrite: bool) -> Callable[..., Any]:
-    mode = "force_redownload" if overwrite and not data_args.dataset_name else None
+def _loader(model_args: ModelArguments, data_args: DataArguments) -> Callable[..., Any]:
+    mode = "force_redownload" if data_args.overwrite_cache and not data_args.dataset_name else None
     options = {"streaming": data_args.streaming, "cache_dir": model_args.cache_dir, "download_mode": mode}
 
     def load(*names: str | None, **kwargs: Any) -> Any:
@@ -306,51 +306,42 @@ def join_and_cut(batch: dict[str, list], *, block_size: int) -> dict[str, list]:
     return {"input_ids": blocks, "labels": [list(block) for block in blocks]}
 
 
-def _to_blocks(
-    text: Text, tokenizer: PreTrainedTokenizerBase, block_size: int, data_args: DataArguments, overwrite: bool
-) -> tuple[Any, Any]:
-    """Tokenize and cut a text; return the blocks and the tokenized rows."""
+def make_blocks(
+    text: Text, tokenizer: PreTrainedTokenizerBase, block_size: int, data_args: DataArguments, limit: int | None
+) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset]:
+    """Tokenize and cut a text into at most `limit` blocks; return them and the tokenized rows.
+
+    A block has `input_ids` and `labels`, the same list twice; the model shifts them.
+    """
     options: dict[str, Any] = {"batched": True, "batch_size": BATCH["lines" if text.lines else "documents"]}
-    if isinstance(text.rows, Dataset):  # a stream is mapped while it is read: no processes, no cache
-        options |= {"num_proc": data_args.preprocessing_num_workers, "load_from_cache_file": not overwrite}
+    stream = isinstance(text.rows, IterableDataset)
+    if not stream:  # a stream is mapped while it is read: no processes, no cache
+        options["num_proc"] = data_args.preprocessing_num_workers
+        options["load_from_cache_file"] = not data_args.overwrite_cache
     kwargs = {"tokenizer": tokenizer, "column": text.column, "lines": text.lines}
     columns = text.rows.column_names or list(next(iter(text.rows)))
     encoded = text.rows.map(encode, fn_kwargs=kwargs, remove_columns=columns, **options)
-    return encoded.map(join_and_cut, fn_kwargs={"block_size": block_size}, **options), encoded
-
-
-def training_blocks(
-    text: Text, tokenizer: PreTrainedTokenizerBase, block_size: int, data_args: DataArguments, overwrite: bool = False
-) -> Dataset | IterableDataset:
-    """Make the training data: `input_ids` and `labels`, the same list twice; the model shifts them."""
-    blocks, encoded = _to_blocks(text, tokenizer, block_size, data_args, overwrite)
-    limit = data_args.max_train_samples
-    if isinstance(blocks, Dataset):
-        return _first(blocks, encoded, limit, "training", block_size)
+    blocks = encoded.map(join_and_cut, fn_kwargs={"block_size": block_size}, **options)
     if next(iter(blocks), None) is None:
-        raise InputError(
-            f"The stream does not fill one training block of {block_size} tokens after the validation text. "
-            "Leave out --streaming, or lower --validation_split_percentage or --block_size."
+        size = (
+            "The stream"
+            if stream
+            else f"The text of {len(encoded)} rows, {sum(map(len, encoded['input_ids']))} tokens,"
         )
-    return blocks if limit is None else blocks.take(limit)
+        raise InputError(f"{size} does not fill one block of {block_size}. Give more text, or a smaller --block_size.")
+    if limit is None:
+        return blocks, encoded
+    if stream:
+        return blocks.take(limit), encoded
+    if limit > len(blocks):
+        logger.warning("the text fills %d blocks, fewer than the %d asked for", len(blocks), limit)
+    return blocks.select(range(min(limit, len(blocks)))), encoded
 
 
 def validation_blocks(
-    text: Text, tokenizer: PreTrainedTokenizerBase, block_size: int, data_args: DataArguments, overwrite: bool = False
+    text: Text, tokenizer: PreTrainedTokenizerBase, block_size: int, data_args: DataArguments
 ) -> tuple[Dataset, TextSize]:
     """Make the validation data, and the size of its text: bits per byte need tokens per byte."""
-    blocks, encoded = _to_blocks(text, tokenizer, block_size, data_args, overwrite)
-    size = TextSize(sum(map(len, encoded["input_ids"])), bytes=sum(len(row.encode()) for row in text.rows[text.column]))
-    return _first(blocks, encoded, data_args.max_eval_samples, "validation", block_size), size
-
-
-def _first(blocks: Dataset, encoded: Dataset, limit: int | None, name: str, block_size: int) -> Dataset:
-    if len(blocks) == 0:
-        tokens = sum(map(len, encoded["input_ids"]))
-        raise InputError(
-            f"The {name} text has {tokens} tokens in {len(encoded)} rows and does not fill one block of {block_size}. "
-            "Give more text, or a smaller --block_size."
-        )
-    if limit is not None and limit > len(blocks):
-        logger.warning("the %s text fills %d blocks, fewer than the %d asked for", name, len(blocks), limit)
-    return blocks if limit is None else blocks.select(range(min(limit, len(blocks))))
+    blocks, encoded = make_blocks(text, tokenizer, block_size, data_args, data_args.max_eval_samples)
+    tokens, size = sum(map(len, encoded["input_ids"])), sum(len(row.encode()) for row in text.rows[text.column])
+    return blocks, TextSize(tokens, size)

@@ -15,17 +15,17 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import datasets
 import transformers
 import yaml
 from accelerate import PartialState
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator, set_seed
+from transformers import default_data_collator, set_seed
 
 from clm_arguments import DataArguments, ModelArguments, fail, parse_arguments
-from clm_data import TextSize, load_texts, load_tokenizer, training_blocks, validation_blocks
+from clm_data import TextSize, load_texts, load_tokenizer, make_blocks, validation_blocks
 from clm_model import InputError, build_model, load_named_config, resolve_block_size
 from hf_radam import RAdamTrainer, RAdamTrainingArguments
 from hf_radam.checkpoints.runs import list_checkpoints, run_of
@@ -35,18 +35,6 @@ logger = logging.getLogger(__name__)
 
 RECIPE = "run_clm.yaml"
 SECRETS = ("token",)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Everything that a trainer needs."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    train: datasets.Dataset | datasets.IterableDataset | None
-    validation: datasets.Dataset
-    size: TextSize
-    block_size: int
 
 
 def set_up_logging(training_args: RAdamTrainingArguments) -> None:
@@ -79,24 +67,28 @@ def check_processes(data_args: DataArguments, training_args: RAdamTrainingArgume
             raise InputError("dispatch_batches=false does not split a stream evenly. Leave it out.")
 
 
-def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RAdamTrainingArguments) -> Prepared:
-    """Load or make data, tokenizer and model, in the order in which each needs the one before."""
+def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: RAdamTrainingArguments) -> tuple:
+    """Load or make data, tokenizer and model, in the order in which each needs the one before.
+
+    Returns:
+        Model, tokenizer, training blocks (None if there is no training), validation blocks and the size of their text.
+    """
     named = load_named_config(model_args)
+    if training_args.local_process_index > 0:
+        data_args = dataclasses.replace(data_args, overwrite_cache=False)
     # The first process of each machine fills the caches, the others read them.
-    overwrite = data_args.overwrite_cache and training_args.local_process_index == 0
     with training_args.main_process_first(desc="preparing the data"):
-        texts = load_texts(model_args, data_args, overwrite)
-        tokenizer = load_tokenizer(model_args, data_args, texts["train"], overwrite)
-        block_size = resolve_block_size(data_args.block_size, model_args, named, tokenizer)
+        texts = load_texts(model_args, data_args)
+        tokenizer = load_tokenizer(model_args, data_args, texts["train"])
+        size = resolve_block_size(data_args.block_size, model_args, named, tokenizer)
         train = None
         if training_args.do_train:
-            train = training_blocks(texts["train"], tokenizer, block_size, data_args, overwrite)
-        validation, size = validation_blocks(texts["validation"], tokenizer, block_size, data_args, overwrite)
+            train, _ = make_blocks(texts["train"], tokenizer, size, data_args, data_args.max_train_samples)
+        validation, text_size = validation_blocks(texts["validation"], tokenizer, size, data_args)
     count = len(train) if isinstance(train, datasets.Dataset) else "streamed" if train is not None else "no"
-    blocks = f"{count} training and {len(validation)} validation blocks of {block_size} tokens"
-    logger.info("%s; validation text: %d tokens, %d bytes", blocks, size.tokens, size.bytes)
-    model = build_model(model_args, named, tokenizer, block_size)
-    return Prepared(model, tokenizer, train, validation, size, block_size)
+    blocks = f"{count} training and {len(validation)} validation blocks of {size} tokens"
+    logger.info("%s; validation text: %d tokens, %d bytes", blocks, text_size.tokens, text_size.bytes)
+    return build_model(model_args, named, tokenizer, size), tokenizer, train, validation, text_size
 
 
 def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | None:
@@ -121,13 +113,15 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
     return wanted
 
 
-def write_recipe(model_args: ModelArguments, data_args: DataArguments, output_dir: str, ready: Prepared) -> None:
+def write_recipe(
+    model_args: ModelArguments, data_args: DataArguments, output_dir: str, block_size: int, size: TextSize
+) -> None:
     """Write what `evaluate_clm.py` needs to make the same validation blocks again, without secrets."""
     model = {name: value for name, value in dataclasses.asdict(model_args).items() if name not in SECRETS}
-    data = dataclasses.asdict(data_args) | {"block_size": ready.block_size}
+    data = dataclasses.asdict(data_args) | {"block_size": block_size}
     for name in ("train_file", "validation_file"):
         data[name] = os.path.abspath(data[name]) if data[name] else None
-    recipe = {"model": model, "data": data, "validation": dataclasses.asdict(ready.size)}
+    recipe = {"model": model, "data": data, "validation": dataclasses.asdict(size)}
     path = Path(output_dir, RECIPE)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_file():
@@ -151,9 +145,7 @@ class OnceAccepted(transformers.TrainerCallback):
             self.action()
 
 
-def train(
-    trainer: RAdamTrainer, resume_from_checkpoint: str | bool | None, blocks: Any, accepted: OnceAccepted
-) -> None:
+def train(trainer: RAdamTrainer, resume_from_checkpoint: str | bool | None, accepted: OnceAccepted) -> None:
     """Train, save the model (its evaluation weights) and the metrics."""
     trainer.add_callback(accepted)
     try:
@@ -166,19 +158,19 @@ def train(
     if trainer.state.global_step == accepted.first_step:
         return  # a finished run was resumed: nothing was trained, and its metrics stay
     metrics = dict(result.metrics)
-    if isinstance(blocks, datasets.Dataset):
-        metrics["train_samples"] = len(blocks)
+    if isinstance(trainer.train_dataset, datasets.Dataset):
+        metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
 
 
-def evaluate(trainer: RAdamTrainer, ready: Prepared) -> None:
+def evaluate(trainer: RAdamTrainer, size: TextSize) -> None:
     """Evaluate the evaluation weights; add perplexity and bits per byte, which compare across tokenizers."""
     metrics = trainer.evaluate()
     loss = metrics["eval_loss"]
-    metrics |= {"eval_samples": len(ready.validation), "perplexity": perplexity(loss)}
-    metrics["bits_per_byte"] = bits_per_byte(loss, ready.size)
+    metrics |= {"eval_samples": len(trainer.eval_dataset), "perplexity": perplexity(loss)}
+    metrics["bits_per_byte"] = bits_per_byte(loss, size)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
 
@@ -215,26 +207,21 @@ def run() -> None:
     try:
         check_processes(data_args, training_args)
         resume_from_checkpoint = checkpoint_to_resume(training_args)
-        ready = prepare(model_args, data_args, training_args)
+        model, tokenizer, blocks, validation, size = prepare(model_args, data_args, training_args)
     except InputError as error:
         fail(error)
     set_seed(training_args.seed)  # whatever the preparation drew, a run depends on its seed only
+    data = {"train_dataset": blocks, "eval_dataset": validation, "data_collator": default_data_collator}
     try:
-        trainer = RAdamTrainer(
-            model=ready.model,
-            args=training_args,
-            train_dataset=ready.train,
-            eval_dataset=ready.validation,
-            processing_class=ready.tokenizer,
-            data_collator=default_data_collator,
-        )
+        trainer = RAdamTrainer(model, training_args, processing_class=tokenizer, **data)
     except ValueError as error:  # the arguments do not fit model, data or launch
         fail(error)
     if training_args.do_train:
-        accepted = OnceAccepted(lambda: write_recipe(model_args, data_args, training_args.output_dir, ready))
-        train(trainer, resume_from_checkpoint, ready.train, accepted)
+        block_size = len(validation[0]["input_ids"])
+        recipe = partial(write_recipe, model_args, data_args, training_args.output_dir, block_size, size)
+        train(trainer, resume_from_checkpoint, OnceAccepted(recipe))
     if training_args.do_eval:
-        evaluate(trainer, ready)
+        evaluate(trainer, size)
     publish(trainer, model_args, data_args)
 
 

@@ -17,10 +17,10 @@ from clm_data import (
     join_and_cut,
     load_texts,
     load_tokenizer,
+    make_blocks,
     split_standard_library,
     standard_library,
     train_tokenizer,
-    training_blocks,
     validation_blocks,
 )
 from clm_model import InputError
@@ -105,7 +105,7 @@ def test_jsonl_to_blocks(tmp_path, documents, model_args, streaming):
         assert read(load_texts(model_args, data_args), "validation") == validation
 
     tokenizer = load_tokenizer(model_args, data_args, texts["train"])
-    blocks = list(training_blocks(texts["train"], tokenizer, BLOCK, data_args))
+    blocks = list(make_blocks(texts["train"], tokenizer, BLOCK, data_args, None)[0])
     expected = list(chain.from_iterable([*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in train))
     joined = list(chain.from_iterable(block["input_ids"] for block in blocks))
     assert joined == expected[: len(joined)]
@@ -126,7 +126,7 @@ def test_lines_of_a_text_file_are_one_running_text(tmp_path, documents, model_ar
     assert "".join(read(texts, "train") + read(texts, "validation")) == path.read_text()
     assert len(read(texts, "validation")) == round(2 * len(documents) / 10)
     tokenizer = load_tokenizer(model_args, data_args, texts["train"])
-    for block in training_blocks(texts["train"], tokenizer, BLOCK, data_args):
+    for block in make_blocks(texts["train"], tokenizer, BLOCK, data_args, None)[0]:
         assert tokenizer.eos_token_id not in block["input_ids"]
 
 
@@ -171,11 +171,11 @@ def test_too_little_text_says_how_much_there_is(tmp_path, model_args):
     data_args = DataArguments(train_file=write_jsonl(tmp_path / "a.jsonl", ["abc", "abd"]))
     texts = load_texts(model_args, data_args)
     tokenizer = load_tokenizer(model_args, data_args, texts["train"])
-    with pytest.raises(InputError, match=r"training text has \d tokens in 1 rows and does not fill one block of 500"):
-        training_blocks(texts["train"], tokenizer, 500, data_args)
+    with pytest.raises(InputError, match=r"The text of 1 rows, \d tokens, does not fill one block of 500"):
+        make_blocks(texts["train"], tokenizer, 500, data_args, None)[0]
     stream = load_texts(model_args, DataArguments(train_file=data_args.train_file, streaming=True))
-    with pytest.raises(InputError, match="does not fill one training block"):
-        training_blocks(stream["train"], tokenizer, 2, data_args)
+    with pytest.raises(InputError, match="The stream does not fill one block"):
+        make_blocks(stream["train"], tokenizer, 2, data_args, None)[0]
 
 
 def test_files_and_folders_that_cannot_be_read(tmp_path, model_args):

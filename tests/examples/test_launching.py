@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import evaluate_clm
 import run_clm
 from clm_arguments import DataArguments, ModelArguments
-from clm_data import load_texts, training_blocks
+from clm_data import load_texts, make_blocks
 
 ROOT = Path(__file__).parents[2]
 PROBE = Path(__file__).with_name("launch_probe.py")
@@ -139,7 +139,7 @@ def expected_blocks(folder, streaming):
     data_args = DataArguments(**files, streaming=streaming)
     texts = load_texts(ModelArguments(cache_dir=str(folder / "cache")), data_args)
     tokenizer = AutoTokenizer.from_pretrained(folder / "ddp")
-    return [tuple(block["input_ids"]) for block in training_blocks(texts["train"], tokenizer, 16, data_args)]
+    return [tuple(block["input_ids"]) for block in make_blocks(texts["train"], tokenizer, 16, data_args, None)[0]]
 
 
 def test_each_process_has_its_own_blocks_and_none_is_lost(folder, ddp):
