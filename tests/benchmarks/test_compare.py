@@ -96,21 +96,16 @@ def test_decays_branch_from_the_checkpoints_of_their_trunk():
             assert words[words.index("--extend_from") + 1] == f"folder/{job.trunk}/checkpoint-{job.begins}"
 
 
-@pytest.mark.parametrize(
-    ("flags", "reason"),
-    [
-        (["--settings", '{"steps": 401}'], "steps=401 must be a positive multiple of 20"),
-        (["--settings", '{"warmup": 200}'], "warmup=200 must be 1 to 132, half of the first horizon"),
-        (["--settings", '{"rates": {"radam": [1e-3, 1e-3, 2e-3]}}'], "at least three different positive numbers"),
-        (["--settings", '{"rates": {"radam": [0, 1e-3, 2e-3]}}'], "at least three different positive numbers"),
-        (["--settings", '{"stepz": 40}'], "unexpected keyword argument 'stepz'"),
-        (["--workers", "0"], "--workers 0 must be at least 1"),
-    ],
-)
-def test_wrong_settings_are_refused(flags, reason, capsys):
-    with pytest.raises(SystemExit):
-        parse_arguments(flags)
-    assert reason in capsys.readouterr().err
+def test_wrong_settings_are_refused(capsys):
+    for settings, reason in (
+        ('{"steps": 401}', "steps=401 must be a positive multiple of 20"),
+        ('{"warmup": 200}', "warmup=200 must be 1 to 132, half of the first horizon"),
+        ('{"rates": {"radam": [1e-3, 1e-3, 2e-3]}}', "at least three different positive numbers"),
+        ('{"stepz": 40}', "unexpected keyword argument 'stepz'"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(["--settings", settings])
+        assert reason in capsys.readouterr().err
 
 
 # ---- Results ----
@@ -187,19 +182,6 @@ def test_tables_and_figures_say_the_numbers(compared, tmp_path):
     drawn = compare_figures.draw(compared, tmp_path / "figures")
     assert [path.stem for path in drawn] == ["losses", "learning_rates", "tuning", "steps_to_serve"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
-
-
-def test_verdicts_and_what_diverged():
-    for holds, for_every_seed, words in (
-        ([True] * 3, [True] * 3, "holds"),
-        ([True] * 3, [True, False, True], "holds, on the mean of the seeds"),
-        ([True, False, False], [True, False, False], "holds at 1 of 3"),
-        ([False] * 3, [False] * 3, "does not hold"),
-    ):
-        assert results._verdict(holds, for_every_seed) == words
-    assert results._mean([2.0, math.inf]) == "diverged (1 of 2 seeds)" and results._mean([2.0]) == "2.000"
-    assert results._difference(math.nan, [0.0, math.nan]) == "diverged"
-    assert results._difference(1.0, [1.0]) == "+1.00 %"
 
 
 # ---- Real trainings ----

@@ -1,15 +1,12 @@
-"""The scripts from end to end: `accelerate launch` trains a tiny model, `evaluate_clm.py` finds its loss again.
+"""The scripts from end to end: `run_clm.py` trains a tiny model, `evaluate_clm.py` finds its loss again.
 
-What needs no launch of its own calls the scripts in this process. Oracles: `eval_results.json`, which the trainer
-wrote; the loss of the folder `ewa/` loaded by plain transformers.
+They run in this process; test_launching.py and test_first_run.py launch them. Oracles: `eval_results.json`, which
+the trainer wrote; the loss of the folder `ewa/` loaded by plain transformers.
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -37,7 +34,7 @@ def words(settings):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a finished run of six steps of `accelerate launch`: RAdam and EWA, checkpoints at 3 and 6."""
+    """A folder with a finished run of six steps: RAdam and EWA, checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("run_clm")
     draw = random.Random(0)
     (folder / "texts").mkdir()
@@ -57,17 +54,10 @@ def folder(tmp_path_factory):
         "token": "secret",
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    options = ["--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(ROOT / "examples" / "run_clm.py")]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(folder / "home"), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [*command, "run.yaml", "--ewa_eval_raw"],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("sys.argv", ["run_clm.py", "run.yaml", "--ewa_eval_raw"])
+        run_clm.run()
     return folder
 
 
