@@ -89,13 +89,14 @@ def launch_files() -> str:
 
 
 def memory() -> str:
-    rows = []
-    for size, processes in ((7, 8), (70, 512)):
-        for file in ("ddp", "zero1", "zero2", "zero3", "fsdp2") if size == 7 else ("zero3", "fsdp2"):
-            sum_of_bytes = f"{size} x ({formula(file, True)})".replace("N", str(processes))
-            held = number(size * per_rank(file, processes, bf16=True))
-            rows.append([f"{size} B on {processes}", f"`{file}.yaml`", sum_of_bytes, f"{held} GB"])
-    return table("| model, GPUs | launch file | 10^9 x bytes | per process |", rows)
+    held = {file: f"{number(7 * per_rank(file, 8, bf16=True))} GB" for file in HELD}
+    large = {number(70 * per_rank(file, 512, bf16=True)) for file in ("zero3", "fsdp2")}
+    assert held["zero3"] == held["fsdp2"] and len(large) == 1
+    return (
+        f"With `--bf16 true` and `--ewa`, 7 B parameters on 8 GPUs take {held['ddp']} per process with DDP, "
+        f"{held['zero1']} with ZeRO-1,\n{held['zero2']} with ZeRO-2, and {held['fsdp2']} with ZeRO-3 or FSDP2. With "
+        f"the last two, 70 B on 512 GPUs take {large.pop()} GB.\n"
+    )
 
 
 def saving() -> str:
