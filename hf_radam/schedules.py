@@ -185,16 +185,49 @@ class Schedule(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _DecayingSchedule(Schedule):
-    """What WSD and WSD-S have in common."""
+class _DecaysToBudgets(Schedule):
+    """What WSD and WSD-S have in common: one or several parts of a ramp, the peak and a decay."""
 
     decay_type: str = "1-sqrt"
     min_lr_ratio: float = 0.0
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _parts: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
+    """Start, steps of the ramp and steps of the decay of each part."""
 
-    def __post_init__(self) -> None:
-        """Check shape and floor."""
-        super().__post_init__()
+    def _set_parts(self, ends: Sequence[int], decays: Sequence[int], rewarmup_steps: int = 0) -> None:
+        """Check that the decay fits into each part, and keep them for `multiplier`."""
         check_decay(self.decay_type, self.min_lr_ratio)
+        starts = (0, *ends[:-1])
+        ramps = (self.warmup_steps, *[rewarmup_steps] * (len(ends) - 1))
+        for start, ramp, decay, end in zip(starts, ramps, decays, ends, strict=True):
+            if end <= start:
+                raise ValueError(f"budgets must increase, got {end} after {start} in {[*ends]}. Sort them.")
+            if ramp + decay > end - start:
+                raise ValueError(
+                    f"A warm-up of {ramp} steps and a decay of {decay} do not fit between steps {start} and {end}. "
+                    f"Shorten one of them, or set a later end (max_steps or budgets)."
+                )
+        self._set(_ends=tuple(ends), _parts=tuple(zip(starts, ramps, decays, strict=True)))
+
+    def multiplier(self, step: int) -> float:
+        """Return the multiplier for the step that follows `step` completed steps."""
+        if step >= self.total_steps:
+            return float(self.min_lr_ratio)
+        index = bisect_right(self._ends, step)
+        start, ramp, decay = self._parts[index]
+        if step - start < ramp:
+            return (step - start) / ramp
+        if step < self._ends[index] - decay:
+            return 1.0
+        return decay_multiplier((step - self._ends[index] + decay) / decay, self.decay_type, self.min_lr_ratio)
+
+    def phases(self) -> list[Phase]:
+        """Return warm-up, stable phase and decay of each part."""
+        phases = []
+        for (start, ramp, decay), end in zip(self._parts, self._ends, strict=True):
+            bounds = (start, start + ramp, end - decay, end)
+            phases += [Phase(*phase) for phase in zip((WARM_UP, STABLE, DECAY), bounds[:-1], bounds[1:], strict=True)]
+        return [phase for phase in phases if phase.start < phase.end]
 
     def describe(self) -> str:
         """Return one line with the warm-up, the decays and their shape."""
@@ -205,7 +238,7 @@ class _DecayingSchedule(Schedule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSD(_DecayingSchedule):
+class WSD(_DecaysToBudgets):
     """Warmup-stable-decay: see `wsd`, whose keywords are its fields."""
 
     name = "wsd"
@@ -215,28 +248,11 @@ class WSD(_DecayingSchedule):
         """Check that warm-up and decay fit into the run."""
         super().__post_init__()
         self._set(decay_steps=_whole("decay_steps", self.decay_steps, at_least=1))
-        needed = self.warmup_steps + self.decay_steps
-        if needed > self.total_steps:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} and decay_steps={self.decay_steps} need {needed} steps, but the run "
-                f"has {self.total_steps}. Shorten one of them, or set --max_steps {needed} or more."
-            )
-
-    def multiplier(self, step: int) -> float:
-        """Return the multiplier for the step that follows `step` completed steps."""
-        if step >= self.total_steps:
-            return float(self.min_lr_ratio)
-        return _between_decays(
-            step, self.total_steps, self.decay_steps, self.warmup_steps, self.decay_type, self.min_lr_ratio
-        )
-
-    def phases(self) -> list[Phase]:
-        """Return the warm-up, the stable phase and the decay."""
-        return _phases(0, self.warmup_steps, self.total_steps, self.decay_steps)
+        self._set_parts((self.total_steps,), (self.decay_steps,))
 
 
 @dataclass(frozen=True, kw_only=True)
-class WSDS(_DecayingSchedule):
+class WSDS(_DecaysToBudgets):
     """WSD-S, a decay before each of several budgets: see `wsd_s`, whose keywords are its fields."""
 
     name = "wsd_s"
@@ -247,49 +263,22 @@ class WSDS(_DecayingSchedule):
 
     def __post_init__(self) -> None:
         """Check that every decay fits between its budgets."""
-        budgets, decays = self.budgets, self.decay_steps
-        for name, values in (("budgets", budgets), ("decay_steps", decays)):
+        for name, values in (("budgets", self.budgets), ("decay_steps", self.decay_steps)):
             if not isinstance(values, Sequence) or isinstance(values, str) or not values:
                 raise ValueError(f"{name} must be a list with one entry per budget, like [300, 700], got {values!r}.")
-        if len(decays) != len(budgets):
+        if len(self.decay_steps) != len(self.budgets):
             raise ValueError(
-                f"decay_steps={decays!r} has {len(decays)} lengths for {len(budgets)} budgets ({budgets!r}). "
-                f"Give one length per budget."
+                f"decay_steps={self.decay_steps!r} has {len(self.decay_steps)} lengths for {len(self.budgets)} budgets "
+                f"({self.budgets!r}). Give one length per budget."
             )
         self._set(
-            budgets=tuple(_whole("each of budgets", budget, at_least=1) for budget in budgets),
-            decay_steps=tuple(_whole("each of decay_steps", decay, at_least=1) for decay in decays),
+            budgets=tuple(_whole("each of budgets", budget, at_least=1) for budget in self.budgets),
+            decay_steps=tuple(_whole("each of decay_steps", decay, at_least=1) for decay in self.decay_steps),
             rewarmup_steps=_whole("rewarmup_steps", self.rewarmup_steps, at_least=0),
-            total_steps=budgets[-1],
+            total_steps=self.budgets[-1],
         )
         super().__post_init__()
-        previous, ramp, ramp_name = 0, self.warmup_steps, "warmup_steps"
-        for budget, decay in zip(self.budgets, self.decay_steps, strict=True):
-            if budget <= previous:
-                raise ValueError(f"budgets must increase, got {budget} after {previous} in {budgets!r}. Sort them.")
-            if ramp + decay > budget - previous:
-                raise ValueError(
-                    f"The decay of {decay} steps before budget {budget} (with {ramp_name}={ramp}) reaches back past "
-                    f"step {previous}. Shorten it to {budget - previous - ramp} or less, or move the budget."
-                )
-            previous, ramp, ramp_name = budget, self.rewarmup_steps, "rewarmup_steps"
-
-    def multiplier(self, step: int) -> float:
-        """Return the multiplier for the step that follows `step` completed steps."""
-        if step >= self.total_steps:
-            return float(self.min_lr_ratio)
-        index = bisect_right(self.budgets, step)
-        begin, ramp = (self.budgets[index - 1], self.rewarmup_steps) if index else (0, self.warmup_steps)
-        length, decay = self.budgets[index] - begin, self.decay_steps[index]
-        return _between_decays(step - begin, length, decay, ramp, self.decay_type, self.min_lr_ratio)
-
-    def phases(self) -> list[Phase]:
-        """Return warm-up, stable phase and decay of every budget."""
-        phases, begin, ramp = [], 0, self.warmup_steps
-        for budget, decay in zip(self.budgets, self.decay_steps, strict=True):
-            phases += _phases(begin, ramp, budget, decay)
-            begin, ramp = budget, self.rewarmup_steps
-        return phases
+        self._set_parts(self.budgets, self.decay_steps, self.rewarmup_steps)
 
     def resets_to_peak(self, step: int) -> bool:
         """Return whether `step` is a budget: the last one too, as from there the run can be extended."""
@@ -356,7 +345,8 @@ def wsd(
 ) -> float:
     """Return the warmup-stable-decay multiplier, in [0, 1], for the step that follows `step` completed steps.
 
-    With s = `step`, T = `total_steps`, D = `decay_steps`, W = `warmup_steps`, m = `min_lr_ratio`:
+    With s = `step` and, all in steps, T = `total_steps` (the run, decay included), D = `decay_steps` (about 10 % of T
+    is enough), W = `warmup_steps`; `decay_type` is one of `DECAY_TYPES`, and the floor m = `min_lr_ratio` in [0, 1):
 
         s / W                  0     <= s < W          warm-up: step n = s + 1 gets (n - 1) / W
         1                      W     <= s < T - D      stable
@@ -368,14 +358,6 @@ def wsd(
     for number; its warm-up starts at the floor, this one at 0, as the other schedules of transformers do.
 
     Source: MiniCPM, arXiv:2404.06395; shapes: Hägele et al., arXiv:2405.18392.
-
-    Args:
-        step: Completed steps, 0 or more.
-        total_steps: Length of the run, decay included.
-        decay_steps: Length of the decay, 1 or more. About 10 % of the run is enough.
-        warmup_steps: Length of the linear warm-up; 0 for none.
-        decay_type: One of `DECAY_TYPES`.
-        min_lr_ratio: Floor as a multiplier of `learning_rate`, in [0, 1).
 
     Example: a warm-up of 2, a stable phase until 6 and a decay of 4 in a run of 10 steps.
 
@@ -513,20 +495,6 @@ def count_from_ratio(value: float, total: int, *, name: str) -> int:
     # number: rounding the ratio and the product moves it by 2.3e-16 of itself at most. The test is relative, so a tiny
     # ratio still gives 1 step and never 0.
     return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.ceil(product)
-
-
-def _between_decays(step: int, length: int, decay: int, ramp: int, decay_type: str, min_lr_ratio: float) -> float:
-    """Return the multiplier within `length` steps: ramp from 0, stable, decay at the end. Called for every step."""
-    if step < ramp:
-        return step / ramp
-    if step < length - decay:
-        return 1.0
-    return decay_multiplier((step - (length - decay)) / decay, decay_type, min_lr_ratio)
-
-
-def _phases(begin: int, ramp: int, end: int, decay: int) -> list[Phase]:
-    bounds = ((WARM_UP, begin, begin + ramp), (STABLE, begin + ramp, end - decay), (DECAY, end - decay, end))
-    return [Phase(*bound) for bound in bounds if bound[2] > bound[1]]
 
 
 def _is_number(value: object) -> bool:

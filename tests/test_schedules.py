@@ -151,12 +151,6 @@ def test_one_budget_is_wsd_number_for_number(total, decay, warmup, decay_type):
         assert one.multiplier(step) == wsd_s(step, **one.to_dict())
 
 
-def test_wsd_and_wsd_s_agree_before_the_first_decay_of_a_longer_plan():
-    longer = partial(wsd_s, budgets=[300, 700], decay_steps=[30, 70], warmup_steps=20)
-    first = partial(wsd, total_steps=300, decay_steps=30, warmup_steps=20)
-    assert [longer(s) for s in range(300)] == [first(s) for s in range(300)]
-
-
 # Ratios and counts
 
 
@@ -253,7 +247,7 @@ def test_bad_shapes_and_floors_are_rejected(changes, message):
 
 def test_decay_and_warmup_longer_than_the_run_are_rejected():
     WSD(total_steps=100, decay_steps=60, warmup_steps=40)
-    message = r"^warmup_steps=41 and decay_steps=60 need 101 steps, but the run has 100\. .*--max_steps 101"
+    message = r"^A warm-up of 41 steps and a decay of 60 do not fit between steps 0 and 100\. Shorten"
     expect(WSD, wsd, dict(total_steps=100, decay_steps=60, warmup_steps=41), message)
 
 
@@ -269,18 +263,9 @@ def test_decay_and_warmup_longer_than_the_run_are_rejected():
         (dict(budgets=[50, 100], decay_steps=[0, 1]), r"^each of decay_steps must be .* 1 or more, got 0"),
         (dict(budgets=[300, 300], decay_steps=[1, 1]), r"^budgets must increase, got 300 after 300 in \[300, 300\]"),
         (dict(budgets=[300, 200], decay_steps=[1, 1]), r"^budgets must increase, got 200 after 300"),
-        (
-            dict(budgets=[50, 100], decay_steps=[45, 10], warmup_steps=6),
-            r"^The decay of 45 steps before budget 50 \(with warmup_steps=6\) .*past step 0\. .*to 44 or less",
-        ),
-        (
-            dict(budgets=[50, 100], decay_steps=[5, 51]),
-            r"^The decay of 51 steps before budget 100 \(with rewarmup_steps=0\) .*past step 50\. .*to 50 or less",
-        ),
-        (
-            dict(budgets=[50, 100], decay_steps=[5, 48], rewarmup_steps=3),
-            r"\(with rewarmup_steps=3\) reaches back past step 50\. .*to 47 or less",
-        ),
+        (dict(budgets=[50, 100], decay_steps=[45, 10], warmup_steps=6), r"^A warm-up of 6 .* 45 .* steps 0 and 50\."),
+        (dict(budgets=[50, 100], decay_steps=[5, 51]), r"^A warm-up of 0 .* decay of 51 .* steps 50 and 100\."),
+        (dict(budgets=[50, 100], decay_steps=[5, 48], rewarmup_steps=3), r"^A warm-up of 3 .* steps 50 and 100\."),
     ],
 )
 def test_bad_budgets_are_rejected(arguments, message):

@@ -128,23 +128,14 @@ REFUSED = [
         "linear with radam_schedulefree",
     ),
     ({"optim": "radam_schedulefree", "lr_scheduler_type": "wsd"}, "needs a constant learning rate. Use auto, constant"),
-    ({"optim": "radam_schedulefree", "lr_scheduler_type": "inverse_sqrt"}, "lr_scheduler_type=inverse_sqrt with"),
     (
         {"optim": "schedule_free_adamw"},
         "optim=schedule_free_adamw: transformers evaluates and saves its gradient point",
     ),
-    ({"optim": "schedule_free_sgd"}, "Use radam_schedulefree"),
     ({"optim": "radam", "lr_scheduler_type": "constant", "warmup_steps": 5}, "ignores warmup_steps=5"),
     ({"optim": "radam", "warmup_steps": 60, "decay_steps": 50}, "60"),
-    ({"optim": "radam", "decay_steps": 2.5}, "decay_steps"),
     ({"optim": "radam", "decay_steps": math.nan}, "decay_steps"),
-    ({"optim": "radam", "decay_steps": 0}, "decay_steps"),
     ({"optim": "radam", "decay_steps": 101}, "101"),
-    ({"optim": "radam", "decay_type": "sqrt"}, "sqrt"),
-    ({"optim": "radam", "decay_type": "inverse"}, "min_lr_ratio"),
-    ({"optim": "radam", "decay_type": "exponential"}, "min_lr_ratio"),
-    ({"optim": "radam", "min_lr_ratio": 1.5}, "1.5"),
-    ({"optim": "radam", "min_lr_ratio": math.nan}, "min_lr_ratio"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [50, 50]}, "50"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [150]}, "reach past the end of the run at step 100"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [math.nan]}, "budgets"),
@@ -164,12 +155,10 @@ REFUSED = [
     ({"ewa_decay": 0.9}, "ewa_decay=0.9 has no effect without ewa. Set --ewa"),
     ({"ewa_eval_raw": True}, "ewa_eval_raw=True has no effect without ewa"),
     ({"ewa": True, "ewa_decay": 0.9, "ewa_half_life_ratio": 0.1}, "two windows for one average"),
-    ({"ewa": True, "ewa_decay": 1.0}, "ewa_decay=1.0 must lie strictly between 0 and 1"),
-    ({"ewa": True, "ewa_half_life_ratio": math.nan}, "ewa_half_life_ratio=nan must be above 0"),
-    ({"ewa": True, "ewa_every": 0}, "ewa_every=0 must be a whole number of steps, 1 or more"),
-    ({"ewa": True, "ewa_start_step": -1}, "ewa_start_step=-1 must be"),
     ({"ewa": True, "ewa_start_step": 100}, "leave no averaging in a run of 100 steps"),
     ({"ewa": True, "ewa_device": "gpu"}, "ewa_device='gpu' is not known. Use cpu"),
+    ({"optim": "radam", "fused_optimizer": "yes"}, "fused_optimizer='yes' is not known. Use auto, true or false"),
+    ({"optim": "adamw_torch", "fused_optimizer": "true"}, "fused_optimizer=true has no effect with optim=adamw_torch"),
     ({"optim": "radam", "learning_rate": math.nan}, "learning_rate=nan must be a finite number"),
     ({"optim": "radam", "weight_decay": math.inf}, "weight_decay=inf must be a finite number"),
     ({"optim": "radam", "warmup_steps": 2.5}, "warmup_steps=2.5 must be a whole number"),
@@ -189,11 +178,9 @@ REFUSED = [
     ),
     ({"lr_scheduler_type": "cosine", "extend_from": "tests"}, "extend_from=tests with lr_scheduler_type=cosine"),
     ({"ewa": True, "extend_from": "tests", "resume_from_checkpoint": "x"}, "exclude each other. Drop one"),
-    ({"optim": "radam", "warmup_steps": math.inf}, "warmup_steps=inf must be"),
     ({"optim": "radam", "auto_find_batch_size": True}, "auto_find_batch_size=True begins again at step 0"),
     # Also where the length of the run is not known yet
     ({"optim": "radam", "max_steps": -1, "decay_type": "sqrt"}, "got 'sqrt'"),
-    ({"optim": "radam", "max_steps": -1, "decay_type": "inverse"}, "Set --min_lr_ratio 0.1"),
     ({"optim": "radam", "max_steps": -1, "min_lr_ratio": math.nan}, "min_lr_ratio must lie in [0, 1), got nan"),
     ({"optim": "radam", "max_steps": -1, "decay_steps": math.nan}, "decay_steps must be a whole number"),
     ({"lr_scheduler_type": "wsd_s", "max_steps": -1, "budgets": [0.5, 2.5]}, "budgets must be a whole number"),
@@ -222,18 +209,6 @@ def test_options_of_the_optimizers_reach_them(tmp_path):
     cls, kwargs = make(tmp_path, optim="radam_schedulefree", optim_args=options).optimizer_class_and_kwargs()
     assert cls.__name__ == "RAdamScheduleFree"
     assert (kwargs["r"], kwargs["weight_lr_power"], kwargs["silent_sgd_phase"]) == (1.0, 3.0, False)
-
-
-@pytest.mark.parametrize(
-    ("optim", "wanted", "words"),
-    [
-        ("radam", "yes", "fused_optimizer='yes' is not known. Use auto, true or false"),
-        ("adamw_torch", "true", "fused_optimizer=true has no effect with optim=adamw_torch. Use radam or"),
-    ],
-)
-def test_fused_updates_that_cannot_be(optim, wanted, words, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(words)):
-        RAdamTrainingArguments(tmp_path, optim=optim, fused_optimizer=wanted)
 
 
 @pytest.mark.parametrize("given", [True, "true", "True"])
