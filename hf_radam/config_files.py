@@ -116,25 +116,25 @@ class ConfigArgumentParser(HfArgumentParser):
         """Read (key, its text or texts, its value), in the order of the file."""
         try:
             with open(path, encoding="utf-8") as file:
-                entries = (_json_entries if path.endswith(JSON_SUFFIX) else _yaml_entries)(file.read())
+                read = (_read_json if path.endswith(JSON_SUFFIX) else _read_yaml)(file.read())
         except OSError as error:
             self.error(f"cannot be read: {error.strerror}")
         except json.JSONDecodeError as error:
             self.error(f"is not valid JSON: {error}")
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             self.error(f"is not valid YAML: {error}")
-        if entries is None:
+        if read is None:
             self.error("holds no settings: write one `name: value` a line")
-        keys = [key for key, _, _ in entries]
+        keys, texts, values = read
         for key in keys:
             if keys.count(key) > 1:
                 self.error(f"key {key!r} stands there {keys.count(key)} times: keep one of them")
-        return entries
+        return list(zip(keys, texts.values(), values.values(), strict=True))
 
     def _tokens(self, key: str, text: Any, value: Any) -> list[str]:
         """Return one value of the file as a flag."""
         action = self._flags[key]
-        if isinstance(value, bool) and _is_boolean(self._hints[key]):
+        if isinstance(value, bool) and bool in _members(self._hints[key]):
             return [f"--{key}={value}"]
         if not isinstance(value, list | dict):
             return [f"--{key}={text}"]
@@ -151,34 +151,21 @@ class ConfigArgumentParser(HfArgumentParser):
         return []
 
 
-def _yaml_entries(text: str) -> list[tuple[Any, Any, Any]] | None:
-    """Read the entries of a mapping, with scalars as they are written; None for anything else."""
-    loader = yaml.SafeLoader(text)
-    node = loader.get_single_node()
+def _read_yaml(text: str) -> tuple[list[Any], dict[Any, Any], dict[Any, Any]] | None:
+    """Read keys, texts and values of a mapping; None for anything else."""
+    node = yaml.compose(text, yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return None
-    return [(key.value, _yaml_text(item), loader.construct_object(item, deep=True)) for key, item in node.value]
+    return [key.value for key, _ in node.value], yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
 
 
-def _yaml_text(node: yaml.Node) -> Any:
-    if isinstance(node, yaml.SequenceNode):
-        return [_yaml_text(item) for item in node.value]
-    return node.value if isinstance(node, yaml.ScalarNode) else None
-
-
-def _json_entries(text: str) -> list[tuple[Any, Any, Any]] | None:
+def _read_json(text: str) -> tuple[list[Any], dict[Any, Any], dict[Any, Any]] | None:
     """Do the same for JSON: YAML would make two characters of an escaped one beyond the BMP."""
     values = json.loads(text)
     if not isinstance(values, dict):
         return None
     keys = [key for key, _ in json.loads(text, object_pairs_hook=list)]  # a dictionary has each of them once
-    return [(key, _json_text(values[key]), values[key]) for key in keys]
-
-
-def _json_text(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_json_text(item) for item in value]
-    return value if isinstance(value, str) else None if isinstance(value, dict) else json.dumps(value)
+    return keys, json.loads(text, parse_int=str, parse_float=str), values
 
 
 def _members(hint: Any) -> tuple[Any, ...]:
@@ -186,7 +173,3 @@ def _members(hint: Any) -> tuple[Any, ...]:
     is_class = isinstance(hint, type) or hasattr(hint, "__origin__") and isinstance(hint.__origin__, type)
     members = (hint,) if is_class else tuple(m for arg in get_args(hint) for m in _members(arg))
     return tuple(m for m in members if isinstance(getattr(m, "__origin__", m), type))
-
-
-def _is_boolean(hint: Any) -> bool:
-    return bool in _members(hint)
