@@ -148,23 +148,30 @@ def load_model_folder(
     path, trust = Path(folder), kwargs.get("trust_remote_code")
     if (path / ADAPTER_CONFIG_NAME).is_file():
         return base_and_adapter(path, model_class=model_class, dtypes=None, **kwargs)
-    if not (path / CONFIG_NAME).is_file():
-        raise ValueError(
-            f"{path} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load its {SAFE_WEIGHTS_NAME} with "
-            "safetensors.torch.load_file."
-        )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     if not is_sharded_alone(path):
-        return (model_class or _class_of(path, config)).from_pretrained(path, **kwargs)
-    model = _meta_model(path, copy.deepcopy(config), model_class=model_class, trust_remote_code=trust)
+        return (model_class or _class_of(path, _config_of(path, None, trust))).from_pretrained(path, **kwargs)
+    config = kwargs.pop("config", None) or _config_of(path, model_class, trust)
+    model = _meta_model(path, copy.deepcopy(config), model_class, trust)
     shards = ShardedWeights(path)
     state = {key: torch.empty_like(shards.like[key], device="cpu") for key in _saved_in(shards, path, model)}
     shards.read({key: (0, value.view(-1)) for key, value in state.items()})
     if (path / GENERATION_CONFIG_NAME).is_file():
         kwargs = {"generation_config": GenerationConfig.from_pretrained(path)} | kwargs
-    kwargs = {"config": config, "state_dict": to_file_form(model, state)} | kwargs
-    loaded: PreTrainedModel = type(model).from_pretrained(None, **kwargs)
+    state = to_file_form(model, state)
+    loaded: PreTrainedModel = type(model).from_pretrained(None, config=config, state_dict=state, **kwargs)
     return loaded
+
+
+def _config_of(folder: Path, model_class: Any, trust_remote_code: bool | None) -> Any:
+    if not (folder / CONFIG_NAME).is_file():
+        raise ValueError(
+            f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load its {SAFE_WEIGHTS_NAME} with "
+            "safetensors.torch.load_file."
+        )
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is not None:
+        return config_class.from_pretrained(folder)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _class_of(folder: Path, config: Any) -> Any:
@@ -180,8 +187,7 @@ def _class_of(folder: Path, config: Any) -> Any:
     raise ValueError(f"{folder / CONFIG_NAME} names no model class of transformers ({names}). Pass model_class.")
 
 
-def _meta_model(folder: Path, config: Any, *, model_class: Any, trust_remote_code: bool | None) -> Any:
-    """Make the model of a folder on the meta device."""
+def _meta_model(folder: Path, config: Any, model_class: Any, trust_remote_code: bool | None) -> Any:
     model_class = model_class or _class_of(folder, config)
     with torch.device("meta"):
         if hasattr(model_class, "_from_config"):
@@ -239,8 +245,8 @@ def write_consolidated(
     """Write the weights of a sharded model folder as files into another folder; return the files' names."""
     model, shards = None, ShardedWeights(folder)
     if (folder / CONFIG_NAME).is_file():
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        model = _meta_model(folder, config, model_class=model_class, trust_remote_code=trust_remote_code)
+        config = _config_of(folder, model_class, trust_remote_code)
+        model = _meta_model(folder, config, model_class, trust_remote_code)
     like = {key: shards.like[key] for key in _saved_in(shards, folder, model)}
     write_weights(into, model, Tensors(like, shards.read_tensor), writes=True)
     names = [file.name for file in into.iterdir() if file.name.startswith(SAFE_WEIGHTS_NAME.split(".")[0])]

@@ -50,8 +50,6 @@ from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.sharding.base import rank, world_size
 
 METADATA_NAME, SHAPES_NAME = ".metadata", "shapes.json"
-LARGEST_METADATA = 2**30
-"""Bytes; the entry of one shard takes about 200."""
 TRUSTED = {
     "torch": {"Size"},
     "torch.serialization": {"_get_layout"},
@@ -159,8 +157,6 @@ def read_metadata(folder: PathLike) -> Metadata:
     """
     file = Path(folder) / METADATA_NAME
     try:
-        if file.stat().st_size > LARGEST_METADATA:
-            raise ValueError("it is too long")
         metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
         if not isinstance(metadata, Metadata):
             raise TypeError(f"it is a {type(metadata).__name__}")

@@ -1,7 +1,7 @@
-"""A run goes on in another layout: other back-ends, other numbers of processes, full and sharded state dicts.
+"""A run is resumed in another layout: another back-end, number of processes, or kind of state dicts.
 
-Oracles: the run that was never interrupted, in the layout that goes on; the files, read with torch's own functions; and
-the weights and the optimizer of the run that saved, kept at the update of the save. Bitwise where nothing is computed.
+Oracles: the uninterrupted run in the layout that resumes; the files, read with torch's own functions; and
+the weights and the optimizer of the run that saved, kept at the step of the save. Bitwise where nothing is computed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 
 from hf_radam import RAdamTrainer
 
-SAVED, UPDATES = 6, 12
+SAVED, STEPS = 6, 12
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
 METHODS = {
     "wsd": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 4},
@@ -26,7 +26,7 @@ METHODS = {
 LAYOUTS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
 MOVES = [("one", "ddp"), ("ddp", "one"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2_sharded")]
 MOVES += [("fsdp2_sharded", "one"), ("one", "fsdp2_sharded")]
-# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 updates long.
+# A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 12 steps long.
 TOLERANCE = 1e-6
 
 
@@ -44,7 +44,7 @@ def whole(tensor):
 
 
 class Notes(TrainerCallback):
-    """Keeps weights and optimizer, whole, as they are when training begins and at the update of the save."""
+    """Records complete weights and optimizer state when training begins and at the step of the save."""
 
     def __init__(self):
         self.trainer, self.kept = None, {}
@@ -73,8 +73,8 @@ class Notes(TrainerCallback):
 
 
 def train(folder, layout, method, resume=None, **overrides):
-    """Train in this process, or these; returns what was kept on the way, and the weights at the end."""
-    options = {"max_steps": UPDATES, "save_strategy": "steps", "save_steps": SAVED, "per_device_train_batch_size": 2}
+    """Train, and return what was recorded on the way and the weights at the end."""
+    options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "per_device_train_batch_size": 2}
     options |= {"gradient_accumulation_steps": 2 if layout == "one" else 1}
     arguments = tiny.arguments(folder, **options | METHODS[method] | harness.arguments(layout) | overrides)
     notes = Notes()
@@ -126,7 +126,7 @@ def plain(groups):
 
 
 def check_what_was_loaded(kept, saved, files, method):
-    """Every process began with just what was saved."""
+    """Every process began with exactly what was saved."""
     state, groups = files
     assert tiny.same(kept["begin"]["weights"], saved["weights"])
     averages = kept["begin"]["average"], saved["average"]
@@ -140,16 +140,16 @@ def check_what_was_loaded(kept, saved, files, method):
         assert [group["k"] for group in groups] == [SAVED] * 2
 
 
-def check_the_end(kept, never_stopped, *, moved):
-    """What went on trained as what was never interrupted."""
-    end, expected = kept["end"], never_stopped["end"]
+def check_the_end(kept, uninterrupted_run, *, moved):
+    """The resumed run trained like the uninterrupted one."""
+    end, expected = kept["end"], uninterrupted_run["end"]
     assert end.keys() == expected.keys()
     difference = max(float((end[name] - expected[name]).abs().max()) for name in end)
     trained = max(float((end[name] - kept["begin"]["weights"][name]).abs().max()) for name in end)
     assert difference <= (TOLERANCE if moved else 0.0) and trained > 1000 * TOLERANCE, (difference, trained)
 
 
-def test_a_run_goes_on_in_every_layout_as_if_it_had_always_been_there(tmp_path):
+def test_a_run_is_resumed_in_every_layout_as_if_it_had_always_been_there(tmp_path):
     whole = {layout: harness.run(uninterrupted, tmp_path, layout, backend=layout) for layout in LAYOUTS}
     for layout in LAYOUTS:
         sources = [layout, *[source for source, target in MOVES if target == layout]]
@@ -159,7 +159,7 @@ def test_a_run_goes_on_in_every_layout_as_if_it_had_always_been_there(tmp_path):
                 files = in_files(tmp_path / source / method / f"checkpoint-{SAVED}", method)
                 check_what_was_loaded(kept, whole[source][0][method]["saved"], files, method)
                 check_the_end(kept, whole[layout][rank][method], moved=source != layout)
-    for layout in ("ddp", "fsdp2", "fsdp2_sharded"):  # on three processes an update has other samples
+    for layout in ("ddp", "fsdp2", "fsdp2_sharded"):  # on three processes a step has other samples
         each = harness.run(resumed, tmp_path, layout, [layout], "_by_three", backend=layout, world=3)
         for found in each:
             for (source, method), kept in found.items():

@@ -1,4 +1,4 @@
-"""What is particular to sharded models: precision, the best model, memory, refusals, replaced optimizers.
+"""Sharded models: precision, the best model, memory, refusals, replaced optimizers.
 
 Oracles: the master weights gathered by DeepSpeed's and torch's own functions; plain `from_pretrained`; counting every
 tensor that torch makes.
@@ -40,9 +40,9 @@ def options(backend, **more):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation of torch makes, and of all that are made."""
+    """Records the size of the largest tensor that any operation makes."""
 
-    largest = total = 0
+    largest = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -50,15 +50,14 @@ class LargestTensor(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
                 self.largest = max(self.largest, leaf.numel())
-                self.total += leaf.numel()
         return result
 
 
-# ---- Averages in parts ----
+# ---- Averages of shards ----
 
 
 def largest_while_updating(folder, backend):
-    """The largest tensor made while averaging, the largest part and the largest parameter."""
+    """Return the sizes of the largest tensor made while averaging, the largest shard and the largest parameter."""
     trainer = tiny.trainer(folder, tiny.llama(**ODD), **options(backend, ewa=True, optim="radam"))
     sizes = []
     update = WeightAverage.update
@@ -80,7 +79,7 @@ def largest_while_updating(folder, backend):
 
 
 @pytest.mark.parametrize("backend", ["ddp", *SHARDED])
-def test_averaging_makes_no_tensor_larger_than_a_part(tmp_path, backend):
+def test_averaging_makes_no_tensor_larger_than_a_shard(tmp_path, backend):
     for made, part, whole in harness.run(largest_while_updating, tmp_path, backend, backend=backend):
         assert made <= part
         if backend != "zero2":  # which cuts all parameters together, not each by itself
