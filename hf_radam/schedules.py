@@ -204,8 +204,8 @@ class _DecaysToBudgets(Schedule):
                 raise ValueError(f"budgets must increase, got {end} after {start} in {[*ends]}. Sort them.")
             if ramp + decay > end - start:
                 raise ValueError(
-                    f"A warm-up of {ramp} steps and a decay of {decay} do not fit between steps {start} and {end}. "
-                    f"Shorten one of them, or set a later end (max_steps or budgets)."
+                    f"Warm-up and decay ({ramp} + {decay} steps) do not fit between steps {start} and {end}. Shorten "
+                    "one of them, or set a later end (max_steps or budgets)."
                 )
         self._set(_ends=tuple(ends), _parts=tuple(zip(starts, ramps, decays, strict=True)))
 

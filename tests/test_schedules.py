@@ -247,7 +247,7 @@ def test_bad_shapes_and_floors_are_rejected(changes, message):
 
 def test_decay_and_warmup_longer_than_the_run_are_rejected():
     WSD(total_steps=100, decay_steps=60, warmup_steps=40)
-    message = r"^A warm-up of 41 steps and a decay of 60 do not fit between steps 0 and 100\. Shorten"
+    message = r"^Warm-up and decay \(41 \+ 60 steps\) do not fit between steps 0 and 100\. Shorten"
     expect(WSD, wsd, dict(total_steps=100, decay_steps=60, warmup_steps=41), message)
 
 
@@ -263,9 +263,9 @@ def test_decay_and_warmup_longer_than_the_run_are_rejected():
         (dict(budgets=[50, 100], decay_steps=[0, 1]), r"^each of decay_steps must be .* 1 or more, got 0"),
         (dict(budgets=[300, 300], decay_steps=[1, 1]), r"^budgets must increase, got 300 after 300 in \[300, 300\]"),
         (dict(budgets=[300, 200], decay_steps=[1, 1]), r"^budgets must increase, got 200 after 300"),
-        (dict(budgets=[50, 100], decay_steps=[45, 10], warmup_steps=6), r"^A warm-up of 6 .* 45 .* steps 0 and 50\."),
-        (dict(budgets=[50, 100], decay_steps=[5, 51]), r"^A warm-up of 0 .* decay of 51 .* steps 50 and 100\."),
-        (dict(budgets=[50, 100], decay_steps=[5, 48], rewarmup_steps=3), r"^A warm-up of 3 .* steps 50 and 100\."),
+        (dict(budgets=[50, 100], decay_steps=[45, 10], warmup_steps=6), r"\(6 \+ 45 steps\) .* steps 0 and 50\."),
+        (dict(budgets=[50, 100], decay_steps=[5, 51]), r"\(0 \+ 51 steps\) .* steps 50 and 100\."),
+        (dict(budgets=[50, 100], decay_steps=[5, 48], rewarmup_steps=3), r"\(3 \+ 48 steps\) .* steps 50 and 100\."),
     ],
 )
 def test_bad_budgets_are_rejected(arguments, message):
