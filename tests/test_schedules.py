@@ -309,24 +309,16 @@ def test_phases_decays_and_pins_of_wsd_s():
     )
 
 
+SHAPE = {"warmup_steps": 0, "decay_type": "1-sqrt", "min_lr_ratio": 0.0}
+
+
 @pytest.mark.parametrize(
     ("schedule", "manifest"),
     [
-        (
-            WSD(total_steps=20, decay_steps=8),
-            {"total_steps": 20, "decay_steps": 8, "warmup_steps": 0, "decay_type": "1-sqrt", "min_lr_ratio": 0.0},
-        ),
-        (
-            WSDS(budgets=(10, 20), decay_steps=(4, 8)),
-            {
-                "budgets": [10, 20],
-                "decay_steps": [4, 8],
-                "warmup_steps": 0,
-                "decay_type": "1-sqrt",
-                "min_lr_ratio": 0.0,
-            },
-        ),
+        (WSD(total_steps=20, decay_steps=8), {"total_steps": 20, "decay_steps": 8} | SHAPE),
+        (WSDS(budgets=(10, 20), decay_steps=(4, 8)), {"budgets": [10, 20], "decay_steps": [4, 8]} | SHAPE),
     ],
+    ids=["wsd", "wsd_s"],
 )
 def test_a_schedule_survives_the_manifest_and_pickle(schedule, manifest):
     """The keywords are those of manifests of format 2."""
