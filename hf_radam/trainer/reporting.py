@@ -236,7 +236,7 @@ def push_checkpoint(trainer: Any, checkpoint: Path) -> Future[Any] | None:
         )
         jobs.append(upload)
     if trainer.push_in_progress is None or trainer.push_in_progress.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
+        trainer.push_in_progress = PushInProgress(jobs)  # type: ignore[arg-type]  # upstream passes a list, too
     else:
         trainer.push_in_progress.jobs.extend(jobs)
     return upload

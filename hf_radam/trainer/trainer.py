@@ -47,7 +47,10 @@ from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)
 
-_Base: Any = Trainer if TYPE_CHECKING else object
+if TYPE_CHECKING:
+    _Base = Trainer
+else:
+    _Base = object
 
 
 class RAdamTrainerMixin(_Base):
