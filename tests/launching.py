@@ -1,7 +1,7 @@
-"""Find the tests that start a process: their code, that of their fixtures, or a helper of the tests calls for one.
+"""Find the tests that start a process: their code, that of their fixtures, or of what they use starts one.
 
-The names in the compiled code are followed through the modules of this folder, as far as they are names of functions,
-classes or modules; nothing is run.
+The names in the compiled code are followed through the tests, the examples and the benchmarks, as far as they are names
+of functions, classes or modules; nothing is run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
+FOLDERS = [ROOT / name for name in ("tests", "examples", "benchmarks")]
 STARTERS = {"subprocess", "multiprocessing", "concurrent.futures.process"}
 """Modules whose use means a process."""
 CALLS = {("os", "fork"), ("limits", "run"), ("processes.harness", "run"), ("processes.harness", "context")}
@@ -21,13 +22,13 @@ CALLS = {("os", "fork"), ("limits", "run"), ("processes.harness", "run"), ("proc
 
 
 def launches(functions: list[Any]) -> bool:
-    """Return whether one of the functions, or what it calls in the tests, starts a process."""
+    """Return whether one of the functions, or what it calls in the folders, starts a process."""
     seen: set[Any] = set()
     waiting = list(functions)
     while waiting:
         function = inspect.unwrap(waiting.pop())
         code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-        if code is None or code in seen or not _in_tests(code.co_filename):
+        if code is None or code in seen or not _followed(code.co_filename):
             continue
         seen.add(code)
         for found in _mentioned(code, names):
@@ -47,7 +48,7 @@ def _mentioned(code: CodeType, names: dict[str, Any]) -> Iterator[Any]:
             for attribute in _names(code):
                 if (value.__name__, attribute) in CALLS:
                     yield True
-                if _in_tests(getattr(value, "__file__", None) or ""):
+                if _followed(getattr(value, "__file__", None) or ""):
                     yield from _functions(getattr(value, attribute, None))
         else:
             yield from _functions(value)
@@ -70,5 +71,5 @@ def _names(code: CodeType) -> frozenset[str]:
 
 
 @cache
-def _in_tests(file: str) -> bool:
-    return Path(file).is_relative_to(TESTS)
+def _followed(file: str) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in FOLDERS)

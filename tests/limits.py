@@ -35,11 +35,14 @@ class Limit:
     def __init__(self, pids: Iterable[int], seconds: float = HANG):
         self.pids, self.seconds = list(pids), seconds
         self.begin = self.seen = self._used()
-        self.since = time.monotonic()
+        self.since = self.asked = time.monotonic()
 
     def passed(self) -> bool:
-        """Whether the processes have hung or worked for too long; to be asked every now and then."""
-        used, now = self._used(), time.monotonic()
+        """Whether the processes have hung or worked for too long; to be asked again and again."""
+        now = time.monotonic()
+        if now - self.asked < POLL:
+            return False
+        self.asked, used = now, self._used()
         if used < self.seen or used - self.seen > IDLE * max(1.0, now - self.since):  # less: a child has ended
             self.seen, self.since = used, now
         return now - self.since > self.seconds or used - self.begin > SPINNING * self.seconds
@@ -66,7 +69,7 @@ def communicate(process: subprocess.Popen, seconds: float = HANG) -> tuple[Any, 
     limit = Limit([process.pid], seconds)
     while True:
         try:
-            return process.communicate(timeout=POLL)
+            return process.communicate(timeout=POLL * 1.01)
         except subprocess.TimeoutExpired:
             if limit.passed():
                 process.kill()
@@ -86,14 +89,14 @@ def run(command: Iterable[Any], *, seconds: float = HANG, **options: Any) -> sub
     return subprocess.CompletedProcess(words, process.returncode, output, errors)
 
 
-def wait_until(reached: Callable[[], bool], process: subprocess.Popen, seconds: float = HANG) -> None:
-    """Wait until something is so, for as long as a process works for it.
+def wait_until(reached: Callable[[], bool], process: subprocess.Popen | None = None, seconds: float = HANG) -> None:
+    """Wait until something is so, for as long as a process works for it; without one, for so many seconds.
 
     Raises:
         AssertionError: if the process ends or passes its limit before.
     """
-    limit = Limit([process.pid], seconds)
+    limit = Limit([process.pid] if process else [], seconds)
     while not reached():
-        ended = process.poll() is not None
-        assert reached() or not (ended or limit.passed()), f"{process.args} ended or hangs, and it is not so"
-        time.sleep(0.002)
+        ended = process is not None and process.poll() is not None
+        assert reached() or not (ended or limit.passed()), "the process ended or hangs, and it is not so"
+        time.sleep(0.001)

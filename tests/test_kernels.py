@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+import limits
 import numpy as np
 import pytest
 import torch
@@ -91,7 +92,7 @@ for flush in (True, False):
 
 
 def test_every_thread_treats_denormals_as_the_calling_one():
-    done = subprocess.run([sys.executable, "-c", FLUSHING], capture_output=True, text=True, timeout=100, cwd=ROOT)
+    done = limits.run([sys.executable, "-c", FLUSHING], cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -128,7 +129,7 @@ def test_where_the_compiled_kernel_cannot_run_the_step_is_the_same():
     """In a process of its own: there is no kernel any more afterwards."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, "-c", IN_A_MODE]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = limits.run(command, env=environment)
     assert done.returncode == 0, done.stderr
 
 

@@ -10,10 +10,10 @@ import os
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
+import limits
 import pytest
 import torch
 
@@ -45,9 +45,7 @@ def test_python_blocks_run(block, tmp_path):
         sft.llama().save_pretrained(tmp_path / "runs" / "radam_ewa")
         sft.tokenizer().save_pretrained(tmp_path / "runs" / "radam_ewa")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [sys.executable, "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-    )
+    done = limits.run([sys.executable, "-c", block], cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     printed = [float(word) for word in re.findall(r"[-+]?\d+\.\d+", done.stdout.splitlines()[-1])]
     assert printed, done.stdout

@@ -11,9 +11,9 @@ import random
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import limits
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -209,13 +209,6 @@ def running(folder):
     return False
 
 
-def wait_until(reached):
-    end = time.monotonic() + 60
-    while not reached():
-        assert time.monotonic() < end
-        time.sleep(0.05)
-
-
 def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_resumed(flags, monkeypatch):
     """Only the first training, one trunk and one decay are trained here."""
     command = [sys.executable, "-u", str(SCRIPT), *flags]
@@ -223,15 +216,15 @@ def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_re
     first = process.stdout.readline()
     assert "adamw_cosine/5/warmup_2/rate_0.0001/seed_0" in first and "after 5 steps in" in first, process.stderr.read()
     process.terminate()
-    _, said = process.communicate(timeout=120)
+    _, said = limits.communicate(process)
     assert process.returncode == 130 and "The same command resumes with what is missing" in said
     assert not running(flags[1])
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        wait_until(lambda: running(flags[1]))
+        limits.wait_until(lambda: running(flags[1]), process)
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 1 and "Another comparison runs in" in done.stderr
         process.kill()
-    wait_until(lambda: not running(flags[1]))
+    limits.wait_until(lambda: not running(flags[1]))
 
     settings = parse_arguments(flags).settings
     folder = Path(flags[1]) / settings.digest

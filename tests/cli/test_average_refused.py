@@ -6,10 +6,10 @@ Oracles: the words and the exit code; the files as they were; the kernel's count
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import limits
 import pytest
 import safetensors.torch
 import tiny
@@ -178,7 +178,7 @@ def test_it_takes_the_memory_of_a_tensor_and_a_file(tmp_path):
     def command(word):
         environment = os.environ | {"PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536"}
         call = [sys.executable, "-c", MEASURE, str(tmp_path), word]
-        return subprocess.run(call, env=environment, capture_output=True, text=True, timeout=300)
+        return limits.run(call, env=environment)
 
     assert command("make").returncode == 0
     done = command(str(9 * 2**20))

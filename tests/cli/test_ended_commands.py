@@ -8,9 +8,9 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import limits
 import pytest
 import torch
 
@@ -50,13 +50,10 @@ def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
         text=True,
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background job is begun to ignore SIGINT
     )
-    end = time.monotonic() + 120
-    while not any(tmp_path.glob(".averaging-*/model/*.safetensors")):
-        assert process.poll() is None and time.monotonic() < end
-        time.sleep(0.001)
+    limits.wait_until(lambda: any(tmp_path.glob(".averaging-*/model/*.safetensors")), process)
     process.send_signal(number)
     process.send_signal(number)  # somebody in a hurry
-    output, errors = process.communicate(timeout=60)
+    output, errors = limits.communicate(process)
     assert (process.returncode, output) == (128 + number, "")
     assert errors == f"hf-radam average: ended by {number.name}\n"
     assert list(tmp_path.iterdir()) == []
@@ -123,7 +120,7 @@ def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
         "    raise\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = limits.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
     assert (done.returncode, done.stdout) == (128 + number, "")
     assert done.stderr == f"hf-radam average: ended by {number.name}\n"
 
@@ -131,7 +128,7 @@ def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
 def test_a_reader_that_has_seen_enough(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = f"{sys.executable} -m hf_radam.cli schedule --max_steps 100 --optim radam | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = limits.run(["bash", "-c", command], cwd=tmp_path, env=environment)
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 

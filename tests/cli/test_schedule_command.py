@@ -7,10 +7,10 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import limits
 import pytest
 import tiny
 from matplotlib.transforms import Bbox
@@ -273,7 +273,7 @@ def test_without_matplotlib_all_but_drawing_works(tmp_path):
 
     def command(*words):
         call = [sys.executable, "-c", script, *words]
-        return subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        return limits.run(call, cwd=tmp_path, env=environment)
 
     done = command("schedule", "--max_steps", "9")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()  # as the terminal is

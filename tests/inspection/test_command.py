@@ -3,10 +3,10 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import limits
 import pytest
 from inspecting import flip, inspect, snapshot, truncate
 
@@ -21,7 +21,7 @@ def test_the_command_itself(run, tmp_path):
 
     def command(*words):
         call = [sys.executable, "-W", "error", "-m", "hf_radam.cli", "inspect", *words]
-        return subprocess.run(call, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+        return limits.run(call, cwd=tmp_path, env=environment)
 
     flip(folder / "checkpoint-18/model.safetensors")
     done = command("wsd")

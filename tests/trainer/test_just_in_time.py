@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import limits
 import pytest
 import tiny
 from transformers import TrainerCallback
@@ -121,7 +122,7 @@ def test_a_real_sigterm(tmp_path):
             if line.startswith("update 5"):
                 process.send_signal(signal.SIGTERM)
                 break
-        process.communicate(timeout=120)
+        limits.communicate(process)
     finally:
         process.kill()
     assert process.returncode == 0
