@@ -235,7 +235,8 @@ class RAdamTrainerMixin(_Base):
         self._final_upload.close()
         if self._sigterm is not None:
             self._sigterm.release()
-        reporting.write_card_section(self, only_if_present=True)  # the best model may have been loaded
+        if self._session is not None and not self._refused:  # the best model may have been loaded
+            reporting.write_card_section(self, only_if_present=True)
 
     def _begin_training(self) -> None:
         """Prepare fusing, averaging and evaluation, once model and optimizer are prepared and loaded."""

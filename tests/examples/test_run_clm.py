@@ -191,7 +191,7 @@ def test_what_is_refused_when_training_begins_changes_nothing_and_a_finished_run
     late |= {"decay_steps": 5000, "output_dir": "late"}
     resume = ("run.yaml", "--resume_from_checkpoint", "true")
     for arguments, message in (
-        (words(late), "decay_steps=5000 need"),
+        (words(late), "Warm-up and decay (0 + 5000 steps) do not fit"),
         ((*resume, "--learning_rate", 0.01), "trained with learning_rate=0.05"),
     ):
         code, _, said = script(run_clm.run, *arguments)
