@@ -30,7 +30,7 @@ class FirstCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the last checkpoint: with a limit of 1 upstream's end of training removes all but the best."""
-        if logs and "train_runtime" in logs:
+        if logs and "train_runtime" in logs and self.trainer._active:
             args.save_total_limit = None  # restored at the end of `train`
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

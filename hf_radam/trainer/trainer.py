@@ -201,7 +201,7 @@ class RAdamTrainerMixin(_Base):
             CheckpointError: if the checkpoint named is damaged, or there is none to resume from.
             HorizonError: if schedule or averaging do not fit into the run.
         """
-        if not self._active:
+        if not self._active and trial is None:  # a trial of a search may turn a method on
             self._plan = None
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         ranks.check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
@@ -240,6 +240,8 @@ class RAdamTrainerMixin(_Base):
 
     def _begin_training(self) -> None:
         """Prepare fusing, averaging and evaluation, once model and optimizer are prepared and loaded."""
+        if not self._active:  # as in a trial of a search
+            return
         args, model, optimizer = self.args, self._bare_model, self._bare_optimizer
         callbacks.install_callbacks(self)
         compatibility.check_prepared(self, optimizer, model)
