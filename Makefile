@@ -48,7 +48,7 @@ soak: .venv/.dev ## kill trainings at 50 random moments (KILLS=..., SOAK_ARGS="-
 	OMP_NUM_THREADS=1 PYTHONPATH=.:tests $(BIN)/python tests/faults/kills.py --kills $(KILLS) $(SOAK_ARGS)
 
 BENCHMARK_FLAGS ?=
-benchmark: .venv-benchmark/.installed ## cost of updates, averages, trainings beside other packages (BENCHMARK_FLAGS="--quick")
+benchmark: .venv-benchmark/.installed ## cost of steps, averages, trainings beside other packages (BENCHMARK_FLAGS="--quick")
 	.venv-benchmark/bin/python benchmarks/benchmark.py --json runs/benchmark.json --figure runs/benchmark.png $(BENCHMARK_FLAGS)
 
 COMPARE_FLAGS ?=
