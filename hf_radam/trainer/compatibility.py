@@ -5,10 +5,7 @@ Each check exists because the combination would otherwise evaluate, save or trai
 
 from __future__ import annotations
 
-import inspect
 import os
-import typing
-from collections.abc import Iterable
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -29,6 +26,7 @@ from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OptimizerName, Schedu
 from hf_radam.optim import RAdam, RAdamScheduleFree
 from hf_radam.optim.radam import low_precision
 from hf_radam.schedules import Schedule
+from hf_radam.trainer import evaluation
 from hf_radam.training_args import RAdamTrainingArguments, check_combinations
 
 logger = logging.get_logger(__name__)
@@ -92,49 +90,24 @@ def check_schedule_of_optimizer(trainer: Any) -> None:
 # ---- When a trainer is made ----
 
 
-def complete_arguments(
-    name: str, bases: Iterable[type], positional: tuple[Any, ...], keywords: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
-    """Return the arguments for `Trainer.__init__`, with `RAdamTrainingArguments` where none were passed.
-
-    Args:
-        name: class that is made.
-        bases: classes of which the first one that names `args` says where it stands.
-        positional: what the class was called with.
-        keywords: likewise.
-
-    Raises:
-        TypeError: if the arguments are not `RAdamTrainingArguments`, or not also those that the trainer needs.
-    """
-    index, needed = _find_args(bases)
-    is_positional = index < len(positional)
-    args = positional[index] if is_positional else keywords.get("args")
-    if args is None and not needed:
-        args = RAdamTrainingArguments(output_dir="tmp_trainer")
-    classes = (RAdamTrainingArguments, *needed)
-    if not all(isinstance(args, one) for one in classes):
-        given = "no arguments" if args is None else type(args).__name__
-        way_out = (
-            f"a dataclass derived from {' and '.join(one.__name__ for one in classes)}"
-            if needed
-            else "RAdamTrainingArguments, which takes every upstream field, or a dataclass derived from it"
+def check_arguments(trainer: Any) -> None:
+    """Raise `TypeError` if the trainer's arguments are not a `RAdamTrainingArguments`."""
+    if not isinstance(trainer.args, RAdamTrainingArguments):
+        kind = type(trainer.args).__name__
+        derived = "" if kind == "TrainingArguments" else f", or a dataclass derived from it and {kind}"
+        raise TypeError(
+            f"{type(trainer).__name__} has arguments of class {kind}. Make them with RAdamTrainingArguments, which takes "
+            f"every field of TrainingArguments{derived}."
         )
-        raise TypeError(f"{name} got {given}. Make the arguments with {way_out}.")
-    if is_positional:
-        return [*positional[:index], args, *positional[index + 1 :]], keywords
-    return [*positional], keywords | {"args": args}
 
 
-def _find_args(bases: Iterable[type]) -> tuple[int, list[type]]:
-    """Find where the first class that names `args` takes it, and the classes it must have besides upstream's."""
-    for base in bases:
-        parameters = inspect.signature(vars(base).get("__init__", object.__init__)).parameters
-        if "args" in parameters and parameters["args"].kind is not inspect.Parameter.VAR_POSITIONAL:
-            annotation = parameters["args"].annotation
-            classes = [one for one in typing.get_args(annotation) or (annotation,) if isinstance(one, type)]
-            needed = [one for one in classes if issubclass(one, TrainingArguments) and one is not TrainingArguments]
-            return list(parameters).index("args") - 1, needed
-    raise TypeError("RAdamTrainerMixin is for subclasses of transformers.Trainer.")
+def check_trl_arguments(trainer: Any, error: TypeError) -> None:
+    """Raise a clear `TypeError` where a TRL trainer makes arguments of its own class from `RAdamTrainingArguments`."""
+    if evaluation.is_trl(trainer) and "unexpected keyword argument" in str(error):
+        raise TypeError(
+            f"{type(trainer).__name__} needs arguments of TRL's class for it. Make them with a dataclass derived from "
+            "RAdamTrainingArguments and that class."
+        ) from error
 
 
 def check_supported(trainer: Any) -> None:

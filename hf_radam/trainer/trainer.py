@@ -89,10 +89,12 @@ class RAdamTrainerMixin(_Base):
     _in_evaluate = False
 
     def __init__(self, *args: Any, **kwargs: Any):
-        classes = type(self).__mro__
-        bases = classes[classes.index(RAdamTrainerMixin) + 1 :]
-        args, kwargs = compatibility.complete_arguments(type(self).__name__, bases, args, kwargs)  # type: ignore[assignment]
-        super().__init__(*args, **kwargs)
+        try:
+            super().__init__(*args, **kwargs)
+        except TypeError as error:
+            compatibility.check_trl_arguments(self, error)
+            raise
+        compatibility.check_arguments(self)
         self._passed_optimizer = compatibility.given_optimizer_class(self)
         self._evaluation = evaluation.EvaluationWeights(self._bare_model)
         compatibility.check_supported(self)
@@ -624,4 +626,4 @@ class RAdamTrainer(RAdamTrainerMixin, Trainer):
     def __init__(
         self, model: Any = None, args: RAdamTrainingArguments | None = None, *others: Any, **keywords: Any
     ) -> None:
-        super().__init__(model, args, *others, **keywords)
+        super().__init__(model, args or RAdamTrainingArguments(output_dir="tmp_trainer"), *others, **keywords)

@@ -270,5 +270,5 @@ def test_manifest_lists_every_file_with_its_hash(tmp_path):
 def test_the_trainer_refuses_stock_arguments(tmp_path):
     from transformers import TrainingArguments
 
-    with pytest.raises(TypeError, match="got TrainingArguments: make the arguments with RAdamTrainingArguments"):
+    with pytest.raises(TypeError, match="arguments of class TrainingArguments. Make them with RAdamTrainingArguments"):
         RAdamTrainer(tiny.llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none"))
