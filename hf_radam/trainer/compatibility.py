@@ -96,7 +96,7 @@ def check_arguments(trainer: Any) -> None:
         kind = type(trainer.args).__name__
         derived = "" if kind == "TrainingArguments" else f", or a dataclass derived from it and {kind}"
         raise TypeError(
-            f"{type(trainer).__name__} has arguments of class {kind}. Make them with RAdamTrainingArguments, which takes "
+            f"{type(trainer).__name__} has arguments of class {kind}. Make them with RAdamTrainingArguments, which has "
             f"every field of TrainingArguments{derived}."
         )
 
