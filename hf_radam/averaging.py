@@ -34,16 +34,9 @@ DEFAULT_HALF_LIFE_RATIO = 0.0625
 def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> float:
     """Return the step size of the bias-corrected EWA with a fixed decay per step.
 
-    The newest point has weight 1 and those before it sum to `decay**every * weight_sum`, so the n-th step size is
-    `(1 - decay**every) / (1 - decay**(every * n))`: `every` does not change the length of the window.
-
-    Args:
-        weight_sum: sum of the weights so far, in units of the newest one's weight; 0 before the first averaging.
-        decay: decay per step, in (0, 1).
-        every: steps between two averagings.
-
-    Source:
-        Zhang et al. 2025, arXiv:2410.21676; the bias correction is Adam's (arXiv:1412.6980, section 3).
+    The newest point has weight 1 and the older ones sum to `decay**every * weight_sum` (0 before the first averaging),
+    so the n-th step size is `(1 - decay**every) / (1 - decay**(every * n))`: `every`, the steps between two averagings,
+    does not change the length of the window. Source: Zhang et al. 2025, arXiv:2410.21676; Adam's bias correction.
     """
     return 1.0 / (1.0 + decay**every * weight_sum)
 
@@ -73,16 +66,13 @@ def check_averaging(
     *, decay: float | None, half_life_ratio: float | None, every: int, start_step: int, prefix: str = ""
 ) -> None:
     """Raise `ValueError` for options that no average can follow; `prefix` goes before the option's name."""
+    ratio = f"{prefix}half_life_ratio={half_life_ratio}"
     if decay is not None and half_life_ratio is not None:
-        raise ValueError(
-            f"{prefix}decay={decay} and {prefix}half_life_ratio={half_life_ratio} are two windows for one average. "
-            "Set the first for a fixed window or the second for a growing one."
-        )
+        raise ValueError(f"{prefix}decay={decay} and {ratio} are two windows for one average. Set one of them.")
     if decay is not None and not 0.0 < decay < 1.0:
         raise ValueError(f"{prefix}decay={decay} must lie strictly between 0 and 1, for instance 0.999.")
     if half_life_ratio is not None and not 0.0 < half_life_ratio <= 1.0:
-        default = DEFAULT_HALF_LIFE_RATIO
-        raise ValueError(f"{prefix}half_life_ratio={half_life_ratio} must be above 0 and at most 1, as {default}.")
+        raise ValueError(f"{ratio} must be above 0 and at most 1, for instance {DEFAULT_HALF_LIFE_RATIO}.")
     for name, value, least in (("every", every, 1), ("start_step", start_step, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{prefix}{name}={value} must be a whole number of steps, {least} or more.")
@@ -94,23 +84,23 @@ def check_averaging(
 @torch.no_grad()
 def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], size: float) -> None:
     """Move float32 averages by `size` of their distance towards weights of the same shapes, in place."""
-    alike: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    bf16: list[tuple[Tensor, Tensor]] = []
+    alike: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    bf16: tuple[list[Tensor], list[Tensor]] = ([], [])
     for average, weight in zip(averages, weights, strict=True):
-        if (average.dtype, average.device) == (weight.dtype, weight.device):
-            alike.setdefault(weight.device, []).append((average, weight))
-        elif weight.dtype is torch.bfloat16 and average.is_cpu and weight.is_cpu and fused.are_plain(average, weight):
-            bf16.append((average, weight))
+        kinds = (average.dtype, average.device.type, weight.dtype, weight.device.type)
+        if average.dtype is weight.dtype and average.device == weight.device:
+            pair = alike.setdefault(weight.device, ([], []))
+        elif kinds == (torch.float32, "cpu", torch.bfloat16, "cpu") and fused.can_average_bf16(average, weight):
+            pair = bf16
         else:
             average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
-    for pairs in alike.values():
-        torch._foreach_lerp_([average for average, _ in pairs], [weight for _, weight in pairs], size)
-    if bf16 and isinstance(fused.load_library(), str):  # no compiler: the same, slower
-        for average, weight in bf16:
-            average.lerp_(weight.float(), size)
-    elif bf16:
-        fused.call("average_bfloat16", [*zip(*bf16, strict=True)], [size])
-        torch.autograd.graph.increment_version([average for average, _ in bf16])
+            continue
+        pair[0].append(average)
+        pair[1].append(weight)
+    for pair in alike.values():
+        torch._foreach_lerp_(*pair, size)
+    if bf16[0]:
+        fused.call("average_bfloat16", bf16, [size], written=bf16[0])
 
 
 class HostCopies:
@@ -151,12 +141,11 @@ class WeightAverage:
     """An fp32 average of a model's trainable parameters; each rank averages its own shards.
 
     Args:
-        named_parameters: pairs of (name, parameter), as `model.named_parameters()` gives them. A parameter with several
-            names (tied weights) is averaged once, under its first. Frozen parameters (`requires_grad=False`) are left
-            out and keep their value. Or a `Sharding`: then all ranks must make the same calls.
+        named_parameters: `model.named_parameters()`; tied weights are averaged once, under their first name, frozen
+            parameters left out. Or a `Sharding`: then all ranks must make the same calls.
         decay: decay per step for a fixed window, in (0, 1).
-        half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began. The default,
-            0.0625, when neither is given.
+        half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began; 0.0625 when
+            neither is given.
         every: average at each `every`-th step. Saves time; does not change the window.
         start_step: number of steps to skip: averaging begins with step `start_step + every`.
         device: where the fp32 averages are kept; the parameter's own device when not given.
@@ -192,11 +181,8 @@ class WeightAverage:
         self.start_step = start_step
         self.device = None if device is None else torch.device(device)
         self.num_averaged = 0
-        """Averagings so far."""
-        self.last_step = 0
-        """The step last passed to `update`."""
-        self.weight_sum = 0.0
-        """Sum of all weights in units of the newest one's: the inverse of the last step size."""
+        self.last_step = 0  # that `update` was called with
+        self.weight_sum = 0.0  # of all points, in units of the newest one's weight: the inverse of the last step size
         if isinstance(named_parameters, Sharding):
             self.sharding = named_parameters
         else:
@@ -206,18 +192,16 @@ class WeightAverage:
                     "The parameters are sharded (DTensors). Pass find_sharding(model), from hf_radam.sharding, instead."
                 )
         self._trained = self.sharding.trained
-        for name in self._trained:
-            if self.sharding.dtype(name).is_complex:
-                dtype = self.sharding.dtype(name)
-                raise ValueError(f"Parameter {name} is complex ({dtype}); an average is kept in float32.")
         if not self._trained:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
+        for name in self._trained:
+            if self.sharding.dtype(name).is_complex:
+                raise ValueError(f"Parameter {name} is complex, and an average is kept in float32. Freeze it.")
         self._averages: dict[str, Tensor] = {}
         self._applied = False
         self._exchanged: dict[str, Tensor] | None = None
         self._job: Future[None] | None = None
-        self._versions: dict[str, int] = {}
-        """Versions of the parameters that are being copied."""
+        self._versions: dict[str, int] = {}  # of the parameters that are being copied to host memory
 
     @property
     def started(self) -> bool:
@@ -235,11 +219,7 @@ class WeightAverage:
 
     @property
     def half_life(self) -> float:
-        """Half-life of the average as of the last averaging, in steps; 0 for a copy.
-
-        Raises:
-            RuntimeError: before the first averaging.
-        """
+        """Half-life of the average as of the last averaging, in steps; 0 for a copy. Raises before the first."""
         self._check_started()
         return half_life_of(1.0 / self.weight_sum, every=self.every)
 
@@ -254,10 +234,6 @@ class WeightAverage:
 
         Returns:
             Whether the average moves at this step: `step - start_step` is positive and divisible by `every`.
-
-        Raises:
-            ValueError: if `step` is not above the last one.
-            RuntimeError: inside `applied()`, or if a frozen parameter has become trainable.
         """
         if self._applied:
             raise RuntimeError("update() inside applied() would average the average. Leave the context first.")
@@ -313,8 +289,7 @@ class WeightAverage:
     def wait_for_copies(self) -> None:
         """Have a GPU copy the weights before anything that it is asked from now on; see `update(overlap=True)`.
 
-        Raises:
-            RuntimeError: if something has written to them already (writes to `p.data` are not noticed).
+        Raises `RuntimeError` if something has written to them already (writes to `p.data` are not noticed).
         """
         versions, self._versions = self._versions, {}
         if versions and self._copies is not None:
@@ -337,16 +312,15 @@ class WeightAverage:
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
         """Context in which the parameters hold the average; the training weights are restored bit for bit.
 
-        The average is cast to each parameter's dtype. It costs one copy of the trainable parameters while it lasts.
-        What is written into the parameters inside the context is lost at its end.
+        The average is cast to each parameter's dtype. Parameters are copied meanwhile, and what is written into them
+        is lost at the end.
 
         Args:
-            exchange: swap averages and float32 parameters on the same device, so that those are not copied. Inside the
-                context nothing may be written into the parameters then.
+            exchange: swap averages and float32 parameters on the same device instead of copying them. Then nothing may
+                be written into the parameters: that raises `RuntimeError` at the end.
 
         Raises:
-            RuntimeError: before the first averaging (see `started`), or inside another `applied()`. At the end of a
-                context with `exchange`, if something was written into the parameters.
+            RuntimeError: before the first averaging (see `started`), or inside another `applied()`.
         """
         self._check_started()
         if self._applied:
@@ -377,11 +351,7 @@ class WeightAverage:
         return self._averages if self._exchanged is None else self._exchanged
 
     def averaged_state_dict(self) -> dict[str, Tensor]:
-        """Return the average under the parameters' names, frozen parameters as they are: copies; collective.
-
-        Raises:
-            RuntimeError: before the first averaging.
-        """
+        """Return copies of the average by the parameters' names, frozen parameters as they are; collective."""
         self._check_started()
         gathered = {name: self.sharding.gather(name, average) for name, average in self.averages.items()}
         frozen = [name for name in self.sharding.parameters if name not in gathered]
@@ -395,8 +365,7 @@ class WeightAverage:
     def state_dict(self) -> dict[str, Any]:
         """Return counters and this rank's averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}`.
 
-        The tensors are no copies: later steps move them, and those from within `applied(exchange=True)` hold the
-        training weights after it.
+        The tensors are no copies: `update` and the end of `applied(exchange=True)` write to them.
         """
         return self.counters() | {"averages": dict(self.averages)}
 
@@ -404,8 +373,7 @@ class WeightAverage:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a `state_dict()` of this rank, or of full parameters; the window and `every` stay as they are.
 
-        Raises:
-            ValueError: if the names or shapes are not those of the parameters; nothing is changed then.
+        Raises `ValueError` for other names or shapes than the parameters'; nothing is changed then.
         """
         self.finish()
         missing_counters = sorted(set(self.counters()) - set(state))
@@ -434,7 +402,7 @@ class WeightAverage:
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what `copy.deepcopy` and pickle take over: no threads, and nothing that is under way."""
+        """Return what `copy.deepcopy` and pickle take over: no threads, nothing in progress."""
         self.finish()
         return {name: value for name, value in self.__dict__.items() if name != "_copies"}
 

@@ -18,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_radam import RAdam, RAdamScheduleFree
 from hf_radam.optim import fused
-from hf_radam.optim.radam import THRESHOLD, rectification
 
 pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
 ROOT = Path(__file__).parents[1]
@@ -124,35 +123,23 @@ def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
     given = parameters()
     first = make(kind, given)
     train(first, given, range(20))
-    ends = []
-    for target, options in ((kind, {}), (kind, {"fused": False}), (upstream, own)):
-        copied = [torch.nn.Parameter(p.detach().clone()) for p in given]
+
+    def resumed(target, end, **options):
+        copied = [torch.nn.Parameter(p.detach().clone()) for p in end[1]]
         other = make(target, copied, **options)
-        other.load_state_dict(copy.deepcopy(first.state_dict()))
-        train(other, copied, range(20, 30), keeps_gradients=target is not schedulefree.RAdamScheduleFree)
-        ends.append((other, copied))
-    back = [torch.nn.Parameter(p.detach().clone()) for p in ends[2][1]]
-    again = make(kind, back)
-    again.load_state_dict(copy.deepcopy(ends[2][0].state_dict()))
-    train(again, back, range(30, 40))
+        other.load_state_dict(copy.deepcopy(end[0].state_dict()))
+        return other, copied
+
+    ends = [resumed(target, (first, given), **options) for target, options in ((kind, {}), (upstream, own))]
     train(first, given, range(20, 30))
+    for end in ends:
+        train(*end, range(20, 30), keeps_gradients=end is ends[0])
     assert same((first, given), ends[0])  # bit for bit as if it had not stopped
-    for other in ends[1:]:
-        assert_close(ends[0], other)
-    train(first, given, range(30, 40))
-    assert_close((first, given), (again, back))
-
-
-def test_the_rectification_begins_where_torchs_does():
-    """Until rho_t passes 5 torch takes plain momentum steps, and so does the fused optimizer: bit for bit."""
-    assert [rectification(step, beta2=0.999, threshold=THRESHOLD) is None for step in (1, 5, 6)] == [True, True, False]
-    given, theirs = parameters(), parameters()
-    a = make(RAdam, given)
-    b = make(torch.optim.RAdam, theirs, decoupled_weight_decay=True)
-    for steps, equal in ((range(5), True), (range(5, 6), False)):
-        train(a, given, steps)
-        train(b, theirs, steps)
-        assert same((a, given), (b, theirs)) == equal
+    assert_close((first, given), ends[1])
+    back = resumed(kind, ends[1])
+    for end in ((first, given), back):
+        train(*end, range(30, 40))
+    assert_close((first, given), back)
 
 
 # ---- When steps are fused ----
@@ -222,19 +209,12 @@ def test_a_copy_has_the_option(kind):
 # ---- Unusual tensors and circumstances ----
 
 
-def swap_state(optimizer, given):
+def meddle(optimizer, given):
     for p in given:
+        p.data = p.data.clone() * 2
         for key in ("z", "exp_avg", "exp_avg_sq"):
             if key in optimizer.state[p]:
                 optimizer.state[p][key].data = optimizer.state[p][key].detach().clone() / 2
-
-
-def swap_weights(optimizer, given):
-    for p in given:
-        p.data = p.data.clone() * 2
-
-
-def turn(optimizer, given):
     given[0].data = given[0].data.t()
 
 
@@ -251,8 +231,7 @@ def stepping(gradient_of):
 
 
 @both_optimizers
-@pytest.mark.parametrize("meddle", [swap_state, swap_weights, turn])
-def test_after_meddling_it_is_still_the_unfused_one(kind, meddle):
+def test_after_meddling_it_is_still_the_unfused_one(kind):
     def run(optimizer, given):
         train(optimizer, given, range(12))
         meddle(optimizer, given)
@@ -289,14 +268,10 @@ class Strange(torch.Tensor):
 
 
 @both_optimizers
-def test_a_tensor_that_is_more_than_its_elements_is_left_to_torch(kind):
-    run = stepping(lambda p: (p.detach() * 0.1).as_subclass(Strange))
-    assert same(*unfused_and_fused(kind, run, lambda: parameters()[:2]))
-
-
-@both_optimizers
 @pytest.mark.parametrize(
-    "strange", [torch._neg_view, lambda g: torch._efficientzerotensor(g.shape)], ids=["negated", "zero"]
+    "strange",
+    [lambda g: g.as_subclass(Strange), torch._neg_view, lambda g: torch._efficientzerotensor(g.shape)],
+    ids=["subclass", "negated", "zero"],
 )
 def test_gradients_whose_memory_does_not_tell_their_value(kind, strange):
     run = stepping(lambda p: strange(torch.full_like(p, 0.3)))
@@ -315,14 +290,6 @@ def of_one_memory(begin):
 def test_parameters_that_share_memory_are_updated_one_after_another(kind, begin):
     run = lambda *both: train(*both, range(20))  # noqa: E731
     assert_close(*unfused_and_fused(kind, run, lambda: of_one_memory(begin), foreach=False))
-
-
-def test_which_tensors_share_memory():
-    """By hand, from where to where in one memory."""
-    memory = torch.zeros(300)
-    spans = [(0, 100), (10, 20), (30, 40), (100, 110), (105, 120), (200, 200), (200, 210)]
-    assert fused.aliased([memory[begin:end] for begin, end in spans]) == {0, 1, 2, 3, 4}
-    assert fused.aliased([memory[:9], torch.zeros(9)]) == set() == fused.aliased([])
 
 
 @both_optimizers

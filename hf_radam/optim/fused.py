@@ -50,17 +50,12 @@ class FusedMixin:
     """The option `fused` of both optimizers: True or an error, False never, None (the default) wherever possible."""
 
     fused: bool | None = None
-    own_kernels = False
-    """Whether fused steps need kernels of this package."""
+    own_kernels = False  # whether fused steps need kernels of this package
     _fuses: bool | None = None
     param_groups: list[dict[str, Any]]
 
     def _decide_fused(self) -> bool:
-        """Return whether rectified steps are fused; the first call decides, and builds what they need.
-
-        Raises:
-            ValueError: if `fused` is True and that is not possible.
-        """
+        """Return whether rectified steps are fused; the first call decides, and builds what they need."""
         if self.fused is False:
             return False
         if self._fuses is None:
@@ -99,12 +94,9 @@ def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool
 
     Args:
         optimizer: without wrappers; one of another package is left alone.
-        wanted: `auto`, `true` or `false`.
+        wanted: `auto`, `true` (`ValueError` if it is not possible) or `false`.
         sharding: of the parameters that train.
         log: whether this rank logs the decision.
-
-    Raises:
-        ValueError: if `true` was asked for and is not possible.
     """
     if not isinstance(optimizer, FusedMixin):
         return
@@ -142,11 +134,9 @@ def are_plain(*tensors: Tensor) -> bool:
 
 
 def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
-    """Group entries by what one call of a kernel can take.
+    """Group entries by what one call of a kernel takes, one dtype and device; return the groups and the rest.
 
-    Returns:
-        Groups of one dtype and device each, and the rest: entries that no kernel takes, and parameters that share
-        memory with one another, whose steps must come one after another.
+    The rest are what no kernel takes, and parameters that share memory, whose steps must come one after another.
     """
     fitting = [n for n, entry in enumerate(entries) if _fits(entry[:4])]
     together = {*fitting} - {fitting[n] for n in aliased([local(entries[n][0]) for n in fitting])}
@@ -194,14 +184,17 @@ def schedule_free_step(columns: Sequence[list[Tensor]], scalars: list[float]) ->
     """
     ys, _, zs, second_moments = columns
     if ys[0].is_cpu:
-        call(f"schedule_free_{DTYPES[ys[0].dtype]}", columns, scalars)
-        # Autograd must notice that a graph is older than the weights, as with any operation of torch.
-        torch.autograd.graph.increment_version([*ys, *zs, *second_moments])
+        call(f"schedule_free_{DTYPES[ys[0].dtype]}", columns, scalars, written=[*ys, *zs, *second_moments])
     else:
         compiled_kernel(ys[0].dtype, ys[0].device)(columns, scalars)
 
 
-def call(name: str, columns: Sequence[Sequence[Tensor]], scalars: Sequence[float]) -> None:
+def can_average_bf16(*tensors: Tensor) -> bool:
+    """Return whether `call("average_bfloat16", ...)` takes a float32 average and bf16 weights on a CPU."""
+    return are_plain(*tensors) and not isinstance(load_library(), str)
+
+
+def call(name: str, columns: Sequence[list[Tensor]], scalars: list[float], *, written: list[Tensor]) -> None:
     """Call a C++ kernel on plain tensors on a CPU; the columns are the kinds of tensors that it takes."""
     library, count = load_library(), len(columns[0])
     assert not isinstance(library, str), library
@@ -214,6 +207,8 @@ def call(name: str, columns: Sequence[Sequence[Tensor]], scalars: Sequence[float
         *[(ctypes.c_void_p * count)(*[t.data_ptr() for t in column]) for column in columns],
         (ctypes.c_double * len(scalars))(*scalars),
     )
+    # Autograd must notice that a graph is older than the weights, as with any operation of torch.
+    torch.autograd.graph.increment_version(written)
 
 
 def _step_tensors(
@@ -262,8 +257,7 @@ def compiled_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
 def load_library() -> ctypes.CDLL | str:
     """Load the C++ kernels, built unless they are in the cache; return why if that fails.
 
-    The cache is `$XDG_CACHE_HOME/hf_radam` (`~/.cache/hf_radam`). The name of a library is a hash of the source, the
-    compiler's version and options and the architecture; it ends with its own hash.
+    A library in the cache is named after a hash of all that it was built from, and ends with its own hash.
     """
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, COMPILERS) if path][:1]
@@ -300,7 +294,7 @@ def _run(command: list[str]) -> str:
 
 
 def _cache() -> Path:
-    """Return the folder of built libraries, made if it can be."""
+    """Return `$XDG_CACHE_HOME/hf_radam` (`~/.cache/hf_radam`), made if it can be."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (given if given.is_absolute() else Path.home() / ".cache") / "hf_radam"
     with contextlib.suppress(OSError):
@@ -309,7 +303,7 @@ def _cache() -> Path:
 
 
 def _is_private(path: Path) -> bool:
-    """Return whether a path is there and nobody but this user can have written it: what is loaded is run."""
+    """Return whether nobody but this user can have written a path, which is there: what is loaded is run."""
     with contextlib.suppress(OSError):
         about = path.lstat()
         return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

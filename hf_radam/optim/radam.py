@@ -15,22 +15,16 @@ from torch.optim.radam import radam
 from hf_radam.optim.fused import Entry, FusedMixin, group_for_fusing, local
 
 THRESHOLD = 5.0
-"""Length of the second moment's average above which `torch.optim.RAdam` rectifies; the paper has 4."""
+"""As `torch.optim.RAdam`; see `rectification`."""
 COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "state_steps")
 OPTIONS = "lr weight_decay eps maximize foreach capturable differentiable decoupled_weight_decay".split()
 
 
 def rectification(step: int, *, beta2: float, threshold: float) -> float | None:
-    """Return the factor on the learning rate that replaces a warm-up; None while it is undefined.
+    """Return the factor on the learning rate at a step (1 for the first), which replaces a warm-up.
 
-    Args:
-        step: number of the step, 1 for the first.
-        beta2: decay rate of the second moment.
-        threshold: rho_t, the length of its moving average, above which the factor is taken: 4 in the paper and in
-            `schedulefree`, 5 in `torch.optim.RAdam`.
-
-    Source:
-        Liu et al. 2020, arXiv:1908.03265, algorithm 2.
+    None while rho_t, the length of the second moment's moving average, is at most `threshold`: 4 in the paper (Liu et
+    al. 2020, arXiv:1908.03265, algorithm 2) and in `schedulefree`, 5 in `torch.optim.RAdam`.
     """
     rho_inf = 2 / (1 - beta2) - 1
     beta2_t = beta2**step
@@ -72,11 +66,11 @@ class RAdam(FusedMixin, torch.optim.RAdam):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay: each step multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels for steps that are not fused; torch decides when not given.
-        fused: take rectified steps in one pass over memory, by torch's fused AdamW with other numbers. None fuses
-            wherever that is possible, True or raises `ValueError` at the first rectified step. Results differ from
-            unfused ones in the last bit of each operation.
-        master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
-            first step, as in DeepSpeed: then their own dtype does not matter.
+        fused: take rectified steps in one pass over memory, by torch's fused AdamW with other numbers: None wherever
+            that is possible, True or raise `ValueError` at the first of them. It rounds differently from unfused steps,
+            in the last bit of each operation.
+        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed:
+            then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included.
@@ -163,16 +157,10 @@ class RAdam(FusedMixin, torch.optim.RAdam):
 
 
 def fused_step(entries: list[Entry], group: dict[str, Any], *, step: int, factor: float) -> None:
-    """Take a rectified step with torch's fused AdamW.
+    """Take a rectified step with torch's fused AdamW, given one group of `group_for_fusing`.
 
     RAdam moves by `lr factor m^ sqrt(1 - beta2^t) / (sqrt(v) + eps)` and decays by `lr weight_decay`; AdamW moves by
     `lr m^ / (sqrt(v) / sqrt(1 - beta2^t) + eps)` and decays by the same product.
-
-    Args:
-        entries: parameters, gradients, first and second moments and step counts, as `group_for_fusing` groups them.
-        group: the parameter group.
-        step: number of the step, 1 for the first.
-        factor: its rectification.
     """
     torch._foreach_add_([entry[4] for entry in entries], torch.tensor(1.0), alpha=1.0)
     parameters, gradients, first, second = ([local(entry[n]) for entry in entries] for n in range(4))

@@ -22,9 +22,8 @@ from hf_radam.optim.radam import check_hyperparameters, low_precision, rectifica
 from hf_radam.sharding import Sharding, find_sharding
 
 THRESHOLD = 4.0
-"""Length of the second moment's average above which `schedulefree` rectifies, as the paper does."""
-SMALLEST_BETA2 = 0.6
-"""At and below it that length never exceeds 4, so RAdam never leaves its silent phase."""
+"""As `schedulefree`; see `rectification`."""
+SMALLEST_BETA2 = 0.6  # up to it rho_t never exceeds 4
 
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
@@ -51,12 +50,12 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         foreach: use torch's multi-tensor kernels for steps that are not fused; not on CPUs, where they are loops.
         silent_sgd_phase: while RAdam's rectification is undefined (the first few steps) only update the second
             moment; False takes plain SGD steps there.
-        fused: take rectified steps in one pass over memory: on CPUs with C++ kernels, built with the machine's compiler
-            when first needed and cached, on GPUs with a kernel from `torch.compile`. None fuses wherever that is
-            possible, True or raises `ValueError` at the first rectified step. Results differ from unfused ones in the
-            last bit of each operation, so all ranks of a run must do the same (`RAdamTrainer` sees to it).
-        master_weights: whether float32 master weights take the place of the parameters in the optimizer before its
-            first step, as in DeepSpeed: then their own dtype does not matter.
+        fused: take rectified steps in one pass over memory, with C++ kernels on CPUs (built when first needed, and
+            cached) or one from `torch.compile` on GPUs: None wherever that is possible, True or raise `ValueError` at
+            the first of them. It rounds differently from unfused steps, in the last bit of each operation, so all ranks
+            of a run must do the same (`RAdamTrainer` sees to that).
+        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed:
+            then their own dtype does not matter.
 
     Raises:
         ValueError: for a value out of range, NaN included: beta1 = 0 (x would be undefined), beta2 <= 0.6 (the
@@ -147,7 +146,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return loss
 
     def _continues(self, index: int, group: dict[str, Any]) -> bool:
-        """Return whether the group is in the middle of a step: none of its present parameters has moved in it."""
+        """Return whether the group is in the middle of a step, in which none of its present parameters has moved."""
         self._stepped += [set() for _ in range(index + 1 - len(self._stepped))]
         now, stepped = {id(p) for p in group["params"]}, self._stepped[index]
         continues = bool(stepped) and not now & stepped
@@ -302,15 +301,10 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
 
 
 def x_shard(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str], Tensor | None]:
-    """Return a function that computes this rank's shard of x, of one parameter at a time.
+    """Return a function from a parameter's name to this rank's shard of x, in the form of `Sharding.optimizer_shard`.
 
-    Args:
-        sharding: of the model that the optimizer trains.
-        optimizer: the optimizer.
-
-    Returns:
-        From a parameter's name to x in the form of `Sharding.optimizer_shard`, or to None where the parameter holds x:
-        the optimizer does not train it, has taken no step yet, or is in evaluation mode.
+    It returns None where the parameter holds x: the optimizer does not train it, has taken no step yet, or is in
+    evaluation mode.
     """
     groups = sharding.groups(optimizer)
 
