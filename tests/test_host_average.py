@@ -4,7 +4,6 @@ The order of things is tested with a copier that is as late as a busy device cou
 other work, and not earlier. Oracle: the average that moves at once. The same runs on a GPU, where there is one.
 """
 
-import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -115,15 +114,6 @@ def test_a_weight_written_to_too_early_is_an_error(late):
         model[1].bias.zero_()
     with pytest.raises(RuntimeError, match=r"written to 1.bias while it was being copied"):
         average.wait_for_copies()
-
-
-def test_nothing_is_kept_between_updates(late):
-    model = model_of(torch.float32)
-    average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=True)
-    other = copy.deepcopy(average)
-    assert not average._versions and average._job is None
-    assert tiny.same(other.averaged_state_dict(), average.averaged_state_dict())
 
 
 def test_what_fails_in_the_thread_is_raised(late):

@@ -13,7 +13,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import limits
 import numpy as np
@@ -25,7 +24,6 @@ from hf_radam.optim import fused
 pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
 ROOT = Path(__file__).parents[1]
 SIZES = (0, 1, 7, 16, 16383, 16384, 16385, 200_001)  # around the ends of vectors and chunks
-CPU = torch.device("cpu")
 
 
 def scalars(c=0.07, beta1=0.9, beta2=0.99, lr=0.02, weight_decay=0.1, step=9):
@@ -51,14 +49,6 @@ def test_every_operation_is_rounded_by_itself():
         expected = (y[n] + (z[n] - y[n]) * c + direction * y_rate, g[n], z[n] - direction * z_rate, v_new)
         for column, wanted in zip(given, expected, strict=True):
             assert np.array_equal(column[n].numpy(), wanted)
-
-
-def test_a_large_gradient_overflows_where_torchs_does():
-    """The square of the gradient is beyond float32, but (1 - beta2) of it is not. Oracle: torch's `addcmul_`."""
-    given = [[torch.full((20,), value)] for value in (1.0, 1e20, 1.0, 1.0)]
-    fused.schedule_free_step(given, scalars())
-    wanted = torch.tensor(0.99).addcmul_(torch.tensor(1e20), torch.tensor(1e20), value=1 - 0.99)
-    assert torch.isfinite(wanted) and torch.allclose(given[3][0], wanted, rtol=1e-6)
 
 
 def test_neither_threads_nor_places_matter(monkeypatch):
@@ -96,55 +86,26 @@ def test_every_thread_treats_denormals_as_the_calling_one():
     assert done.returncode == 0, done.stderr
 
 
-# ---- The kernel for GPUs, on CPUs' tensors, which it takes too ----
-
-
-def assert_compiled_is_built(other_scalars, **context):
-    given = columns()
-    other = [[value for value in column if value.numel() >= fused.MIN_NUMEL] for column in columns()]
-    fused.schedule_free_step(given, other_scalars)
-    with torch.autocast("cpu", dtype=torch.bfloat16, **context):
-        fused.compiled_kernel(torch.float32, CPU)(other, other_scalars)
-    for column, expected in zip(other, given, strict=True):
-        torch.testing.assert_close(column, expected[2:], rtol=2e-6, atol=2e-6)
-
-
 def test_one_compiled_kernel_serves_every_size_and_number():
-    fused.compiled_kernel(torch.float32, CPU)
+    """The kernel for GPUs, on a CPU. Oracle: the C++ kernel."""
+    kernel = fused.compiled_kernel(torch.float32, torch.device("cpu"))
     graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    assert_compiled_is_built(scalars(), enabled=False)
-    assert_compiled_is_built(scalars(c=0.5, weight_decay=0.0, beta1=0.95, beta2=0.9))
+    for autocast, numbers in ((False, scalars()), (True, scalars(c=0.5, weight_decay=0.0, beta1=0.95, beta2=0.9))):
+        given = columns()
+        other = [[value for value in column if value.numel() >= fused.MIN_NUMEL] for column in columns()]
+        fused.schedule_free_step(given, numbers)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            kernel(other, numbers)
+        for column, expected in zip(other, given, strict=True):
+            torch.testing.assert_close(column, expected[2:], rtol=2e-6, atol=2e-6)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs > 0
-
-
-IN_A_MODE = """
-from torch.utils.flop_counter import FlopCounterMode
-from test_kernels import *
-with FlopCounterMode(display=False):
-    assert_compiled_is_built(scalars())
-"""
-
-
-def test_where_the_compiled_kernel_cannot_run_the_step_is_the_same():
-    """In a process of its own: there is no kernel any more afterwards."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    command = [sys.executable, "-c", IN_A_MODE]
-    done = limits.run(command, env=environment)
-    assert done.returncode == 0, done.stderr
 
 
 # ---- Building ----
 
 
-class Answer(NamedTuple):
-    """What a process found: "loaded" or the reason why not; and how it ended."""
-
-    words: str
-    code: int
-
-
 def ask(cache, *, source=fused.SOURCE, **variables):
-    """Build or load in a fork of this process."""
+    """Build or load in a fork of this process; return "loaded" or the reason why not, or how the process ended."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -159,8 +120,8 @@ def ask(cache, *, source=fused.SOURCE, **variables):
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading) as pipe:
-        words = pipe.read()
-    return Answer(words, os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        answer = pipe.read()
+    return answer or os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def built(cache):
@@ -168,7 +129,7 @@ def built(cache):
 
 
 def test_it_is_built_once_and_cached(tmp_path):
-    assert ask(tmp_path).words == "loaded"
+    assert ask(tmp_path) == "loaded"
     (library,) = built(tmp_path)
     before = library.stat()
     assert library.suffix == ".so" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
@@ -178,21 +139,21 @@ def test_it_is_built_once_and_cached(tmp_path):
     asked = f'#!/bin/sh\n[ "$1" = --version ] && exec {compiler} --version\n'
     wrapper.write_text(asked + f'[ -z "$BUILDS" ] && exit 7\nexec {compiler} "$@"\n')
     wrapper.chmod(0o755)
-    assert ask(tmp_path, CXX=str(wrapper), BUILDS="1").words == "loaded"
+    assert ask(tmp_path, CXX=str(wrapper), BUILDS="1") == "loaded"
     both = built(tmp_path)
     assert len(both) == 2  # another command
-    assert ask(tmp_path, CXX=str(wrapper)).words == "loaded" and built(tmp_path) == both
-    assert "wrapper fails: " in ask(tmp_path / "other", CXX=str(wrapper)).words
+    assert ask(tmp_path, CXX=str(wrapper)) == "loaded" and built(tmp_path) == both
+    assert "wrapper fails: " in ask(tmp_path / "other", CXX=str(wrapper))
     assert library.stat().st_mtime_ns == before.st_mtime_ns and library.stat().st_ino == before.st_ino
     changed = tmp_path / "changed.cpp"
     changed.write_text(fused.SOURCE.read_text() + "// changed\n")
-    assert ask(tmp_path, source=changed).words == "loaded" and len(built(tmp_path)) == 3
+    assert ask(tmp_path, source=changed) == "loaded" and len(built(tmp_path)) == 3
 
 
 def test_many_processes_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(tmp_path), range(4)))
-    assert {answer.words for answer in answers} == {"loaded"} and len(built(tmp_path)) == 1
+    assert set(answers) == {"loaded"} and len(built(tmp_path)) == 1
 
 
 def test_one_that_was_cut_short_is_built_anew(tmp_path):
@@ -201,7 +162,7 @@ def test_one_that_was_cut_short_is_built_anew(tmp_path):
     complete = library.read_bytes()
     for length in (0, 40, 4000, -1):
         library.write_bytes(complete[:length])
-        assert ask(tmp_path).words == "loaded"
+        assert ask(tmp_path) == "loaded"
         assert built(tmp_path) == [library] and library.read_bytes() == complete
 
 
@@ -216,27 +177,27 @@ def test_what_others_could_have_written_is_not_run(tmp_path, whose):
     subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(fatal)], check=True)
     content = library.read_bytes()
     library.write_bytes(content + hashlib.sha256(content).digest())
-    assert ask(tmp_path).code == 42  # of our own it is run
+    assert ask(tmp_path) == 42  # of our own it is run
     if whose == "mode":
         library.parent.chmod(0o777)
     else:
         os.chown(library if whose == "file" else library.parent, 65534, 65534)
-    assert ask(tmp_path).words == "loaded"
+    assert ask(tmp_path) == "loaded"
 
 
 def test_a_cache_that_cannot_be_written_to(tmp_path):
     (tmp_path / "file").write_text("in the way of the folder")
     answer = ask(tmp_path / "file", TMPDIR=str(tmp_path))
-    assert answer.words == "loaded" and [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert answer == "loaded" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_compilers_that_do_not_work_and_strange_ones(tmp_path):
-    none = ask(tmp_path, PATH=str(tmp_path), CXX="").words
+    none = ask(tmp_path, PATH=str(tmp_path), CXX="")
     assert none == "there is no C++ compiler (g++, c++, clang++, or one that $CXX names)"
     for command, problem in (("/no/such/compiler", "No such file"), ("g++ 'x", "No closing quotation")):
-        words = ask(tmp_path, CXX=command).words
-        assert words.startswith("the C++ kernels cannot be built or loaded (") and problem in words
+        answer = ask(tmp_path, CXX=command)
+        assert answer.startswith("the C++ kernels cannot be built or loaded (") and problem in answer
     compiler = tmp_path / "compiler"
     compiler.write_bytes(b'#!/bin/sh\n[ "$2" = --version ] && printf "\\377 1.0" && exit 0\nshift\nexec c++ "$@"\n')
     compiler.chmod(0o755)
-    assert ask(tmp_path, CXX=f"{compiler} first").words == "loaded" and len(built(tmp_path)) == 1
+    assert ask(tmp_path, CXX=f"{compiler} first") == "loaded" and len(built(tmp_path)) == 1
