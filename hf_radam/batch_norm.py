@@ -1,7 +1,7 @@
-"""Take BatchNorm statistics again for weights that were never trained with, such as an average.
+"""Recompute BatchNorm statistics for weights that were never trained with, such as an average.
 
 Running means and variances belong to the weights that produced them. Averaged weights (EWA, or the x of a
-schedule-free optimizer) see other activations, so their statistics are taken anew from a few dozen training batches
+schedule-free optimizer) see other activations, so their statistics are recomputed from a few dozen training batches
 (Izmailov et al. 2018, arXiv:1803.05407, section 3.2).
 """
 
@@ -17,18 +17,18 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def batch_norm_modules(model: nn.Module) -> list[_BatchNorm]:
-    """The BatchNorm layers of `model` that keep running statistics."""
+    """Return the BatchNorm layers of `model` that keep running statistics."""
     return [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
 
 
 def statistics(model: nn.Module) -> list[Tensor]:
-    """Copies of all running means, variances and batch counters, in the order of `model.modules()`."""
+    """Return copies of all running means, variances and batch counters, in the order of `model.modules()`."""
     return [buffer.detach().clone() for m in batch_norm_modules(model) for buffer in m.buffers(recurse=False)]
 
 
 @torch.no_grad()
 def load_statistics(model: nn.Module, values: list[Tensor]) -> None:
-    """Write what `statistics(model)` returned back into the layers, bit for bit."""
+    """Load what `statistics(model)` returned into the layers, bit for bit."""
     buffers = [buffer for m in batch_norm_modules(model) for buffer in m.buffers(recurse=False)]
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)
@@ -61,7 +61,7 @@ def recalibrate_batch_norm(
 
     Only BatchNorm layers run in training mode, so dropout stays off. Each batch counts the same (cumulative average):
     after n batches the running mean is the mean of the n batch means, the running variance the mean of the n unbiased
-    batch variances. Modes and momenta are put back afterwards; the new statistics stay in the model. A layer that no
+    batch variances. Modes and momenta are restored afterwards; the new statistics stay in the model. A layer that no
     batch reaches keeps the statistics it had, and so do all if anything is raised.
 
     Args:
@@ -92,7 +92,7 @@ def recalibrate_batch_norm(
             forward(model, batch)
             used += 1
         if not used:
-            raise ValueError("BatchNorm statistics need at least one batch: `batches` was empty.")
+            raise ValueError("`batches` is empty. BatchNorm statistics need at least one batch.")
         reached = {layer for layer in layers if layer.num_batches_tracked}
     finally:
         for module, mode in modes.items():
