@@ -28,7 +28,7 @@ from clm_data import TextSize, load_texts, validation_blocks
 from clm_model import InputError
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.load import holds_model, is_checkpoint, load_model_folder, newest_loadable_checkpoint
-from hf_radam.merging.folder import RECORD_NAME
+from hf_radam.cli.merging import RECORD_NAME
 from run_clm import RECIPE, bits_per_byte, perplexity
 
 DATA_FLAGS = ("train_file", "validation_file", "dataset_name", "dataset_config_name", "block_size", "text_column")

@@ -28,19 +28,7 @@ def inspect(path, capsys):
     return code, " ".join(capsys.readouterr().out.split())
 
 
-def truncate(file):
-    file.write_bytes(file.read_bytes()[:-7])
-
-
 def flip(file):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-
-
-def a_list(file):
-    file.write_text("[1, {}]", encoding="utf-8")
-
-
-def nested(file):
-    file.write_text("[" * 100_000, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_radam.cli import main
+from hf_radam.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

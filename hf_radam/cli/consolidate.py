@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from hf_radam.cli.commands import add_command, folder
+from hf_radam.cli.main import add_command, folder
 
 
 def add(commands: Any) -> None:
@@ -15,7 +15,6 @@ def add(commands: Any) -> None:
         commands,
         "consolidate",
         run,
-        help="consolidate sharded weights, so that from_pretrained loads them",
         description="Write the weights that evaluation used, which a checkpoint holds in shards (FSDP2 with sharded "
         "state dicts, ZeRO-3 that does not gather), as files into the same folder. Prints that folder. Exit code 1 if "
         "the checkpoint is damaged or cannot be written to.",

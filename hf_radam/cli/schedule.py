@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from hf_radam.checkpoints.runs import PREFIX
-from hf_radam.cli.commands import add_command, only_ascii
-from hf_radam.cli.drawing import table
+from hf_radam.cli import plot
+from hf_radam.cli.main import add_command, only_ascii, table
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase, SchedulePast, describe_schedule
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ def add(commands: Any) -> None:
         commands,
         "schedule",
         run,
-        help="print the schedule of a run, without training",
         usage="hf-radam schedule [CONFIG] [--png FILE] [--flag value ...]",
         description="Print what the learning rate will be: the phases with their lengths in steps and their learning "
         "rates, the checkpoints that are pinned, and the curve in one line. For every scheduler, also those of "
@@ -58,10 +57,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     Raises:
         ValueError: If the flags are not those of a run whose schedule can be known.
     """
-    plots = None
     if arguments.png is not None:
-        plots = load_plots()
-        plots.check_suffix(arguments.png, (".png",))
+        plot.check_suffix(arguments.png, (".png",))
+        plot.import_matplotlib()
     from hf_radam.checkpoints.extend import plan_resume
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments
@@ -76,26 +74,11 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     lines += report(found, width=shutil.get_terminal_size().columns, blocks=ASCII_BLOCKS if only_ascii() else BLOCKS)
     if parser.other_keys:
         lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]
-    if plots is not None:
+    if arguments.png is not None:
         arguments.stop.begun = True
-        plots.save_figure(plots.schedule_figure(found), arguments.png)
+        plot.save_figure(plot.schedule_figure(found), arguments.png)
         lines += ["", f"drawn in {arguments.png}"]
     return "\n".join(lines) + "\n", 0
-
-
-def load_plots() -> Any:
-    """Import the module that draws.
-
-    Raises:
-        ValueError: Without matplotlib.
-    """
-    try:
-        from hf_radam import plots
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise ValueError("drawing needs matplotlib: pip install 'hf_radam[plots]', or pip install matplotlib") from None
-    return plots
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A command that is asked to end (Ctrl-C, SIGTERM, SIGHUP) removes what it has begun, says one line and ends."""
+"""End a command on Ctrl-C, SIGTERM or SIGHUP: what it began is removed, and one line says which signal it was."""
 
 from __future__ import annotations
 
@@ -9,82 +9,73 @@ import threading
 from types import FrameType
 from typing import Any
 
-CODE = 128
-"""Added to the number of the signal it is the exit code, as shells have it."""
-
 
 class Stopped(BaseException):
-    """The command was asked to end; what it has begun is removed on the way out."""
+    """A signal asked the command to end; what it began is removed while this propagates."""
 
 
 class Stop:
-    """While it is entered, a signal that asks to end ends the process, or raises `Stopped` where there is a way out.
+    """Handle the signals that ask a command to end, while this context is entered.
 
     Attributes:
-        command: whose line it is.
-        signal: the first that came, or None.
-        begun: whether there is something to remove. Then a signal raises `Stopped`, but for one that comes while that
-            is done. Before, nothing may be raised: modules are imported, and C++ that imports one aborts at that.
+        command: name of the command for the line that is printed.
+        signal: the first signal, or None.
+        begun: whether there is something to remove. Then a signal raises `Stopped`, except during the removal. Before
+            that it ends the process at once, since C++ code that is importing a module aborts on an exception.
     """
 
     def __init__(self, command: str) -> None:
         self.command = command
         self.signal: signal.Signals | None = None
         self.begun = False
-        self._told = False
+        self._reported = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Stop:
-        """Take the signals, but for one that the process was started to ignore (`nohup`)."""
-        if threading.current_thread() is threading.main_thread():  # Python has it that no other one can
+        """Install the handlers, except for a signal that the process was started to ignore (`nohup`)."""
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)  # Windows has no SIGHUP
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._stop)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Give the signals back."""
+        """Restore the handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = self.signal or signal.Signals(number)
         if not self.begun:
-            os.write(2, f"{self.words}\n".encode())  # whoever was interrupted may be printing
+            os.write(2, f"{self.words}\n".encode())  # print is not reentrant
             os._exit(self.code)
-        if not (self._told or _ending()):
+        if not (self._reported or _is_stopping()):
             raise Stopped
 
-    def tell(self) -> None:
-        """Say which signal it was that ended the command."""
-        self._told = True
+    def report(self) -> None:
+        """Print which signal ended the command."""
+        self._reported = True
         print(self.words, file=sys.stderr)
 
     @property
     def words(self) -> str:
-        """Which signal it was."""
-        assert self.signal is not None, "only of a command that was stopped"
-        return f"{self.command}: ended by {self.signal.name}"
+        """The line that names the signal."""
+        return f"{self.command}: ended by {signal.Signals(self.signal or 0).name}"
 
     @property
     def code(self) -> int:
-        """The exit code."""
-        assert self.signal is not None, "only of a command that was stopped"
-        return CODE + self.signal
+        """The exit code, as shells have it."""
+        return 128 + (self.signal or 0)
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal came.
-
-        Where it comes while C or Rust calls Python, they may make another error of what was raised there: so ask before
-        an error is told.
-        """
+        """Raise `Stopped` if a signal came: C or Rust code may have turned it into another error."""
         if self.signal is not None:
             raise Stopped
 
 
-def _ending() -> bool:
-    """Whether `Stopped`, or what came of it, is being handled where the signal came."""
+def _is_stopping() -> bool:
+    """Return whether `Stopped`, or an error that followed from it, is being handled."""
     error = sys.exc_info()[1]
     while error is not None and not isinstance(error, Stopped):
         error = error.__context__

@@ -1,4 +1,4 @@
-"""Commands that are asked to end: one line, the exit code of shells, nothing left.
+"""Commands that a signal ends: one line, the exit code of shells, nothing left.
 
 Oracle: the folder as it was, and a process of its own that is really sent a signal while it writes.
 """
@@ -16,8 +16,8 @@ import torch
 
 from hf_radam import cli
 from hf_radam.checkpoints.weights import Tensors, write_weights
+from hf_radam.cli.merging import Source
 from hf_radam.cli.stopping import Stopped
-from hf_radam.merging.sources import Source
 
 ROOT = Path(__file__).parents[2]
 ROWS = 2**19  # 8 tensors of 8 MB in a checkpoint: time to be stopped in
@@ -60,7 +60,7 @@ def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
 
 
 @pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError, KeyboardInterrupt])
-def test_what_a_signal_becomes_on_its_way_is_not_told(checkpoints, tmp_path, capsys, monkeypatch, error):
+def test_an_error_that_a_signal_has_become_is_not_printed(checkpoints, tmp_path, capsys, monkeypatch, error):
     """Rust and C that call Python may make any error of what a signal raises there: so this one is made here."""
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
@@ -79,7 +79,7 @@ def test_what_a_signal_becomes_on_its_way_is_not_told(checkpoints, tmp_path, cap
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
-def test_a_signal_that_was_swallowed_is_heard_the_next_time(checkpoints, tmp_path, capsys, monkeypatch):
+def test_a_swallowed_signal_ends_the_command_at_the_next_one(checkpoints, tmp_path, capsys, monkeypatch):
     """Python has it that what is raised in `__del__` is not heard of; a bare `except` does likewise."""
     read, stopped = Source.read, []
 
@@ -109,7 +109,7 @@ def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
         f"signal.signal({int(number)}, signal.default_int_handler)\n"
         "class Finder(importlib.abc.MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
-        "        if name == 'hf_radam.merging.folder':\n"
+        "        if name == 'hf_radam.cli.merging':\n"
         f"            os.kill(os.getpid(), {int(number)})\n"
         "sys.meta_path.insert(0, Finder())\n"
         "from hf_radam import cli\n"
@@ -125,18 +125,8 @@ def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
     assert done.stderr == f"hf-radam average: ended by {number.name}\n"
 
 
-def test_a_reader_that_has_seen_enough(tmp_path):
+def test_a_closed_pipe_is_no_error(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = f"{sys.executable} -m hf_radam.cli schedule --max_steps 100 --optim radam | true; echo ${{PIPESTATUS[0]}}"
     done = limits.run(["bash", "-c", command], cwd=tmp_path, env=environment)
     assert (done.stdout, done.stderr) == ("0\n", "")
-
-
-def test_what_a_killed_merge_has_left_is_named(checkpoints, tmp_path, capsys):
-    (tmp_path / ".averaging-abc").mkdir()
-    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(tmp_path / "merged")]
-    capsys.readouterr()
-    assert cli.main(words) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"hf-radam average: note: {tmp_path / '.averaging-abc'} is what a merge that was killed")
-    assert (tmp_path / ".averaging-abc").is_dir()

@@ -3,9 +3,14 @@
 Oracle: exit codes, and the files that the examples say they make.
 """
 
+import contextlib
 import glob
+import io
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,35 +22,37 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = ("inspect", "schedule", "plot", "average", "consolidate")
 
 
-def help_of(words, capsys):
-    with pytest.raises(SystemExit) as ended:
+def help_of(*words):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), pytest.raises(SystemExit) as ended:
         cli.main([*words, "--help"])
     assert ended.value.code == 0
-    return capsys.readouterr().out
+    return output.getvalue()
 
 
 def examples(command):
     """The command lines at the end of a command's help."""
-    parser = cli.parser()
-    (commands,) = (action for action in parser._actions if action.choices)
-    return re.findall(r"^  (hf-radam .*)$", commands.choices[command].epilog, re.MULTILINE)
+    return [line.strip() for line in help_of(command).split("examples:\n")[1].splitlines()]
 
 
-def test_the_help_names_every_command(capsys):
-    text = help_of([], capsys)
-    (names,) = (action.choices for action in cli.parser()._actions if action.choices)
-    assert set(names) == set(COMMANDS)
+def test_the_help_names_every_command_and_imports_none():
+    text = help_of()
     assert all(re.search(rf"^    {name}\s", text, re.MULTILINE) for name in COMMANDS)
+    code = (
+        "import contextlib, sys\nfrom hf_radam.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main(['--help'])\n"
+        "sys.exit(str({'hf_radam.cli.inspect', 'hf_radam.cli.plot', 'torch'} & set(sys.modules) or '') or 0)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.DEVNULL).returncode == 0
 
 
 @pytest.mark.parametrize("columns", ["40", "200"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_help_ends_in_examples(command, columns, capsys, monkeypatch):
+def test_each_help_ends_in_examples(command, columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
-    text = help_of([command], capsys)
-    assert text.startswith(f"usage: hf-radam {command}")
-    told = text.split("examples:\n")[1].splitlines()
-    assert [line.strip() for line in told] == examples(command) and len(told) >= 2
+    assert help_of(command).startswith(f"usage: hf-radam {command}")
+    assert len(examples(command)) >= 2 and all(line.startswith(f"hf-radam {command} ") for line in examples(command))
 
 
 @pytest.fixture(scope="module")
@@ -61,19 +68,25 @@ def folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("line", [line for command in COMMANDS for line in examples(command)])
-def test_the_examples_run(folder, line, monkeypatch, capsys):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_examples_run(folder, command, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    words = [sorted(glob.glob(word)) or [word] for word in shlex.split(line)]  # as the shell does
-    assert cli.main([word for found in words for word in found][1:]) == 0
-    output = capsys.readouterr()
-    assert output.err == ""
-    for made in re.findall(r"(?:-o|--png) (\S+)", line):
-        assert Path(made).exists() and made in output.out
+    for line in examples(command):
+        words = [sorted(glob.glob(word)) or [word] for word in shlex.split(line)]  # as the shell does
+        assert cli.main([word for found in words for word in found][1:]) == 0
+        output = capsys.readouterr()
+        assert output.err == ""
+        for made in re.findall(r"(?:-o|--png) (\S+)", line):
+            assert Path(made).exists() and made in output.out
 
 
-def test_words_too_many_are_refused(capsys):
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["inspect", "runs/wsd", "--jsn"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1] == "hf-radam inspect: error: unrecognized arguments: --jsn"
+def test_wrong_arguments_are_refused(capsys):
+    for words, line in {
+        ("inspect", "runs/wsd", "--jsn"): "hf-radam inspect: error: unrecognized arguments: --jsn",
+        ("nothing",): "hf-radam: error: argument COMMAND: invalid choice: 'nothing' (choose from ",
+        (): "hf-radam: error: the following arguments are required: COMMAND",
+    }.items():
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(line)

@@ -20,10 +20,10 @@ from transformers.trainer_utils import SchedulerType
 import clm_arguments
 from hf_radam import RAdamTrainingArguments, cli
 from hf_radam.checkpoints.runs import list_checkpoints
-from hf_radam.cli.drawing import table
+from hf_radam.cli.main import table
+from hf_radam.cli.plot import save_figure, schedule_figure
 from hf_radam.cli.schedule import ASCII_BLOCKS, phases_of_rates, preview, report, sparkline
 from hf_radam.optim.radam import rectification
-from hf_radam.plots import save_figure, schedule_figure
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase
 
 ROOT = Path(__file__).parents[2]
@@ -282,7 +282,7 @@ def test_without_matplotlib_all_but_drawing_works(tmp_path):
         done = command(*words)
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.splitlines()[-1].endswith(
-            "drawing needs matplotlib: pip install 'hf_radam[plots]', or pip install matplotlib"
+            "Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'"
         )
 
 

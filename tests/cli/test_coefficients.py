@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-import hf_radam.merging.coefficients
+import hf_radam.cli.merging
 from hf_radam import WeightAverage
-from hf_radam.merging.coefficients import DECAY_SHAPES, WEIGHTS, coefficients, decay_multipliers
+from hf_radam.cli.merging import DECAY_SHAPES, coefficients
 from hf_radam.schedules import wsd
 
+WEIGHTS = ("uniform", "ewa", *DECAY_SHAPES)
 EVEN, UNEVEN = [800, 850, 900, 950, 1000], [7, 8, 40, 41, 100]
 SHAPES = {
     "linear": lambda q: 1 - q,
@@ -25,24 +26,23 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("updates", [EVEN, UNEVEN, [3, 4], [0, 10]], ids=str)
+@pytest.mark.parametrize("steps", [EVEN, UNEVEN, [3, 4], [0, 10]], ids=str)
 @pytest.mark.parametrize("weights", WEIGHTS)
-def test_they_sum_to_one_and_none_is_negative(weights, updates):
-    found = coefficients(updates, weights=weights)
-    assert len(found) == len(updates) and min(found) >= 0
+def test_they_sum_to_one_and_none_is_negative(weights, steps):
+    found = coefficients(steps, weights=weights)
+    assert len(found) == len(steps) and min(found) >= 0
     assert math.fsum(found) == pytest.approx(1, abs=1e-12)
 
 
-@pytest.mark.parametrize("updates", [EVEN, UNEVEN], ids=str)
+@pytest.mark.parametrize("steps", [EVEN, UNEVEN], ids=str)
 @pytest.mark.parametrize("shape", DECAY_SHAPES)
-def test_a_decay_of_each_stretch_by_its_mean(shape, updates):
-    """c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k, the w being means over update numbers, with numpy."""
-    numbers = np.arange(updates[0] + 1, updates[-1] + 1)
-    multipliers = SHAPES[shape]((numbers - 1 - updates[0]) / (updates[-1] - updates[0]))
-    w = [multipliers[(numbers > a) & (numbers <= b)].mean() for a, b in itertools.pairwise(updates)]
-    np.testing.assert_allclose(decay_multipliers(updates, shape=shape), w, rtol=1e-12)
+def test_a_decay_of_each_stretch_by_its_mean(shape, steps):
+    """c_0 = 1 - w_1, c_j = w_j - w_(j+1), c_k = w_k, the w being means over step numbers, with numpy."""
+    numbers = np.arange(steps[0] + 1, steps[-1] + 1)
+    multipliers = SHAPES[shape]((numbers - 1 - steps[0]) / (steps[-1] - steps[0]))
+    w = [multipliers[(numbers > a) & (numbers <= b)].mean() for a, b in itertools.pairwise(steps)]
     expected = -np.diff([1.0, *w, 0.0])
-    np.testing.assert_allclose(coefficients(updates, weights=shape), expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(coefficients(steps, weights=shape), expected, rtol=0, atol=1e-14)
 
 
 def test_linear_and_evenly_spaced_is_the_trapezoidal_rule():
@@ -52,18 +52,18 @@ def test_linear_and_evenly_spaced_is_the_trapezoidal_rule():
 
 
 def trained(gradient, *, total, decay, shape, saved=()):
-    """Weights in float64 after SGD whose update n has the gradient `gradient(n)`, with WSD where there is a decay."""
+    """Weights in float64 after SGD whose step n has the gradient `gradient(n)`, with WSD where there is a decay."""
     weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=0.1)
     schedule = functools.partial(wsd, total_steps=total, decay_steps=decay, decay_type=shape) if decay else lambda n: 1
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
     kept = {}
-    for update in range(1, total + 1):
-        weight.grad = gradient(update)
+    for step in range(1, total + 1):
+        weight.grad = gradient(step)
         optimizer.step()
         scheduler.step()
-        if update in saved:
-            kept[update] = weight.detach().clone()
+        if step in saved:
+            kept[step] = weight.detach().clone()
     return weight.detach(), kept
 
 
@@ -73,40 +73,40 @@ def test_merging_equals_training_with_that_decay_where_a_stretch_has_equal_gradi
     """The gradients do not depend on the weights, and change from one checkpoint to the next alone."""
     directions = torch.randn(len(saved) + 1, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
-    def gradient(update):
-        return directions[sum(update > end for end in saved)].clone()
+    def gradient(step):
+        return directions[sum(step > end for end in saved)].clone()
 
     decayed, _ = trained(gradient, total=saved[-1], decay=saved[-1] - saved[0], shape=shape)
     _, kept = trained(gradient, total=saved[-1], decay=0, shape=shape, saved=saved)
-    merged = sum(c * kept[update] for c, update in zip(coefficients(saved, weights=shape), saved, strict=True))
+    merged = sum(c * kept[step] for c, step in zip(coefficients(saved, weights=shape), saved, strict=True))
     torch.testing.assert_close(merged, decayed, rtol=1e-12, atol=1e-12)
     assert (decayed - kept[saved[-1]]).abs().max() > 0.05  # the decay does something
 
 
 @pytest.mark.parametrize("shape", DECAY_SHAPES)
-def test_merging_every_update_equals_training_with_any_gradients(shape):
+def test_merging_every_step_equals_training_with_any_gradients(shape):
     noise = torch.randn(41, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     saved = list(range(28, 41))
     decayed, _ = trained(lambda n: noise[n].clone(), total=40, decay=12, shape=shape)
     _, kept = trained(lambda n: noise[n].clone(), total=40, decay=0, shape=shape, saved=saved)
-    merged = sum(c * kept[update] for c, update in zip(coefficients(saved, weights=shape), saved, strict=True))
+    merged = sum(c * kept[step] for c, step in zip(coefficients(saved, weights=shape), saved, strict=True))
     torch.testing.assert_close(merged, decayed, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("window", [{"decay": 0.97}, {"half_life_ratio": 0.1}, {}], ids=str)
 def test_ewa_is_the_average_that_training_would_have_kept(window):
-    """`WeightAverage`, moved every 20 updates, of weights that are a unit vector at each: their factors, in float32."""
-    updates = list(range(20, 201, 20))
-    weight = torch.nn.Parameter(torch.zeros(len(updates)))
+    """`WeightAverage`, moved every 20 steps, of weights that are a unit vector at each: their factors, in float32."""
+    steps = list(range(20, 201, 20))
+    weight = torch.nn.Parameter(torch.zeros(len(steps)))
     average = WeightAverage([("weight", weight)], every=20, **window)
     for step in range(1, 201):
-        weight.data = torch.eye(len(updates))[(step - 1) // 20]
+        weight.data = torch.eye(len(steps))[(step - 1) // 20]
         average.update(step)
-    found = coefficients(updates, weights="ewa", **window)
+    found = coefficients(steps, weights="ewa", **window)
     np.testing.assert_allclose(found, average.averaged_state_dict()["weight"], rtol=0, atol=1e-6)
 
 
-def test_ewa_of_uneven_checkpoints_counts_the_updates_between_them():
+def test_ewa_of_uneven_checkpoints_counts_the_steps_between_them():
     expected = 0.97 ** (100.0 - np.array(UNEVEN))
     found = coefficients(UNEVEN, weights="ewa", decay=0.97)
     np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-12)
@@ -117,23 +117,21 @@ def test_uniform_is_the_mean():
 
 
 def test_the_examples_in_the_docstrings():
-    failed, tried = doctest.testmod(hf_radam.merging.coefficients)
+    failed, tried = doctest.testmod(hf_radam.cli.merging)
     assert (failed, tried) == (0, 2)
 
 
 WRONG = {
-    "name": ({"weights": "mean"}, EVEN, "'mean' must be one of uniform, ewa"),
-    "one": ({"weights": "linear"}, [5], "1 checkpoint cannot be averaged: give two or more"),
-    "order": ({"weights": "linear"}, [5, 5], r"\[5, 5\] must increase"),
-    "no use": ({"weights": "linear", "decay": 0.9}, EVEN, "they have no effect on 'linear'"),
-    "no window": ({"weights": "ewa", "decay": 1.0}, EVEN, "decay=1.0 must lie strictly between 0 and 1"),
-    "NaN": ({"weights": "ewa", "half_life_ratio": math.nan}, EVEN, "half_life_ratio=nan must be above 0"),
-    "two windows": ({"weights": "ewa", "decay": 0.9, "half_life_ratio": 0.1}, EVEN, "two windows for one average"),
+    "one": ({"weights": "linear"}, [5], "1 checkpoint cannot be averaged. Give two or more"),
+    "no effect": ({"weights": "linear", "decay": 0.9}, EVEN, "have no effect on weights='linear'"),
+    "decay": ({"weights": "ewa", "decay": 1.0}, EVEN, "decay=1.0 must"),
+    "NaN": ({"weights": "ewa", "half_life_ratio": math.nan}, EVEN, "half_life_ratio=nan must"),
+    "two windows": ({"weights": "ewa", "decay": 0.9, "half_life_ratio": 0.1}, EVEN, "decay"),
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_no_merge_is_refused(name):
-    options, updates, words = WRONG[name]
+def test_wrong_options_are_refused(name):
+    options, steps, words = WRONG[name]
     with pytest.raises(ValueError, match=words):
-        coefficients(updates, **options)
+        coefficients(steps, **options)

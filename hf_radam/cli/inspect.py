@@ -1,0 +1,325 @@
+"""`hf-radam inspect`: describe a checkpoint or a run by its manifests; needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_radam.checkpoints.layouts import (
+    DEEPSPEED,
+    FSDP_WEIGHTS_FOLDER,
+    SHARDED_FOLDER,
+    has_optimizer,
+    has_weights,
+    layout_of,
+    missing_state,
+    process_count,
+)
+from hf_radam.checkpoints.manifest import (
+    EVALUATION_FOLDERS,
+    MANIFEST_NAME,
+    CheckpointError,
+    read_manifest,
+    recorded_step,
+)
+from hf_radam.checkpoints.runs import PREFIX, is_checkpoint, list_checkpoints, run_of
+from hf_radam.checkpoints.storage import STAGING
+from hf_radam.checkpoints.verify import is_model_file, verify_checkpoint
+from hf_radam.cli.main import add_command, folder, printable, table
+from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, describe_schedule
+
+Facts = dict[str, Any]
+CONSTANT = ("constant", "constant_with_warmup")
+FINISHED = "finished"
+LABEL, WIDTH = 11, 118  # characters
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "inspect",
+        run,
+        description="Describe a checkpoint or a run: method, schedule, progress, which weights lie where, and the "
+        "commands to resume, extend or evaluate it. Files are compared with the manifest by their sizes, with --verify "
+        "by their hashes. Nothing is written, and no code in the files is run. Exit code 1 if anything is damaged.",
+        examples=["hf-radam inspect runs/wsd", "hf-radam inspect runs/wsd/checkpoint-18 --verify --json"],
+    )
+    parser.add_argument("path", metavar="PATH", help="a checkpoint, or the folder of a run")
+    parser.add_argument("--verify", action="store_true", help="hash every file, which takes time for a large model")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    """Return the output and the exit code.
+
+    Raises:
+        ValueError: if the folder is neither a checkpoint nor a run.
+    """
+    path = folder(arguments.path)
+    if is_checkpoint(path):
+        facts = inspect_checkpoint(Path(path), verify=arguments.verify)
+        lines, damaged = checkpoint_report(facts), bool(facts["problems"])
+    else:
+        facts = inspect_run(Path(path), verify=arguments.verify)
+        lines, damaged = run_report(facts), bool(facts["damaged"])
+    output = json.dumps(facts, indent=2) if arguments.json else printable("\n".join(lines))
+    return f"{output}\n", int(damaged)
+
+
+def inspect_checkpoint(path: Path, *, verify: bool = False) -> Facts:
+    """Return what the manifest and the files of a checkpoint tell, as `--json` prints it.
+
+    Args:
+        path: its folder.
+        verify: whether to hash the files.
+    """
+    problems = verify_checkpoint(path, hashes=verify)
+    manifest: Mapping[str, Any] | None = None
+    facts: Facts = {"step": recorded_step(path), "phase": None}
+    if MANIFEST_NAME not in problems:
+        try:
+            manifest = read_manifest(path)
+            facts |= {} if manifest is None else _progress(manifest)
+        except (CheckpointError, *MALFORMED) as error:
+            problems, manifest = {MANIFEST_NAME: f"has an unexpected form ({error!r})", **problems}, None
+    stock = manifest is None and MANIFEST_NAME not in problems
+    version = "" if manifest is None else f" {manifest.get('hf_radam_version', '')}"
+    facts |= {
+        "kind": "checkpoint",
+        "path": str(path),
+        "written_by": "stock Trainer" if stock else f"hf_radam{version}".strip(),
+        "layout": layout_of(path).words,
+        "processes": process_count(path),
+        "missing_state": missing_state(path),
+        "weights": {name: WEIGHTS[name] for name in EVALUATION_FOLDERS if (path / name).is_dir()},
+        "verified": verify,
+        "problems": problems,
+        "files": _files(path, manifest),
+    }
+    return facts | {"resume": _resume(facts), "extend": _extend(facts, manifest), "evaluate": _evaluate(facts)}
+
+
+WEIGHTS = {"ewa": "the averaged weights (EWA), in float32", "schedule_free": "x, the schedule-free average"}
+
+
+def _progress(manifest: Mapping[str, Any]) -> Facts:
+    """Return method, schedule and progress, of a checkpoint with a manifest."""
+    method, step = manifest["method"], int(manifest["schedule_step"])
+    name, total = method["lr_scheduler_type"], int(manifest["max_steps"])
+    schedule = _schedule(manifest)
+    peak = float(manifest["learning_rate"])
+    rate = peak * schedule.multiplier(step) if schedule else None
+    phase = _phase(schedule, name, step, int(manifest["warmup_steps"]))
+    return {
+        "step": int(manifest["global_step"]),
+        "max_steps": total,
+        "schedule_step": step,
+        "method": {key: method[key] for key in ("optim", "lr_scheduler_type", "ewa")},
+        "schedule": manifest["schedule"],
+        "schedule_summary": describe_schedule(schedule, name=name, total_steps=total),
+        "phase": FINISHED if manifest["global_step"] >= total else phase,
+        "learning_rate": peak if name == "constant" else rate,
+        "evaluation_folder": str(manifest["evaluation"]["folder"] or ""),
+        "averaging": None if manifest["averaging"] is None else dict(manifest["averaging"]),
+    }
+
+
+def _schedule(manifest: Mapping[str, Any]) -> Schedule | None:
+    """Return the schedule in a manifest; None for one of transformers, or of a class that is not imported here."""
+    name, options = manifest["method"]["lr_scheduler_type"], manifest["schedule"]
+    return None if options is None or name not in Schedule.registered() else Schedule.from_dict(name, options)
+
+
+def _phase(schedule: Schedule | None, name: str, step: int, warmup_steps: int) -> str | None:
+    """Return the phase of the state after `step` completed steps; None if a schedule of transformers does not tell."""
+    if schedule is None:
+        return None if name not in CONSTANT else WARM_UP if name != "constant" and step < warmup_steps else STABLE
+    if schedule.resets_to_peak(step):
+        return "end of a decay"
+    if schedule.decay_at(step):
+        return DECAY
+    phase = next((phase.name for phase in schedule.phases() if phase.start <= step < phase.end), None)
+    return STABLE if phase == DECAY else phase  # the decay begins with the next step
+
+
+def _files(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, int | None]:
+    """Return the size of every file by its path in the checkpoint; None for a missing one."""
+    there = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
+    return dict(sorted(({name: None for name in (manifest or {}).get("files", ())} | there).items()))
+
+
+# ---- What to do with a checkpoint: the flags or the call, or why not ----
+
+
+def _unfit(facts: Facts) -> str | None:
+    if facts["problems"]:
+        return f"no: it is damaged ({', '.join(facts['problems'])})"
+    if facts["missing_state"]:
+        missing = " and ".join(facts["missing_state"])
+        return f"no: it has no {missing} (save_only_model?). Start a new run with it as the model instead."
+    return None
+
+
+def _resume(facts: Facts) -> str:
+    if facts["phase"] == FINISHED and not _unfit(facts):
+        return f"no: the run has completed its {facts['max_steps']} steps. Extend it instead."
+    words = f"--resume_from_checkpoint {shlex.quote(facts['path'])}, with the flags of the run"
+    if facts["layout"] == DEEPSPEED.words:
+        words += f", under DeepSpeed with the same stage and {facts['processes']} processes"
+    return _unfit(facts) or words
+
+
+def _extend(facts: Facts, manifest: Mapping[str, Any] | None) -> str:
+    unfit = _unfit(facts)
+    if unfit or manifest is None:
+        return unfit or "not known: a stock checkpoint does not record its schedule"
+    schedule, step, path = _schedule(manifest), facts["schedule_step"], Path(facts["path"])
+    name = facts["method"]["lr_scheduler_type"]
+    if schedule is None and name not in CONSTANT:
+        return f"no: the learning rates of {name} depend on the length of the run"
+    total = step if schedule is None or schedule.resets_to_peak(step) else schedule.total_steps
+    command = f"--max_steps N, with N above {total}"
+    if schedule is None or schedule.decay_at(step) is None:
+        return f"--extend_from {shlex.quote(str(path))} {command}"
+    source = _extension_source(run_of(path))
+    if source is None:
+        return f"no: it is in the decay, and {run_of(path)} has no checkpoint from before the decay"
+    return f"not from here, in the decay. --extend_from {shlex.quote(str(run_of(path)))} {command}, starts at {source}"
+
+
+def _extension_source(run: Path) -> Path | None:
+    """Return the latest checkpoint of a run that is not in a decay and has an optimizer; its files are not verified."""
+    for ref in list_checkpoints(run):
+        try:
+            manifest = read_manifest(ref.path)
+            schedule = None if manifest is None else _schedule(manifest)
+            if manifest and (schedule is None or schedule.decay_at(manifest["schedule_step"]) is None):
+                if has_optimizer(ref.path) and (schedule or manifest["method"]["lr_scheduler_type"] in CONSTANT):
+                    return ref.path
+        except (CheckpointError, *MALFORMED):
+            continue
+    return None
+
+
+def _evaluate(facts: Facts) -> str:
+    path, inside = Path(facts["path"]), facts.get("evaluation_folder", "")
+    bad = [name for name in facts["problems"] if name == MANIFEST_NAME or is_model_file(name, inside)]
+    if bad:
+        return f"no: it is damaged ({', '.join(bad)})"
+    model = path / inside
+    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return f"no: {model} has no config.json. Read its weights with safetensors instead."
+    words = f'load_evaluation_model("{path}") loads {f"{inside}/" if inside else "the root"}'
+    if not has_weights(model) and any((model / name).is_dir() for name in (SHARDED_FOLDER, FSDP_WEIGHTS_FOLDER)):
+        words += f", which is in shards. For from_pretrained: hf-radam consolidate {shlex.quote(str(path))}"
+    return words
+
+
+# ---- Runs ----
+
+
+def inspect_run(path: Path, *, verify: bool = False) -> Facts:
+    """Return what the folder of a run holds, as `--json` prints it.
+
+    Raises:
+        ValueError: if there is no checkpoint, no model and no interrupted save in it.
+    """
+    checkpoints = {
+        str(Path(ref.pinned_in, f"{PREFIX}{ref.step}")): inspect_checkpoint(ref.path, verify=verify)
+        for ref in list_checkpoints(path)
+    }
+    configured = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    model = configured and (has_weights(path) or (path / SHARDED_FOLDER).is_dir())
+    leftovers = sorted(str(p.relative_to(path)) for p in (path / STAGING).rglob(f"{PREFIX}*") if p.is_dir())
+    if not (checkpoints or model or leftovers):
+        raise ValueError(f"{path} is neither a checkpoint nor a run: it holds no checkpoint-N and no model.")
+    resumable = [name for name, facts in checkpoints.items() if not _unfit(facts)]
+    loadable = [name for name, facts in checkpoints.items() if facts["evaluate"].startswith("load")]
+    source = _extension_source(path)
+    return {
+        "kind": "run",
+        "path": str(path),
+        "checkpoints": checkpoints,
+        "damaged": [name for name, facts in checkpoints.items() if facts["problems"]],
+        "model": model,
+        "resumes": str(path / resumable[0]) if resumable else None,
+        "evaluates": str(path) if model else str(path / loadable[0]) if loadable else None,
+        "extends": None if source is None else str(source),
+        "leftovers": leftovers,
+    }
+
+
+# ---- As text ----
+
+
+def checkpoint_report(facts: Facts) -> list[str]:
+    """Return the description of a checkpoint as lines."""
+    kind = "a stock checkpoint" if facts["written_by"] == "stock Trainer" else f"a checkpoint of {facts['written_by']}"
+    state = "damaged" if facts["problems"] else "verified" if facts["verified"] else "complete"
+    lines = [f"{facts['path']}: {kind}, step {facts['step']} of {facts.get('max_steps', '?')}, {state}", ""]
+    for label, text in _rows(facts):
+        lines += _row(label, text)
+    sizes = {**dict.fromkeys(facts["problems"]), **facts["files"]}
+    rows = [
+        ["" if size is None else f"{size:,}", name, facts["problems"].get(name, "")] for name, size in sizes.items()
+    ]
+    return [*lines, "", "files:", *table(rows, right=(0,))]
+
+
+def _row(label: str, text: str) -> list[str]:
+    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)  # paths and flags stay whole
+    wrapper.initial_indent, wrapper.subsequent_indent = label.ljust(LABEL), " " * LABEL
+    return wrapper.wrap(text)
+
+
+def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
+    method, average = facts.get("method"), facts.get("averaging")
+    if method is not None:
+        ewa = "with EWA" if method["ewa"] else "without EWA"
+        yield "method", f"{method['optim']}, {method['lr_scheduler_type']}, {ewa}"
+        yield "schedule", facts["schedule_summary"]
+        rate = "" if facts["learning_rate"] is None else f"; learning rate of the next step {facts['learning_rate']:g}"
+        skipped = facts["step"] - facts["schedule_step"]
+        skips = f", {skipped} of them skipped" if skipped else ""
+        phase = facts["phase"] or "not known"
+        yield "progress", f"{facts['step']} of {facts['max_steps']} steps{skips}; phase: {phase}{rate}"
+        yield "root", "y of schedule-free, which trains" if "free" in method["optim"] else "the training weights"
+    for name, words in facts["weights"].items():
+        used = facts.get("evaluation_folder", "").split("/")[0] == name
+        yield "beside it", f"{name}/: {words}{', used for evaluation' if used else ''}"
+    if average:
+        fixed, ratio = average.get("decay"), average.get("half_life_ratio")
+        window = f"half-life {ratio} of the steps so far" if fixed is None else f"decay {fixed} per step"
+        yield "average", f"{window}, every {average.get('every')} steps; averaged {average.get('num_averaged')} times"
+    processes = facts["processes"] or "an unknown number of"
+    yield "layout", f"{facts['layout']}, written by {processes} process{'' if processes == 1 else 'es'}"
+    for use in ("resume", "extend", "evaluate"):
+        yield use, facts[use]
+
+
+def run_report(facts: Facts) -> list[str]:
+    """Return the description of a run as lines: its checkpoints, then the newest that is not damaged."""
+    path, checkpoints = facts["path"], facts["checkpoints"]
+    damaged = f"; damaged: {', '.join(facts['damaged'])}" if facts["damaged"] else ""
+    rows = [["checkpoint", "step", "phase", "state"]]
+    for name, one in checkpoints.items():
+        state = "; ".join(f"{file} {problem}" for file, problem in one["problems"].items())
+        state = f"damaged: {state}" if state else "not resumable" if one["missing_state"] else "complete"
+        rows.append([name, f"{one['step']} of {one.get('max_steps', '?')}", one["phase"] or "not known", state])
+    takes = {use: facts[use] or "nothing" for use in ("resumes", "evaluates", "extends")}
+    lines = [f"{path}: a run with {len(checkpoints)} checkpoints{damaged}", "", *(table(rows) if checkpoints else ())]
+    lines += ["", *_row("model", "at the root: the evaluation weights" if facts["model"] else "none at the root")]
+    lines += _row("resume", f"--resume_from_checkpoint true takes {takes['resumes']}")
+    lines += _row("evaluate", f'load_evaluation_model("{path}") takes {takes["evaluates"]}')
+    lines += _row("extend", f"--extend_from {shlex.quote(path)} --max_steps N takes {takes['extends']}")
+    if facts["leftovers"]:
+        lines += _row("left over", f"{', '.join(facts['leftovers'])}: of an interrupted save; resuming recovers it")
+    complete = next((one for one in checkpoints.values() if not one["problems"]), None)
+    return lines + (["", *checkpoint_report(complete)] if complete else [])

@@ -1,0 +1,144 @@
+"""The command `hf-radam`: its parser, and what its commands share. A command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_radam.cli.stopping import Stop
+
+COMMANDS = {
+    "inspect": "describe a checkpoint or a run, and how to resume, extend or evaluate it",
+    "schedule": "print the schedule of a run, without training",
+    "plot": "plot the losses and learning rates of runs",
+    "average": "average saved checkpoints into one model",
+    "consolidate": "join the sharded weights of a checkpoint into one model",
+}
+
+Run = Callable[[argparse.Namespace], tuple[str, int]]
+"""Run a command: its output and exit code. A `ValueError` is bad input, an `OSError` an unusable file."""
+
+
+def add_command(
+    commands: Any, name: str, run: Run, *, description: str, examples: Sequence[str], **options: Any
+) -> argparse.ArgumentParser:
+    """Add the parser of a command.
+
+    Args:
+        commands: the result of `add_subparsers`.
+        name: of the command.
+        run: the function that runs it.
+        description: paragraphs for its help.
+        examples: command lines at the end of the help.
+        **options: for `ArgumentParser`.
+    """
+    width = min(shutil.get_terminal_size().columns, 110) - 2
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=COMMANDS[name],
+        description="\n\n".join(textwrap.fill(text, width) for text in description.split("\n\n")),
+        epilog="\n".join(["examples:", *(f"  {line}" for line in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+    parser.set_defaults(run=run, refuse=parser.error, prog=parser.prog)
+    return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments of a command; a wrong one ends the process with exit code 2 (`SystemExit`)."""
+    top = argparse.ArgumentParser(
+        prog="hf-radam",
+        description="Look at schedules, checkpoints and runs of RAdamTrainer, and make models from them.",
+        epilog="hf-radam COMMAND --help describes a command, with examples.",
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    for name, help in COMMANDS.items():
+        if name == next(iter(argv), None):
+            importlib.import_module(f"hf_radam.cli.{name}").add(commands)
+        else:
+            commands.add_parser(name, help=help)
+    arguments, rest = top.parse_known_args(argv)
+    if "training_flags" in arguments:
+        arguments.training_flags = rest
+    elif rest:
+        arguments.refuse(f"unrecognized arguments: {' '.join(rest)}")
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; `argv` are its arguments, by default those of the process.
+
+    Returns:
+        0; 1 if something is damaged or cannot be written; 128 plus the number of the signal that ended it.
+    """
+    with Stop("hf-radam") as stop:
+        try:
+            arguments = parse(sys.argv[1:] if argv is None else argv)
+            arguments.stop, stop.command = stop, arguments.prog
+            return _run(arguments)
+        except BaseException:
+            if stop.signal is None:
+                raise
+            stop.report()  # whatever the exception of a signal has become on its way
+            return stop.code
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    try:
+        output, code = arguments.run(arguments)
+    except (ValueError, OSError) as error:
+        arguments.stop.check()
+        words = "" if isinstance(error, ValueError) else "a file cannot be read or written: "
+        arguments.refuse(printable(words + " ".join(str(error).split())))
+        raise  # not reached: `refuse` ends the process
+    try:
+        sys.stdout.write(output)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`; Python must not flush again when it exits
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def folder(path: str) -> str:
+    """Return the path of a folder for the output: as it was given, but absolute for `.` and `..`.
+
+    Raises:
+        ValueError: if there is no such folder.
+    """
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} is not a folder. Give a checkpoint, checkpoint-N, or the folder of a run.")
+    plain = os.path.normpath(path)
+    return os.path.abspath(plain) if os.path.basename(plain) in ("", os.curdir, os.pardir) else plain
+
+
+def printable(text: str) -> str:
+    """Replace characters that would control a terminal, as file names may contain them."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+
+
+def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[str]:
+    """Return rows as aligned lines; the columns numbered in `right` (from 0) are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = enumerate(zip(row, widths, strict=True))
+        lines.append("  ".join(c.rjust(width) if n in right else c.ljust(width) for n, (c, width) in cells).rstrip())
+    return lines
+
+
+def only_ascii() -> bool:
+    """Return whether the output cannot show block characters."""
+    try:
+        "▁█".encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return True
+    return False

@@ -1,0 +1,282 @@
+"""`hf-radam plot`: plot what runs have logged. Needs matplotlib (the extra `plots`).
+
+Each line of a figure has its name as its `gid`, by which its data can be read back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, PathLike, recorded_step
+from hf_radam.checkpoints.runs import is_checkpoint, list_checkpoints
+from hf_radam.cli.main import add_command, folder, printable, table
+from hf_radam.schedules import DECAY, STABLE, WARM_UP
+
+SUFFIXES = (".png", ".pdf", ".svg")
+HALF_LIFE_RATIO = 0.02
+EVALUATION_LOSS = re.compile(r"eval_(.+_)?loss")  # between them the name of a data set, or "raw"
+PHASE_COLORS = {WARM_UP: "#f4a582", STABLE: "#d9d9d9", DECAY: "#92c5de"}
+MARKERS = "os^DvPX*<>ph"
+Points = list[tuple[int, float]]
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "plot",
+        run,
+        description="Plot the training loss, the evaluation losses (of the average and of the training weights, where "
+        "both were evaluated) and the learning rate of runs, also of stock Trainer, from their trainer_state.json. Of "
+        "a run it takes the latest one, at its root or in a checkpoint. Needs matplotlib.",
+        examples=[
+            "hf-radam plot runs/wsd -o wsd.png",
+            "hf-radam plot runs/wsd runs/constant -o both.png --log_x",
+            "hf-radam plot runs/wsd/checkpoint-18 -o until_18.pdf --half_life 0",
+        ],
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or a checkpoint")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a .png, .pdf or .svg file")
+    parser.add_argument("--log_x", action="store_true", help="use a logarithmic axis for the steps")
+    parser.add_argument(
+        "--half_life",
+        type=float,
+        default=HALF_LIFE_RATIO,
+        metavar="RATIO",
+        help="half-life of the smoothed training loss as a ratio of the steps so far (0.02); 0 does not smooth",
+    )
+
+
+def run(arguments: argparse.Namespace) -> tuple[str, int]:
+    """Return the output and the exit code.
+
+    Raises:
+        ValueError: if a run has no loss in its log, or an option is wrong.
+    """
+    check_suffix(arguments.output)
+    import_matplotlib()
+    logs = [read_training_log(folder(path)) for path in arguments.runs]
+    arguments.stop.begun = True
+    figure = runs_figure(logs, half_life_ratio=arguments.half_life, logarithmic=arguments.log_x)
+    save_figure(figure, arguments.output)
+    kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
+    rows = [["run", "step", "training loss", *kinds, "from"]]
+    for log, name in zip(logs, run_names([log.path for log in logs]), strict=True):
+        series = [log.loss, *(log.evaluations.get(kind) for kind in kinds)]
+        last = [f"{points[-1][1]:.4f}" if points else "-" for points in series]
+        rows.append([name, str(log.step), *last, str(log.source)])
+    lines = table(rows, right=range(1, len(rows[0]) - 1))
+    return printable("\n".join([*lines, "", f"drawn in {arguments.output}"]) + "\n"), 0
+
+
+# ---- Data ----
+
+
+@dataclass(frozen=True)
+class TrainingLog:
+    """What a run has logged: pairs of completed steps and value.
+
+    Attributes:
+        path: the folder that was given.
+        source: its `trainer_state.json`.
+        step: completed steps in that file.
+        loss: training loss, each value the mean since the one before.
+        evaluations: losses of evaluations by name; `eval_raw_loss` is of the training weights.
+        learning_rate: learning rate.
+    """
+
+    path: str
+    source: Path
+    step: int
+    loss: Points
+    evaluations: dict[str, Points]
+    learning_rate: Points
+
+
+def read_training_log(path: PathLike) -> TrainingLog:
+    """Read the log of a checkpoint, or the latest log of a run: at its root, or in its newest readable checkpoint.
+
+    Raises:
+        ValueError: if there is no readable `trainer_state.json`, or no loss in it.
+    """
+    root = Path(path)
+    folders = [root] if is_checkpoint(root) else [root, *(ref.path for ref in list_checkpoints(root))]
+    steps = {one: step for one in folders if (step := recorded_step(one)) is not None}
+    if not steps:
+        raise ValueError(f"{path} has no readable {TRAINER_STATE_NAME}. Give a run or a checkpoint of a Trainer.")
+    source = max(steps, key=steps.__getitem__) / TRAINER_STATE_NAME
+    try:
+        history = json.loads(source.read_text(encoding="utf-8"))["log_history"]
+        keys = dict.fromkeys(key for entry in history for key in entry)
+        values = {
+            key: [(int(entry["step"]), float(entry[key])) for entry in history if key in entry]
+            for key in keys
+            if key in ("loss", "learning_rate") or EVALUATION_LOSS.fullmatch(key)
+        }
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{source} is not the log of a Trainer: {error!r}.") from error
+    loss, rate = values.pop("loss", []), values.pop("learning_rate", [])
+    evaluations = dict(sorted(values.items(), key=lambda item: (item[0] != "eval_loss", item[0] != "eval_raw_loss")))
+    if not loss and not evaluations:
+        raise ValueError(f"{source} has no loss in it. Train further, or set logging_steps or eval_steps.")
+    return TrainingLog(str(path), source, steps[source.parent], loss, evaluations, rate)
+
+
+def smoothed(points: Points, *, half_life_ratio: float) -> Points:
+    """Return the mean of each value and those before it, with weights that halve over a ratio of the steps so far.
+
+    s_i = S_i / W_i with S_i = d_i S_(i-1) + v_i and W_i = d_i W_(i-1) + 1, where t_i is the step of value v_i and
+    d_i = 0.5^((t_i - t_(i-1)) / (half_life_ratio t_i)). Values that are not finite are left out.
+    """
+    total = weight = 0.0
+    before, means = 0, []
+    for step, value in points:
+        fade = 0.5 ** (abs(step - before) / (half_life_ratio * max(step, 1)))
+        total, weight, before = fade * total, fade * weight, step
+        if math.isfinite(value):
+            total, weight = total + value, weight + 1.0
+        means.append((step, total / weight if weight else math.nan))
+    return means
+
+
+def run_names(paths: Sequence[str]) -> list[str]:
+    """Return the shortest ends of paths that tell them apart; of a checkpoint at least two parts."""
+    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    for count in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-count - part[-1].startswith("checkpoint-") :]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
+# ---- Figures ----
+
+
+def import_matplotlib() -> Any:
+    """Return `matplotlib.figure`.
+
+    Raises:
+        ValueError: without matplotlib.
+    """
+    try:
+        import matplotlib.figure
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] != "matplotlib":
+            raise
+        raise ValueError("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'") from None
+    return matplotlib.figure
+
+
+def _new_figure(width: float, height: float) -> Any:
+    return import_matplotlib().Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def check_suffix(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Raise `ValueError` unless the name of a file ends in one of the suffixes."""
+    if Path(file).suffix.lower() not in suffixes:
+        raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
+
+
+def save_figure(figure: Any, file: PathLike) -> None:
+    """Write a figure to a file, atomically; the suffix selects the format."""
+    check_suffix(file)
+    path = Path(file)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
+    try:
+        figure.savefig(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def runs_figure(
+    logs: Sequence[TrainingLog], *, half_life_ratio: float = HALF_LIFE_RATIO, logarithmic: bool = False
+) -> Any:
+    """Return a figure with a panel each for training loss, evaluation losses and learning rate, where logged.
+
+    Args:
+        logs: the logs of the runs.
+        half_life_ratio: half-life of the smoothed training loss as a ratio of the steps so far; 0 does not smooth.
+        logarithmic: whether the axis of the steps is logarithmic.
+    """
+    if not 0 <= half_life_ratio <= 1:
+        raise ValueError(f"half_life={half_life_ratio} is not a ratio of the steps. Give a number from 0 to 1.")
+    kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
+    panels = ["training loss"] if any(log.loss for log in logs) else []
+    panels += ["evaluation loss"] if kinds else []
+    panels += ["learning rate"] if any(log.learning_rate for log in logs) else []
+    figure = _new_figure(9.0, 1.0 + 3.0 * len(panels))
+    axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True))
+    sets = list(dict.fromkeys(_data_set(kind) for kind in kinds))
+    names = run_names([log.path for log in logs])
+    for index, (log, name) in enumerate(zip(logs, names, strict=True)):
+        options = {"color": f"C{index % 10}"}
+        if log.loss:
+            alpha, label = (0.3, None) if half_life_ratio else (1.0, name)
+            _line(axes["training loss"], log.loss, f"{name}: loss", label=label, alpha=alpha, **options)
+            if half_life_ratio:
+                mean = smoothed(log.loss, half_life_ratio=half_life_ratio)
+                _line(axes["training loss"], mean, f"{name}: smoothed loss", label=name, **options)
+        for kind, points in log.evaluations.items():
+            style = {"linestyle": "--" if kind.endswith("_raw_loss") else "-", "markersize": 4}
+            style["marker"] = MARKERS[sets.index(_data_set(kind)) % len(MARKERS)]
+            label = f"{name}: {kind}" if len(kinds) > 1 else name
+            _line(axes["evaluation loss"], points, f"{name}: {kind}", label=label, **style, **options)
+        if log.learning_rate:
+            _line(axes["learning rate"], log.learning_rate, f"{name}: learning_rate", label=name, **options)
+    for label, panel in axes.items():
+        panel.set(ylabel=label, xscale="log" if logarithmic else "linear")
+        panel.grid(alpha=0.3)
+        panel.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")
+    panel.set_xlabel("step")
+    return figure
+
+
+def _line(axes: Any, points: Points, gid: str, *, label: str | None, **options: Any) -> None:
+    label = label and label.replace("$", r"\$")  # matplotlib would typeset a formula
+    axes.plot([step for step, _ in points], [value for _, value in points], gid=gid, label=label, **options)
+
+
+def _data_set(kind: str) -> str:
+    return re.sub(r"(^|_)raw_loss$", r"\1loss", kind)
+
+
+def schedule_figure(preview: Any) -> Any:
+    """Return a figure of the learning rate over the phases, with RAdam's rectification where there is one.
+
+    Args:
+        preview: the `hf_radam.cli.schedule.Preview` of a run.
+    """
+    figure = _new_figure(9.0, 4.0)
+    title = textwrap.shorten(preview.summary, 300)
+    axes = figure.add_subplot(xlabel="step", ylabel="learning rate", title="\n".join(textwrap.wrap(title, 100)))
+    axes.title.set_fontsize("medium")
+    steps = range(1, len(preview.rates) + 1)
+    for phase in preview.phases:
+        color, new = PHASE_COLORS[phase.name], phase.name not in axes.get_legend_handles_labels()[1]
+        label = phase.name if new else None
+        axes.axvspan(phase.start + 0.5, phase.end + 0.5, color=color, alpha=0.45, linewidth=0, label=label)
+    axes.plot(steps, preview.rates, color="black", label="learning rate", gid="learning rate")
+    if preview.factors is not None:
+        products = [math.nan if f is None else rate * f for rate, f in zip(preview.rates, preview.factors, strict=True)]
+        label = "times RAdam's rectification"
+        axes.plot(steps, products, color="#b2182b", linestyle="--", label=label, gid="rectified")
+    if preview.pinned:
+        label = f"pinned in {'/ and '.join(sorted({path.split('/')[0] for path in preview.pinned.values()}))}/"
+        rates = [preview.rates[step - 1] for step in preview.pinned]
+        axes.plot(
+            [*preview.pinned], rates, "v", color="#2166ac", markersize=9, label=label, gid="pinned", clip_on=False
+        )
+    axes.set(xlim=(0.5, len(steps) + 0.5), ylim=(0, 1.08 * max(preview.rates) or 1))
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    return figure

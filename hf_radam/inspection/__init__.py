@@ -1,1 +1,0 @@
-"""What `hf-radam inspect` finds out and says about checkpoints and runs, by reading alone."""

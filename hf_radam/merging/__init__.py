@@ -1,1 +1,0 @@
-"""What `hf-radam average` does: saved checkpoints merged into one model, offline."""
