@@ -424,7 +424,7 @@ class RAdamTrainerMixin(_Base):
             self._save_full_weights(folder)
         else:
             weights.save_config_and_tokenizer(
-                folder, self._bare_model, processing_class=self._tokenizer, in_float32=False
+                folder, self._bare_model, processing_class=self._tokenizer_to_save, in_float32=False
             )
             if self.args.should_save:
                 torch.save(self.args, folder / TRAINING_ARGS_NAME)
@@ -446,10 +446,10 @@ class RAdamTrainerMixin(_Base):
 
     def _save_folder(self, folder: Path, saved: Weights, *, sharded: bool, in_float32: bool = False) -> None:
         save = weights.save_sharded_folder if sharded else weights.save_model_folder
-        save(folder, self._bare_model, saved, processing_class=self._tokenizer, in_float32=in_float32)
+        save(folder, self._bare_model, saved, processing_class=self._tokenizer_to_save, in_float32=in_float32)
 
     @property
-    def _tokenizer(self) -> Any:
+    def _tokenizer_to_save(self) -> Any:
         """What upstream saves beside a model."""
         return self.processing_class or getattr(self.data_collator, "tokenizer", None)
 

@@ -199,9 +199,19 @@ def test_each_default_is_that_of_the_class_that_declares_it(tmp_path, kind):
 
 def test_arguments_that_are_not_of_both_are_refused(tmp_path):
     with pytest.raises(TypeError, match="SFT has arguments of class SFTConfig.*derived from it and SFTConfig"):
-        sft.SFT(sft.llama(), sft.arguments(tmp_path, trl.SFTConfig), train_dataset=sft.dataset(sft.TRAIN))
+        sft.SFT(
+            sft.llama(),
+            sft.arguments(tmp_path, trl.SFTConfig),
+            train_dataset=sft.dataset(sft.TRAIN),
+            processing_class=sft.tokenizer(),
+        )
     with pytest.raises(TypeError, match="derived from RAdamTrainingArguments and that class"):
-        sft.SFT(sft.llama(), tiny.arguments(tmp_path), train_dataset=sft.dataset(sft.TRAIN))
+        sft.SFT(
+            sft.llama(),
+            tiny.arguments(tmp_path),
+            train_dataset=sft.dataset(sft.TRAIN),
+            processing_class=sft.tokenizer(),
+        )
     with pytest.raises(ValueError, match="radam_schedulefree would lose every small update"):
         sft.trainer(tmp_path, sft.llama().bfloat16(), optim="radam_schedulefree")
 
