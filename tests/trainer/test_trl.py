@@ -212,7 +212,7 @@ def test_arguments_that_are_not_of_both_are_refused(tmp_path):
             train_dataset=sft.dataset(sft.TRAIN),
             processing_class=sft.tokenizer(),
         )
-    with pytest.raises(ValueError, match="radam_schedulefree would lose every small update"):
+    with pytest.raises(ValueError, match="radam_schedulefree would lose every small step"):
         sft.trainer(tmp_path, sft.llama().bfloat16(), optim="radam_schedulefree")
 
 
