@@ -16,7 +16,7 @@ THREADS ?= $(or $(OMP_NUM_THREADS),$(shell $(BIN)/python -c "import os; print(le
 export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-package measures soak benchmark compare flags lint format clean
+.PHONY: help quickstart test test-fast test-package measures soak benchmark compare docs lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -39,8 +39,8 @@ test-package: .venv/.dev ## build sdist and wheel, install them elsewhere, and t
 measures: .venv/.dev ## count lines, files, overrides, private names and words (tests/measures.py -v tells where)
 	@$(BIN)/python tests/measures.py
 
-flags: .venv/.dev ## write docs/flags.md from the arguments
-	$(BIN)/python docs/make_flags.py
+docs: .venv/.dev ## write docs/flags.md and the drawing in docs/development.md from the code
+	$(BIN)/python docs/generate.py
 
 KILLS ?= 50
 SOAK_ARGS ?=

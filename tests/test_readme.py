@@ -148,9 +148,24 @@ def test_every_configuration_has_been_measured():
 
 
 def test_the_page_of_flags_is_that_of_the_arguments():
-    import make_flags
+    import generate
 
-    assert PAGES[ROOT / "docs" / "flags.md"] == make_flags.flags_page(), "run make flags"
+    assert PAGES[ROOT / "docs" / "flags.md"] == generate.flags_page(), "run make docs"
+
+
+def test_the_drawing_of_the_modules_is_that_of_their_imports():
+    import generate
+
+    text = PAGES[ROOT / "docs" / "development.md"]
+    assert generate.DRAWING.findall(text) == [generate.drawing()], "run make docs"
+    above: set[str] = set()
+    for names in generate.RANKS:
+        above |= set(names)
+        for lower in (name for names in generate.RANKS for name in names if name not in above):
+            assert not generate.imports()[lower] & above, lower
+    files = [file for file in (ROOT / "hf_radam").rglob("[!_]*.*") if file.suffix in (".py", ".cpp")]
+    tree = text.split("```")[0]
+    assert [file.name for file in files if not re.search(rf"\b{file.stem}\b", tree)] == []
 
 
 @pytest.mark.parametrize("kind", MEASURED)
