@@ -198,3 +198,12 @@ def test_the_costs_in_words_are_those_of_the_benchmark():
         "is as fast as one of `Trainer` with that AdamW, within 1 %" in readme
         and 0.99 < min(ratios) < max(ratios) < 1.01
     )
+
+
+def test_the_upstream_internals_are_where_the_table_says():
+    table = PAGES[ROOT / "docs" / "development.md"].split("## Upstream internals")[1]
+    rows = [line.split("|") for line in table.splitlines() if "`_" in line]
+    assert len(rows) > 5
+    for _, _, names, modules, *_ in rows:
+        source = "".join((ROOT / "hf_radam" / path).read_text("utf-8") for path in re.findall(r"`(.*?)`", modules))
+        assert [name for name in re.findall(r"`(.*?)`", names) if name not in source] == []

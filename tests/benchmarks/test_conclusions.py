@@ -72,7 +72,6 @@ WORDS = {
     "The best warm-up was the longest allowed, at every horizon": COSINE["warmups"]
     == [max(w for w in (53, 106, 212, 424) if 2 * w <= h) for h in DATA["horizons"]],
     "At every horizon it is as good as WSD": max(above(EWA["losses"], WSD["losses"])) < 0,
-    "Raw and averaged weights have the same best learning rate": EWA["rates"] == RAW["rates"],
     "the claim holds at 265 and 530 steps and fails at 1060": [True, True, False]
     == HOLDS["The average is at most 1 % above a cosine tuned for the horizon"],
     "WSD-S stays within 1 % of WSD in the mean": all(HOLDS["WSD-S is not farther than 1 % from WSD"]),
