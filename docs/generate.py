@@ -20,9 +20,7 @@ FLAGS = """# Flags
 The fields that `RAdamTrainingArguments` adds to `TrainingArguments`. `examples/run_clm.py` takes all of them as flags,
 after a YAML or JSON file with the same names, or without one. Its `--help` lists the flags for model and data, too.
 
-{table}
-This page is written by `make docs`.
-"""
+{table}"""
 RANKS = (
     ("cli",),
     ("trainer",),

@@ -83,9 +83,9 @@ def test_commands_parse(command, monkeypatch, tmp_path):
         assert command[1] == "launch" and all((ROOT / word).is_file() for word in command[2:script] if "/" in word)
         clm_arguments.parse_arguments(command[script + 1 :])
     elif command[0] == "hf-radam":
-        from hf_radam import cli
+        from hf_radam.cli.main import parse
 
-        cli.parse(command[1:])
+        parse(command[1:])
     elif command[0] == "lm_eval":
         options = dict(zip(command[1::2], command[2::2], strict=True))
         assert set(options) <= set("--model --model_args --tasks --device --batch_size".split())
