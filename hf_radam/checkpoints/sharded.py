@@ -76,15 +76,13 @@ class TensorShard:
     """What this rank writes of one tensor.
 
     Attributes:
-        shape: shape of the complete tensor.
-        dtype: dtype in the file.
+        like: a tensor on the meta device, with the complete shape and the dtype to write.
         start: index of the shard's first element in the flattened tensor.
         length: number of elements; 0 if other ranks write them all.
         read: makes the elements, in any shape and dtype.
     """
 
-    shape: torch.Size
-    dtype: torch.dtype
+    like: Tensor
     start: int
     length: int
     read: Callable[[], Tensor]
@@ -106,12 +104,12 @@ class _SavePlanner(dcp.DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Tensor:
         """Return the shard's elements on the CPU."""
         shard = self.shards[write_item.index.fqn]
-        return shard.read().detach().reshape(-1).to(device="cpu", dtype=shard.dtype)
+        return shard.read().detach().reshape(-1).to(device="cpu", dtype=shard.like.dtype)
 
 
 def _write_item(name: str, shard: TensorShard) -> WriteItem:
     chunk = ChunkStorageMetadata(offsets=torch.Size([shard.start]), sizes=torch.Size([shard.length]))
-    size, properties = torch.Size([shard.shape.numel()]), TensorProperties(dtype=shard.dtype)
+    size, properties = torch.Size([shard.like.numel()]), TensorProperties(dtype=shard.like.dtype)
     data = TensorWriteData(chunk=chunk, properties=properties, size=size)
     return WriteItem(index=MetadataIndex(name, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
 
@@ -125,7 +123,7 @@ def write_sharded(folder: Path, shards: Mapping[str, TensorShard]) -> None:
     """
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        shapes = {name: list(shard.shape) for name, shard in shards.items()}
+        shapes = {name: list(shard.like.shape) for name, shard in shards.items()}
         (folder / SHAPES_NAME).write_text(json.dumps(shapes, indent=1) + "\n", encoding="utf-8")
     # One thread: every shard that waits to be written takes memory.
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True, thread_count=1)

@@ -100,24 +100,33 @@ def saved_keys(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name in saved and name not in ignored}
 
 
-def _saved_tensors(model: nn.Module, sharding: Sharding) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return `saved_keys`, and for those that are parameters the parameter's name."""
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor that is saved: a parameter with its name and complete shape, or a buffer without a name."""
+
+    value: Tensor
+    name: str | None
+    shape: torch.Size
+
+
+def _saved_tensors(model: nn.Module, sharding: Sharding) -> dict[str, _Saved]:
     with sharding.editing():  # so that the model shows the parameters that train
         saved = saved_keys(model)
     names = {id(value): name for name, value in sharding.parameters.items()}
-    return saved, {key: names[id(value)] for key, value in saved.items() if id(value) in names}
+    named = {key: names.get(id(value)) for key, value in saved.items()}
+    shapes = {key: saved[key].shape if name is None else sharding.shape(name) for key, name in named.items()}
+    return {key: _Saved(value, named[key], shapes[key]) for key, value in saved.items()}
 
 
 def model_tensors(model: nn.Module, weights: Weights, *, in_float32: bool) -> Tensors:
     """Return what the weight files of a model hold: parameters from `weights`, buffers from the model."""
-    saved, name_of = _saved_tensors(model, weights.sharding)
-    like = {}
-    for key, value in saved.items():
-        shape = weights.sharding.shape(name_of[key]) if key in name_of else value.shape
-        like[key] = torch.empty(shape, dtype=promote_to_fp32(value.dtype) if in_float32 else value.dtype, device="meta")
+    saved = _saved_tensors(model, weights.sharding)
+    dtypes = {key: promote_to_fp32(t.value.dtype) if in_float32 else t.value.dtype for key, t in saved.items()}
+    like = {key: torch.empty(t.shape, dtype=dtypes[key], device="meta") for key, t in saved.items()}
 
     def read(key: str) -> Tensor | None:
-        return weights.gather_to_rank0(name_of[key]) if key in name_of else saved[key].detach()
+        name = saved[key].name
+        return saved[key].value.detach() if name is None else weights.gather_to_rank0(name)
 
     return Tensors(like, read)
 
@@ -157,16 +166,14 @@ def save_sharded_folder(
     """
     path = Path(folder)
     save_config_and_tokenizer(path, model, processing_class=processing_class, in_float32=in_float32)
-    saved, name_of = _saved_tensors(model, weights.sharding)
-    shards = {}
-    for key, value in saved.items():
-        dtype = promote_to_fp32(value.dtype) if in_float32 else value.dtype
-        if key in name_of:
-            start, shard = weights.start_and_shard(name_of[key])
-            read = partial(lambda name: weights.start_and_shard(name)[1], name_of[key])
-            shards[key] = TensorShard(weights.sharding.shape(name_of[key]), dtype, start, shard.numel(), read)
+    like, shards = model_tensors(model, weights, in_float32=in_float32).like, {}
+    for key, t in _saved_tensors(model, weights.sharding).items():
+        if t.name is None:
+            shards[key] = TensorShard(like[key], 0, t.value.numel() if rank() == 0 else 0, t.value.detach)
         else:
-            shards[key] = TensorShard(value.shape, dtype, 0, value.numel() if rank() == 0 else 0, value.detach)
+            start, shard = weights.start_and_shard(t.name)
+            read = partial(lambda name: weights.start_and_shard(name)[1], t.name)
+            shards[key] = TensorShard(like[key], start, shard.numel(), read)
     write_sharded(path / SHARDED_FOLDER, shards)
 
 
@@ -188,16 +195,12 @@ def save_config_and_tokenizer(folder: Path, model: nn.Module, *, processing_clas
 
 
 def set_config_dtype(file: Path, dtype: str = "float32") -> None:
-    """Set the dtype that plain `from_pretrained` loads: `save_pretrained` writes that of the model that trains."""
+    """Set the dtype that plain `from_pretrained` loads, in nested configurations too.
 
-    def replaced(config: Any) -> Any:
-        if not isinstance(config, dict):
-            return config
-        is_dtype = {key: key in ("dtype", "torch_dtype") and isinstance(value, str) for key, value in config.items()}
-        return {key: dtype if is_dtype[key] else replaced(value) for key, value in config.items()}
-
-    config = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(replaced(config), indent=2) + "\n", encoding="utf-8")
+    `save_pretrained` writes that of the model that trains.
+    """
+    config = re.sub(r'("(?:torch_)?dtype": )"[\w.]+"', rf'\1"{dtype}"', file.read_text(encoding="utf-8"))
+    file.write_text(config, encoding="utf-8")
 
 
 @contextmanager
@@ -224,8 +227,7 @@ def write_weights(
         max_bytes: largest size of a file; `MAX_FILE_BYTES` by default.
 
     Raises:
-        OSError: (or `SafetensorError`) if a file cannot be written; only after the last tensor was gathered, so that
-            no other rank waits.
+        OSError: (or `SafetensorError`) if a file cannot be written, but only after the last tensor was gathered.
     """
     units = list(_units(model, tensors.like))
     split = split_torch_state_dict_into_shards(
@@ -254,13 +256,9 @@ def write_weights(
     if failure is not None:
         raise failure
     if writes and split.is_sharded:
-        count = sum(tensor.numel() for tensor in tensors.like.values())
-        index = {
-            "metadata": {"total_parameters": count, **split.metadata},
-            "weight_map": split.tensor_to_filename,
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(text, encoding="utf-8")
+        metadata = {"total_parameters": sum(tensor.numel() for tensor in tensors.like.values()), **split.metadata}
+        index = json.dumps({"metadata": metadata, "weight_map": split.tensor_to_filename}, indent=2, sort_keys=True)
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(index + "\n", encoding="utf-8")
 
 
 def _units(model: nn.Module | None, like: dict[str, Tensor]) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
@@ -425,8 +423,7 @@ def _read_ranges(folder: Path, model: nn.Module, sharding: Sharding, into: Range
 
     Where a model's files have other keys than its state dict, every rank reads all of them on the CPU.
     """
-    saved, name_of = _saved_tensors(model, sharding)
-    shapes = {key: sharding.shape(name_of[key]) if key in name_of else value.shape for key, value in saved.items()}
+    shapes = {key: t.shape for key, t in _saved_tensors(model, sharding).items()}
     if has_shards(folder):  # also where they were consolidated
         shards = ShardedWeights(folder)
         tied = {canonical(name) for name in model.state_dict()} - set(shapes)
@@ -465,9 +462,9 @@ def load_model_shards(folder: Path, model: nn.Module, sharding: Sharding) -> Non
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
     """
-    saved, name_of = _saved_tensors(model, sharding)
-    targets = {key: sharding.model_shard(name_of[key]) if key in name_of else value for key, value in saved.items()}
-    starts = {key: sharding.model_start(name_of[key]) if key in name_of else 0 for key in saved}
+    saved = _saved_tensors(model, sharding)
+    targets = {key: t.value if t.name is None else sharding.model_shard(t.name) for key, t in saved.items()}
+    starts = {key: 0 if t.name is None else sharding.model_start(t.name) for key, t in saved.items()}
     into = {key: (starts[key], torch.empty(t.numel(), dtype=t.dtype)) for key, t in targets.items()}
     _read_ranges(folder, model, sharding, into)
     with sharding.editing():
@@ -481,8 +478,7 @@ def read_optimizer_shards(folder: Path, model: nn.Module, sharding: Sharding) ->
     Raises:
         CheckpointError: if the folder does not hold exactly the weights of such a model.
     """
-    _, name_of = _saved_tensors(model, sharding)
-    key_of = {name: key for key, name in name_of.items()}
+    key_of = {t.name: key for key, t in _saved_tensors(model, sharding).items()}
     unsaved = [name for name in sharding.trained if name not in key_of]
     if unsaved:
         raise CheckpointError(f"{folder} has no {unsaved[0]}: the class of the model does not save it.")
