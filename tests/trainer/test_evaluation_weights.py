@@ -119,9 +119,7 @@ def test_before_the_first_averaging_the_training_weights_are_evaluated(tmp_path,
 
 @pytest.mark.parametrize("method", ["ewa", "schedule_free", "wsd"])
 def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
-    # Far too high on purpose, so that the best comes before the end.
-    options = tiny.METHODS[method] | {"learning_rate": 1.0 if method == "schedule_free" else 0.3, "max_steps": 60}
-    options |= {"fused_optimizer": "false"}  # which update is the best is chaos, and so hangs on rounding
+    options = tiny.METHODS[method] | {"learning_rate": 5.0, "max_steps": 24}  # the losses soon grow
     trainer = tiny.trainer(
         tmp_path,
         **options,
@@ -134,7 +132,7 @@ def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
     trainer.train()
     best = trainer.state.best_metric
     reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert best == min(reported) < reported[-1] - 1e-3 and trainer.state.best_global_step < 60
+    assert best == min(reported) < reported[-1] - 1e-3 and trainer.state.best_global_step < 24
     for _ in range(2):
         assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
     assert tiny.loss_of(trainer.model) == pytest.approx(best, abs=CLOSE)
