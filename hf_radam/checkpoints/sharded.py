@@ -7,7 +7,8 @@
     optimizer_0/                the optimizer as FSDP2 writes it
 
 No rank holds more than its own shards. Every back-end and number of processes reads what another wrote: a range is
-assembled from the ranges that were written. Nothing that is stored in a folder is executed.
+assembled from the ranges that were written. Nothing that is stored in a folder is executed. Files of complete tensors
+(safetensors) are read by ranges as well.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint._nested_dict import unflatten_state_dict  # private (torch 2.13)
 from torch.distributed.checkpoint.metadata import (
@@ -44,6 +46,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER, WEIGHT_FILES
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
@@ -263,6 +266,10 @@ def read_tree(folder: PathLike, *, tensors: bool = True) -> dict[str, Any]:
     return tree
 
 
+Ranges = Mapping[str, tuple[int, Tensor]]
+"""By key: index of the first element in the flattened tensor, and a one-dimensional tensor to fill."""
+
+
 def rows_of(shape: torch.Size, start: int, length: int) -> tuple[int, int, int]:
     """Return the first row, and the row after the last, that hold a range of a flattened tensor, and their length."""
     row = max(math.prod(shape[1:]), 1)
@@ -308,12 +315,8 @@ class ShardedWeights:
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{file} cannot be read ({error!r}): the folder is damaged.") from error
 
-    def read(self, into: Mapping[str, tuple[int, Tensor]]) -> None:
-        """Read ranges of flattened tensors; not collective, and no more than the ranges (or their rows) is read.
-
-        Args:
-            into: index of the first element, and a one-dimensional tensor to fill, by name.
-        """
+    def read(self, into: Ranges) -> None:
+        """Fill ranges; not collective, and no more than the ranges (or their rows) is read."""
         targets: dict[str, tuple[tuple[int, ...], Tensor]] = {}
         unaligned: list[tuple[Tensor, Tensor]] = []
         for name, (start, target) in into.items():
@@ -339,6 +342,51 @@ class ShardedWeights:
         target = torch.empty(self.like[name].numel(), dtype=self.like[name].dtype)
         self.read({name: (0, target)})
         return target.view(self.like[name].shape)
+
+
+# ---- Files of complete tensors ----
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Return the safetensors file of each tensor in a model folder, by its key in the files; empty without any."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.is_file():
+            return {key: folder / name for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
+        if not (folder / SAFE_WEIGHTS_NAME).is_file():
+            return {}
+        with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+            return dict.fromkeys(file.keys(), folder / SAFE_WEIGHTS_NAME)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+
+
+def check_keys(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size | None]) -> None:
+    """Raise `CheckpointError` for other keys or shapes than expected; the shape None is not compared."""
+    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    other_shape = sorted(key for key in expected if found.get(key) not in (None, expected[key]))
+    if missing or unexpected or other_shape:
+        raise CheckpointError(
+            f"{folder} does not hold the weights of this model: missing {missing[:5]}, unexpected {unexpected[:5]}, of "
+            f"another shape {other_shape[:5]}. Load the checkpoint of a model with the same configuration."
+        )
+
+
+def read_from_files(folder: Path, files: Mapping[str, Path], shapes: Mapping[str, torch.Size], into: Ranges) -> None:
+    """Fill ranges from safetensors files, of which only the rows that hold a range are read."""
+    for path in dict.fromkeys(files[key] for key in into):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in (key for key in into if files[key] == path):
+                    (start, target), stored = into[key], file.get_slice(key)
+                    check_keys(folder, {key: shapes[key]}, {key: torch.Size(stored.get_shape())})
+                    if not shapes[key]:
+                        target.copy_(stored[...].reshape(-1))
+                    elif target.numel():
+                        first, end, row = rows_of(shapes[key], start, target.numel())
+                        target.copy_(stored[first:end].reshape(-1)[start - first * row :][: target.numel()])
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def has_shards(folder: PathLike) -> bool:

@@ -18,7 +18,7 @@ import copy
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +28,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
@@ -40,7 +40,16 @@ from transformers.utils import logging as hf_logging
 from hf_radam.checkpoints.layouts import SHARDED_FOLDER
 from hf_radam.checkpoints.manifest import CheckpointError, PathLike
 from hf_radam.checkpoints.peft import is_peft, load_adapter, read_adapter, save_adapter_folder
-from hf_radam.checkpoints.sharded import ShardedWeights, TensorShard, has_shards, rows_of, write_sharded
+from hf_radam.checkpoints.sharded import (
+    Ranges,
+    ShardedWeights,
+    TensorShard,
+    check_keys,
+    has_shards,
+    read_from_files,
+    weight_files,
+    write_sharded,
+)
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, Weights
 from hf_radam.sharding.base import canonical, rank
@@ -50,9 +59,6 @@ logger = hf_logging.get_logger(__name__)
 MAX_FILE_BYTES = 5_000_000_000
 """Bytes of tensors in one file; a larger tensor has a file of its own."""
 RANK0_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-
-
-# ---- What is written ----
 
 
 @dataclass(frozen=True)
@@ -302,17 +308,6 @@ def _file_tensors(model: nn.Module | None, state: dict[str, Tensor], like: dict[
 # ---- Read complete tensors ----
 
 
-def _check_keys(folder: Path, expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size | None]) -> None:
-    """Raise `CheckpointError` for other keys or shapes than expected; the shape None is not compared."""
-    missing, unexpected = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    other_shape = sorted(key for key in expected if found.get(key) not in (None, expected[key]))
-    if missing or unexpected or other_shape:
-        raise CheckpointError(
-            f"{folder} does not hold the weights of this model: missing {missing[:5]}, unexpected {unexpected[:5]}, of "
-            f"another shape {other_shape[:5]}. Load the checkpoint of a model with the same configuration."
-        )
-
-
 def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     """Read a model folder as a state dict for `model`, on the CPU, in float32 (float64 if the model has any).
 
@@ -326,7 +321,7 @@ def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ()) - set(state)
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name not in ignored}
     expected = {name: torch.Size(getattr(value, "ds_shape", value.shape)) for name, value in own.items()}  # of ZeRO-3
-    _check_keys(path, expected, {name: value.shape for name, value in state.items()} | dict.fromkeys(unexpected))
+    check_keys(path, expected, {name: value.shape for name, value in state.items()} | dict.fromkeys(unexpected))
     return state
 
 
@@ -400,23 +395,6 @@ def read_parameters(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
 
 # ---- Read shards ----
 
-Ranges = Mapping[str, tuple[int, Tensor]]
-"""By key: index of the first element in the flattened tensor, and a one-dimensional tensor to fill."""
-
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the safetensors file of each tensor in a model folder, by its key in the files; empty without any."""
-    index = folder / SAFE_WEIGHTS_INDEX_NAME
-    try:
-        if index.is_file():
-            return {key: folder / name for key, name in json.loads(index.read_text("utf-8"))["weight_map"].items()}
-        if not (folder / SAFE_WEIGHTS_NAME).is_file():
-            return {}
-        with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
-            return dict.fromkeys(file.keys(), folder / SAFE_WEIGHTS_NAME)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-
 
 def _read_ranges(folder: Path, model: nn.Module, sharding: Sharding, into: Ranges) -> None:
     """Fill ranges of parameters and buffers from a model folder, complete or sharded; not collective.
@@ -427,32 +405,15 @@ def _read_ranges(folder: Path, model: nn.Module, sharding: Sharding, into: Range
     if has_shards(folder):  # also where they were consolidated
         shards = ShardedWeights(folder)
         tied = {canonical(name) for name in model.state_dict()} - set(shapes)
-        _check_keys(folder, shapes, {key: tensor.shape for key, tensor in shards.like.items() if key not in tied})
+        check_keys(folder, shapes, {key: tensor.shape for key, tensor in shards.like.items() if key not in tied})
         shards.read(into)
     elif (files := weight_files(folder)) and not _has_other_file_keys(model):
-        _check_keys(folder, shapes, dict.fromkeys(files))
-        _read_from_files(folder, files, shapes, into)
+        check_keys(folder, shapes, dict.fromkeys(files))
+        read_from_files(folder, files, shapes, into)
     else:
         state = read_state_dict(model, folder)
         for key, (start, target) in into.items():
             target.copy_(state[key].reshape(-1)[start : start + target.numel()])
-
-
-def _read_from_files(folder: Path, files: Mapping[str, Path], shapes: Mapping[str, torch.Size], into: Ranges) -> None:
-    """Read the rows that hold each range."""
-    for path in dict.fromkeys(files[key] for key in into):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in (key for key in into if files[key] == path):
-                    (start, target), stored = into[key], file.get_slice(key)
-                    _check_keys(folder, {key: shapes[key]}, {key: torch.Size(stored.get_shape())})
-                    if not shapes[key]:
-                        target.copy_(stored[...].reshape(-1))
-                    elif target.numel():
-                        first, end, row = rows_of(shapes[key], start, target.numel())
-                        target.copy_(stored[first:end].reshape(-1)[start - first * row :][: target.numel()])
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 @torch.no_grad()
