@@ -236,8 +236,9 @@ def _load(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist=True asks
             dcp.load({}, storage_reader=reader, planner=planner, no_dist=True)
-    except Exception as error:  # torch wraps errors in several classes of its own
-        raise CheckpointError(f"{reader.path} cannot be read: {error}") from error
+    except (Exception, dcp.CheckpointException) as error:  # the latter is none of the former
+        reasons = [failure for failure, _ in getattr(error, "failures", {}).values()]
+        raise CheckpointError(f"{reader.path} cannot be read: {(reasons or [error])[0]}") from error
 
 
 def read_tree(folder: PathLike, *, tensors: bool = True) -> dict[str, Any]:

@@ -55,23 +55,32 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def _gather_ranges(shard: Tensor, numel: int, ranges: Ranges) -> Tensor:
-    """Assemble a flattened tensor on every rank from the range that each rank has; collective."""
-    complete, longest = shard.new_empty(numel), max(length for _, length in ranges)
+def _gather_ranges(shard: Tensor, numel: int, ranges: Ranges, *, everywhere: bool) -> Tensor | None:
+    """Assemble a flattened tensor, on every rank or on rank 0, from the range that each rank has; collective."""
+    complete = shard.new_empty(numel) if everywhere or rank() == 0 else None
+    longest = max(length for _, length in ranges)
     if longest * len(ranges) > 2 * numel:  # few ranks have it all (ZeRO-1 and 2): nobody pads
         for owner, (start, length) in enumerate(ranges):
-            if length:
-                part = complete[start : start + length]
-                if owner == rank():
-                    part.copy_(shard)
+            part = shard if complete is None else complete[start : start + length]
+            if owner == rank() and complete is not None:
+                part.copy_(shard)
+            if length and everywhere:
                 dist.broadcast(part, src=owner)
+            elif length and owner == rank() != 0:
+                dist.send(part, dst=0)
+            elif length and owner != 0 and rank() == 0:
+                dist.recv(part, src=owner)
         return complete
     padded = shard.new_zeros(longest)
     padded[: shard.numel()] = shard
-    received = [torch.empty_like(padded) for _ in ranges]
-    dist.all_gather(received, padded)
-    for part, (start, length) in zip(received, ranges, strict=True):
-        complete[start : start + length] = part[:length]
+    received = None if complete is None else [torch.empty_like(padded) for _ in ranges]
+    if everywhere:
+        dist.all_gather(received, padded)
+    else:
+        dist.gather(padded, received, dst=0)
+    if complete is not None and received is not None:
+        for part, (start, length) in zip(received, ranges, strict=True):
+            complete[start : start + length] = part[:length]
     return complete
 
 
@@ -168,29 +177,35 @@ class Sharding(ABC):
         Returns:
             The complete value; where nothing had to be sent, `shard` itself.
         """
-        return self._gather(name, shard, optimizer=True)
+        complete = self._gather(name, shard, optimizer=True, everywhere=True)
+        assert complete is not None
+        return complete
 
     def gather_model(self, name: str) -> Tensor:
         """Gather the complete parameter as the forward pass uses it on every rank; collective."""
-        return self._gather(name, self.model_shard(name).detach(), optimizer=False)
+        complete = self._gather(name, self.model_shard(name).detach(), optimizer=False, everywhere=True)
+        assert complete is not None
+        return complete
 
     def gather_to_rank0(self, name: str, shard: Tensor | None) -> Tensor | None:
-        """Gather a complete value for rank 0; the other ranks get None. Collective.
+        """Gather a complete value on rank 0 alone; the other ranks get None. Collective.
 
         Args:
             name: the parameter that the value belongs to.
             shard: this rank's shard, shaped as `optimizer_shard`; None on every rank for the parameter itself, as the
                 forward pass uses it.
         """
-        complete = self.gather_model(name) if shard is None else self.gather(name, shard)
-        return complete if rank() == 0 else None
+        if shard is None:
+            return self._gather(name, self.model_shard(name).detach(), optimizer=False, everywhere=False)
+        return self._gather(name, shard, optimizer=True, everywhere=False)
 
-    def _gather(self, name: str, shard: Tensor, *, optimizer: bool) -> Tensor:
+    def _gather(self, name: str, shard: Tensor, *, optimizer: bool, everywhere: bool) -> Tensor | None:
         shape = self.shape(name)
         if self._is_complete(name, optimizer=optimizer):
-            return shard.view(shape)
+            return shard.view(shape) if everywhere or rank() == 0 else None
         shard = shard.reshape(-1).to(self.device or shard.device)
-        return _gather_ranges(shard, shape.numel(), self._ranges[name, optimizer]).view(shape)
+        complete = _gather_ranges(shard, shape.numel(), self._ranges[name, optimizer], everywhere=everywhere)
+        return None if complete is None else complete.view(shape)
 
     @abstractmethod
     def _is_complete(self, name: str, *, optimizer: bool) -> bool:

@@ -157,7 +157,7 @@ def test_a_bf16_base(tmp_path, method, kind):
     # What is not all bf16 takes autocast
     options = tiny.METHODS[method] | SAVING | {"bf16": kind != "all bf16"}
     if method == "schedule_free" and kind != "all that trains in fp32":
-        with pytest.raises(ValueError, match="keep float32 parameters"):
+        with pytest.raises(ValueError, match="Keep float32 parameters"):
             tiny.trainer(tmp_path, make(), **options)
         return
     options |= {"optim": "adamw_torch"} if method == "ewa" else {}
@@ -330,9 +330,9 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="load_best_model_at_end are one adapter folder, but the model has"):
         tiny.trainer(tmp_path, two, **tiny.METHODS["wsd"], **SAVING, **best)
     added = tiny.llama()
-    added.add_adapter(config)
+    added._hf_peft_config_loaded = True  # as added.add_adapter(config) leaves it, which needs peft >= 0.22
     for method in tiny.METHODS:
-        with pytest.raises(ValueError, match="use peft.get_peft_model"):
+        with pytest.raises(ValueError, match="Use peft.get_peft_model"):
             tiny.trainer(tmp_path, added, **tiny.METHODS[method])
 
 
