@@ -405,8 +405,3 @@ class WeightAverage:
         """Return what `copy.deepcopy` and pickle take over: no threads, nothing in progress."""
         self.finish()
         return {name: value for name, value in self.__dict__.items() if name != "_copies"}
-
-    def __repr__(self) -> str:
-        """Return window and progress in one line."""
-        window = f"decay={self.decay}" if self.decay is not None else f"half_life_ratio={self.half_life_ratio}"
-        return f"WeightAverage({window}, every={self.every}, start_step={self.start_step}, seen={self.last_step})"
