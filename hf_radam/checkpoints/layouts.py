@@ -16,12 +16,7 @@ from pathlib import Path
 
 from hf_radam.checkpoints.manifest import PathLike
 
-WEIGHT_FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
+WEIGHT_FILES = tuple(w + end for w in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json"))
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 SCHEDULER_NAME = "scheduler.pt"
 OPTIMIZER_NAME = "optimizer.pt"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import shlex
 import textwrap
@@ -10,23 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_radam.checkpoints.layouts import (
-    DEEPSPEED,
-    FSDP_WEIGHTS_FOLDER,
-    SHARDED_FOLDER,
-    has_optimizer,
-    has_weights,
-    layout_of,
-    missing_state,
-    process_count,
-)
-from hf_radam.checkpoints.manifest import (
-    EVALUATION_FOLDERS,
-    MANIFEST_NAME,
-    CheckpointError,
-    read_manifest,
-    recorded_step,
-)
+from hf_radam.checkpoints import layouts
+from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest, recorded_step
 from hf_radam.checkpoints.runs import PREFIX, is_checkpoint, list_checkpoints, run_of
 from hf_radam.checkpoints.storage import STAGING
 from hf_radam.checkpoints.verify import is_model_file, verify_checkpoint
@@ -36,6 +22,7 @@ from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, describe_schedu
 Facts = dict[str, Any]
 CONSTANT = ("constant", "constant_with_warmup")
 FINISHED = "finished"
+WEIGHTS = {"ewa": "the averaged weights (EWA), in float32", "schedule_free": "x, the schedule-free average"}
 LABEL, WIDTH = 11, 118  # characters
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -95,18 +82,15 @@ def inspect_checkpoint(path: Path, *, verify: bool = False) -> Facts:
         "kind": "checkpoint",
         "path": str(path),
         "written_by": "stock Trainer" if stock else f"hf_radam{version}".strip(),
-        "layout": layout_of(path).words,
-        "processes": process_count(path),
-        "missing_state": missing_state(path),
-        "weights": {name: WEIGHTS[name] for name in EVALUATION_FOLDERS if (path / name).is_dir()},
+        "layout": layouts.layout_of(path).words,
+        "processes": layouts.process_count(path),
+        "missing_state": layouts.missing_state(path),
+        "weights": {name: WEIGHTS[name] for name in WEIGHTS if (path / name).is_dir()},
         "verified": verify,
         "problems": problems,
         "files": _files(path, manifest),
     }
     return facts | {"resume": _resume(facts), "extend": _extend(facts, manifest), "evaluate": _evaluate(facts)}
-
-
-WEIGHTS = {"ewa": "the averaged weights (EWA), in float32", "schedule_free": "x, the schedule-free average"}
 
 
 def _progress(manifest: Mapping[str, Any]) -> Facts:
@@ -171,7 +155,7 @@ def _resume(facts: Facts) -> str:
     if facts["phase"] == FINISHED and not _unfit(facts):
         return f"no: the run has completed its {facts['max_steps']} steps. Extend it instead."
     words = f"--resume_from_checkpoint {shlex.quote(facts['path'])}, with the flags of the run"
-    if facts["layout"] == DEEPSPEED.words:
+    if facts["layout"] == layouts.DEEPSPEED.words:
         words += f", under DeepSpeed with the same stage and {facts['processes']} processes"
     return _unfit(facts) or words
 
@@ -182,6 +166,8 @@ def _extend(facts: Facts, manifest: Mapping[str, Any] | None) -> str:
         return unfit or "not known: a stock checkpoint does not record its schedule"
     schedule, step, path = _schedule(manifest), facts["schedule_step"], Path(facts["path"])
     name = facts["method"]["lr_scheduler_type"]
+    if schedule is None and manifest["schedule"] is not None:
+        return f"not known: no class of this package is the schedule {name}"
     if schedule is None and name not in CONSTANT:
         return f"no: the learning rates of {name} depend on the length of the run"
     total = step if schedule is None or schedule.resets_to_peak(step) else schedule.total_steps
@@ -197,14 +183,12 @@ def _extend(facts: Facts, manifest: Mapping[str, Any] | None) -> str:
 def _extension_source(run: Path) -> Path | None:
     """Return the latest checkpoint of a run that is not in a decay and has an optimizer; its files are not verified."""
     for ref in list_checkpoints(run):
-        try:
+        with contextlib.suppress(CheckpointError, *MALFORMED):
             manifest = read_manifest(ref.path)
-            schedule = None if manifest is None else _schedule(manifest)
-            if manifest and (schedule is None or schedule.decay_at(manifest["schedule_step"]) is None):
-                if has_optimizer(ref.path) and (schedule or manifest["method"]["lr_scheduler_type"] in CONSTANT):
+            if manifest is not None and layouts.has_optimizer(ref.path):
+                schedule, name = _schedule(manifest), manifest["method"]["lr_scheduler_type"]
+                if schedule.decay_at(manifest["schedule_step"]) is None if schedule else name in CONSTANT:
                     return ref.path
-        except (CheckpointError, *MALFORMED):
-            continue
     return None
 
 
@@ -217,7 +201,8 @@ def _evaluate(facts: Facts) -> str:
     if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"no: {model} has no config.json. Read its weights with safetensors instead."
     words = f'load_evaluation_model("{path}") loads {f"{inside}/" if inside else "the root"}'
-    if not has_weights(model) and any((model / name).is_dir() for name in (SHARDED_FOLDER, FSDP_WEIGHTS_FOLDER)):
+    shards = (layouts.SHARDED_FOLDER, layouts.FSDP_WEIGHTS_FOLDER)
+    if not layouts.has_weights(model) and any((model / name).is_dir() for name in shards):
         words += f", which is in shards. For from_pretrained: hf-radam consolidate {shlex.quote(str(path))}"
     return words
 
@@ -236,7 +221,7 @@ def inspect_run(path: Path, *, verify: bool = False) -> Facts:
         for ref in list_checkpoints(path)
     }
     configured = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-    model = configured and (has_weights(path) or (path / SHARDED_FOLDER).is_dir())
+    model = configured and (layouts.has_weights(path) or (path / layouts.SHARDED_FOLDER).is_dir())
     leftovers = sorted(str(p.relative_to(path)) for p in (path / STAGING).rglob(f"{PREFIX}*") if p.is_dir())
     if not (checkpoints or model or leftovers):
         raise ValueError(f"{path} is neither a checkpoint nor a run: it holds no checkpoint-N and no model.")

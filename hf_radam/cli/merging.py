@@ -33,12 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hf_radam.averaging import (
-    DEFAULT_HALF_LIFE_RATIO,
-    check_averaging,
-    fixed_decay_step_size,
-    growing_window_step_size,
-)
+from hf_radam import averaging
 from hf_radam.checkpoints.layouts import ADAPTER_FILES, DEEPSPEED_LATEST
 from hf_radam.checkpoints.manifest import (
     MANIFEST_NAME,
@@ -104,15 +99,15 @@ def coefficients(
 
 def _ewa_coefficients(steps: Sequence[int], *, decay: float | None, half_life_ratio: float | None) -> list[float]:
     """Return s_j (1 - s_(j+1)) ... (1 - s_k) for the step sizes s_j of `hf_radam.averaging`, with s_0 = 1."""
-    check_averaging(decay=decay, half_life_ratio=half_life_ratio, every=1, start_step=0)
-    ratio = DEFAULT_HALF_LIFE_RATIO if half_life_ratio is None else half_life_ratio
+    averaging.check_averaging(decay=decay, half_life_ratio=half_life_ratio, every=1, start_step=0)
+    ratio = averaging.DEFAULT_HALF_LIFE_RATIO if half_life_ratio is None else half_life_ratio
     found, weight_sum = [1.0], 1.0
     for before, after in itertools.pairwise(steps):
         every = after - before
         if decay is None:
-            size = growing_window_step_size(after, half_life_ratio=ratio, every=every)
+            size = averaging.growing_window_step_size(after, half_life_ratio=ratio, every=every)
         else:
-            size = fixed_decay_step_size(weight_sum, decay=decay, every=every)
+            size = averaging.fixed_decay_step_size(weight_sum, decay=decay, every=every)
             weight_sum = 1.0 + decay**every * weight_sum
         found = [factor * (1.0 - size) for factor in found] + [size]
     return found

@@ -17,7 +17,6 @@ import torch
 from hf_radam import cli
 from hf_radam.checkpoints.weights import Tensors, write_weights
 from hf_radam.cli.merging import Source
-from hf_radam.cli.stopping import Stopped
 
 ROOT = Path(__file__).parents[2]
 ROWS = 2**19  # 8 tensors of 8 MB in a checkpoint: time to be stopped in
@@ -77,28 +76,6 @@ def test_an_error_that_a_signal_has_become_is_not_printed(checkpoints, tmp_path,
     assert capsys.readouterr() == ("", "hf-radam average: ended by SIGTERM\n")
     assert list(tmp_path.iterdir()) == []
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
-
-
-def test_a_swallowed_signal_ends_the_command_at_the_next_one(checkpoints, tmp_path, capsys, monkeypatch):
-    """Python has it that what is raised in `__del__` is not heard of; a bare `except` does likewise."""
-    read, stopped = Source.read, []
-
-    def swallow(self, key):
-        if len(stopped) < 2:
-            try:
-                signal.raise_signal(signal.SIGINT)
-            except Stopped:
-                stopped.append(key)
-        elif len(stopped) == 2:
-            signal.raise_signal(signal.SIGTERM)
-        return read(self, key)
-
-    monkeypatch.setattr(Source, "read", swallow)
-    words = ["average", *map(str, checkpoints), "--weights", "uniform", "-o", str(tmp_path / "merged")]
-    capsys.readouterr()
-    assert cli.main(words) == 130
-    assert capsys.readouterr() == ("", "hf-radam average: ended by SIGINT\n")
-    assert len(stopped) == 2 and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
