@@ -161,7 +161,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoin
         try:
             names = names_by_group(optimizer.param_groups, model)
             state = read_state(checkpoint, names, mmap=sharded)
-            _check_same_parameters(state, names, dict(model.named_parameters()))
+            shapes = {canonical(name): parameter.shape for name, parameter in model.named_parameters()}
+            _check_same_parameters(state, names, shapes if sharded else {})
         except CheckpointError as raised:
             error = CheckpointError(f"{checkpoint} cannot be resumed: {raised}.")
     error = all_gather_object(error)[0] if sharded else error
@@ -172,8 +173,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkpoin
     set_optimizer_state_dict(model, optimizer, state, options=options)
 
 
-def _check_same_parameters(state: State, names: list[list[str]], parameters: dict[str, Tensor]) -> None:
-    """Compare groups and shapes: torch skips parameters that it does not find."""
+def _check_same_parameters(state: State, names: list[list[str]], shapes: dict[str, torch.Size]) -> None:
+    """Compare groups, as torch skips parameters that it does not find, and shapes where the state is sharded."""
     saved = [set(group["params"]) for group in state["param_groups"]]
     if saved != [set(group) for group in names]:
         here, there = {name for group in names for name in group}, set().union(*saved)
@@ -181,11 +182,10 @@ def _check_same_parameters(state: State, names: list[list[str]], parameters: dic
             "the saved optimizer has other parameters in its groups than this one (only saved: "
             f"{sorted(there - here)[:3]}, only here: {sorted(here - there)[:3]})"
         )
-    shapes = {canonical(name): parameter.shape for name, parameter in parameters.items()}
-    for name, kept in state["state"].items():
-        for key, value in kept.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shapes[name]:
+    for name, shape in shapes.items():
+        for key, value in state["state"].get(name, {}).items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape != shape:
                 raise CheckpointError(
-                    f"the state {key} of {name} has the shape {tuple(value.shape)}, not {tuple(shapes[name])}, and "
+                    f"the state {key} of {name} has the shape {tuple(value.shape)}, not {tuple(shape)}, and "
                     "cannot be sharded; resume with as many processes and the back-end of the checkpoint"
                 )
