@@ -126,11 +126,11 @@ def test_every_byte_of_the_manifest_counts(runs, tmp_path):
     assert not verify_checkpoint(tmp_path / "checkpoint-6")
 
 
-def test_resuming_fails_where_nothing_is_whole(runs, tmp_path):
+def test_resuming_fails_without_a_complete_checkpoint(runs, tmp_path):
     shutil.copytree(runs["ewa"][0], tmp_path / "run")
     for step in (3, 6):
         leave(tmp_path / f"run/checkpoint-{step}/optimizer.pt", None)
-    with pytest.raises(CheckpointError, match="There is no whole checkpoint in"):
+    with pytest.raises(CheckpointError, match="There is no complete checkpoint in"):
         new_trainer(tmp_path / "run", "ewa").train(resume_from_checkpoint=True)
     load_evaluation_model(tmp_path / "run")  # needs no optimizer
 
