@@ -1,4 +1,4 @@
-"""Write checkpoints that exist complete or not at all: `CheckpointSession`, and what the manifest of each says.
+"""Write checkpoints that exist complete or not at all: `CheckpointSession`, the weights and the manifest of each.
 
 Upstream writes a checkpoint into `output_dir/_staging`. When every rank has written, the session completes it there
 (trainer state, manifest with the hash of every file), flushes it to the disk and renames it to its place.
@@ -6,18 +6,26 @@ Upstream writes a checkpoint into `output_dir/_staging`. When every rank has wri
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
+from transformers.trainer import TRAINING_ARGS_NAME
 
-from hf_radam.checkpoints import manifest, storage
+from hf_radam import __version__
+from hf_radam.checkpoints import manifest, peft, storage, weights
 from hf_radam.checkpoints.runs import PREFIX, rotate
+from hf_radam.names import SchedulerName
+from hf_radam.sharding import Weights
 from hf_radam.sharding.base import all_gather_object, rank, world_size
+from hf_radam.trainer import reporting
+from hf_radam.trainer.compatibility import gathers_weights, is_sharded
+from hf_radam.trainer.resume import describe_average
 
 
 class CheckpointSaveError(OSError):
@@ -147,3 +155,125 @@ def _is_disk_failure(error: BaseException) -> bool:
     # Torch raises a RuntimeError that names the file of its source, or C++'s stream.
     of_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "iostream"))
     return isinstance(error, (OSError, SafetensorError)) or of_torch
+
+
+# ---- A checkpoint of a trainer ----
+
+
+@contextmanager
+def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[None]:
+    """Open a context in which upstream writes a checkpoint, which is completed and committed at its end.
+
+    Args:
+        trainer: the trainer, which has a session.
+        at_root: whether it belongs to the checkpoints at the root of the run; else it is only pinned.
+        resumable: write the optimizer whatever `save_only_model` says, as for every pinned checkpoint.
+    """
+    session, args, state = trainer._session, trainer.args, trainer.state
+    step, pinned_in = state.global_step, trainer._pinned_in
+    if trainer._evaluation.inside:
+        raise RuntimeError(
+            "The model holds the evaluation weights here (evaluation_weights()), but the root of a checkpoint holds "
+            "the training weights. Save the checkpoint outside."
+        )
+    best, strategy = state.best_model_checkpoint, args.hub_strategy
+    try:
+        with session.stage(step) as folder:
+            try:
+                yield
+                if args.save_only_model and (resumable or pinned_in is not None):
+                    trainer._save_training_state(folder)
+            finally:
+                args.hub_strategy = strategy
+            trainer.accelerator.wait_for_everyone()
+            # Upstream looked for the best checkpoint where this one is staged.
+            is_best = at_root and state.best_global_step == step
+            state.best_model_checkpoint = str(session.run_dir / f"{PREFIX}{step}") if is_best else best
+            if args.should_save:
+                manifest.mark_state(state.stateful_callbacks, step)
+                state.save_to_json(str(folder / manifest.TRAINER_STATE_NAME))
+            session.seal(folder, _manifest(trainer))
+            session.commit(step, at_root=at_root, pinned_in=pinned_in)
+    except BaseException:
+        state.best_model_checkpoint = best
+        raise
+    reporting.write_card_section(trainer, only_if_present=True)
+    if at_root:
+        written, best = session.run_dir / f"{PREFIX}{step}", state.best_model_checkpoint
+        upload = reporting.push_checkpoint(trainer, written) if args.push_to_hub else None
+        if upload is not None:
+            session.uploads[written] = upload
+        session.rotate(keep={written, *([Path(best)] if best else [])})
+
+
+def _manifest(trainer: Any) -> dict[str, Any]:
+    args, state, plan, schedule = trainer.args, trainer.state, trainer._plan, trainer._schedule
+    source, scheduler = trainer._evaluation.source, SchedulerName(args.lr_scheduler_type).value
+    return {
+        "hf_radam_version": __version__,
+        "method": {"optim": trainer._optimizer_name, "lr_scheduler_type": scheduler, "ewa": args.ewa},
+        "global_step": state.global_step,
+        "max_steps": state.max_steps,
+        "learning_rate": args.learning_rate,
+        "weight_decay": args.weight_decay,
+        "warmup_steps": args.resolve_warmup_steps(state.max_steps, plan.past if plan else None),
+        "schedule": None if schedule is None else schedule.to_dict(),
+        "schedule_step": trainer._scheduled_steps,
+        "extended_from": plan.extended_from if plan else None,
+        "averaging": describe_average(trainer.average, requested_start_step=args.ewa_start_step),
+        "evaluation": {
+            "folder": source and peft.evaluation_subfolder(source, trainer._bare_model),
+            **weights.parameter_dtypes(trainer._bare_model),
+        },
+    }
+
+
+def save_evaluation_weights(trainer: Any, target: Path, *, stock: Callable[[str, bool], None]) -> None:
+    """Write the evaluation weights into a folder; `stock` is upstream's `save_model`."""
+    if (target / manifest.MANIFEST_NAME).is_file():
+        raise ValueError(
+            f"save_model({str(target)!r}) would overwrite the training weights of that checkpoint, which has the "
+            "evaluation weights beside them. Save to another folder."
+        )
+    with trainer._evaluation.applied(exchange=True):
+        if is_sharded(trainer):
+            _save_full_weights(trainer, target)
+        else:
+            stock(str(target), True)
+    if target == Path(str(trainer.args.output_dir)):
+        reporting.write_card_section(trainer, only_if_present=True)
+
+
+def save_checkpoint_weights(trainer: Any, folder: Path, *, stock: Callable[[str, bool], None]) -> None:
+    """Write the training weights at the root of a checkpoint, and every other kind of weights beside them."""
+    session, sharded = trainer._session, not gathers_weights(trainer)
+    if not is_sharded(trainer):
+        stock(str(folder), True)
+    elif not sharded:
+        _save_full_weights(trainer, folder)
+    else:
+        tokenizer = trainer._tokenizer_to_save
+        weights.save_config_and_tokenizer(folder, trainer._bare_model, processing_class=tokenizer, in_float32=False)
+        if trainer.args.should_save:
+            torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+        trainer.accelerator.wait_for_everyone()
+        if not trainer.is_fsdp_enabled:  # which writes its shards with the optimizer
+            _save_folder(trainer, folder, Weights.of_model(trainer._evaluation.sharding), sharded=True)
+    session.hash_weights(folder)
+    for source in trainer._evaluation.saved_sources:
+        with trainer._evaluation.weights(source) as saved:
+            subfolder = folder / peft.evaluation_subfolder(source, trainer._bare_model)
+            _save_folder(trainer, subfolder, saved, sharded=sharded, in_float32=True)
+        session.hash_weights(folder)
+
+
+def _save_full_weights(trainer: Any, folder: Path) -> None:
+    """Write full weights tensor by tensor: upstream gathers all of them on one rank, or writes none."""
+    _save_folder(trainer, folder, Weights.of_model(trainer._evaluation.sharding), sharded=False)
+    if trainer.args.should_save:
+        torch.save(trainer.args, folder / TRAINING_ARGS_NAME)
+
+
+def _save_folder(trainer: Any, folder: Path, saved: Weights, *, sharded: bool, in_float32: bool = False) -> None:
+    save = weights.save_sharded_folder if sharded else weights.save_model_folder
+    save(folder, trainer._bare_model, saved, processing_class=trainer._tokenizer_to_save, in_float32=in_float32)

@@ -25,24 +25,19 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, get_scheduler
-from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, default_compute_objective, has_length
 from transformers.utils import logging
 
-from hf_radam import __version__
 from hf_radam.averaging import WeightAverage
 from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
-from hf_radam.checkpoints import manifest, peft, storage, weights
+from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extend import ResumePlan, plan_resume
-from hf_radam.checkpoints.runs import PREFIX
-from hf_radam.names import SchedulerName
 from hf_radam.optim import RAdamScheduleFree
 from hf_radam.optim.fused import agree_on_fused
 from hf_radam.random_state import preserved_random_state
 from hf_radam.schedules import Schedule
-from hf_radam.sharding import Weights, find_sharding
-from hf_radam.trainer import callbacks, compatibility, evaluation, ranks, reporting, resume
-from hf_radam.trainer.session import CheckpointSession
+from hf_radam.sharding import find_sharding
+from hf_radam.trainer import callbacks, compatibility, evaluation, ranks, reporting, resume, session
 from hf_radam.training_args import RAdamTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -77,7 +72,7 @@ class RAdamTrainerMixin(_Base):
     _schedule: Schedule | None = None
     """The schedule of this package, resolved once for a run; None for one of upstream's."""
     _plan: ResumePlan | None = None
-    _session: CheckpointSession | None = None
+    _session: session.CheckpointSession | None = None
     _planned: list[dict[str, Any]] = []
     """Hyper-parameters of each parameter group as the arguments made them."""
     _sigterm: callbacks.SigtermCallback | None = None
@@ -248,7 +243,7 @@ class RAdamTrainerMixin(_Base):
         callbacks.install_callbacks(self)
         compatibility.check_prepared(self, optimizer, model)
         run = Path(self._get_output_dir(self._trial_of_run))
-        self._session = CheckpointSession(run, args.save_total_limit, self.accelerator.wait_for_everyone)
+        self._session = session.CheckpointSession(run, args.save_total_limit, self.accelerator.wait_for_everyone)
         sharding = find_sharding(model, wrapped=self.model_wrapped, device=args.device)
         sharding.check()
         agree_on_fused(optimizer, args.fused_optimizer, sharding, log=self.is_world_process_zero())
@@ -392,61 +387,13 @@ class RAdamTrainerMixin(_Base):
         if not self._active:
             super().save_model(output_dir, _internal_call)
         elif self._session is not None and self._session.staging and output_dir is not None:
-            self._save_weights_of_checkpoint(Path(output_dir))
-            self.args.hub_strategy = HubStrategy.END  # so that upstream pushes nothing; restored by `_saving`
+            session.save_checkpoint_weights(self, Path(output_dir), stock=super().save_model)
+            self.args.hub_strategy = HubStrategy.END  # so that upstream pushes nothing; restored by `session.saving`
         else:
-            self._save_evaluation_weights(Path(str(output_dir or self.args.output_dir)), _internal_call)
-
-    def _save_evaluation_weights(self, target: Path, _internal_call: bool) -> None:
-        if (target / manifest.MANIFEST_NAME).is_file():
-            raise ValueError(
-                f"save_model({str(target)!r}) would overwrite the training weights of that checkpoint, which has the "
-                "evaluation weights beside them. Save to another folder."
-            )
-        sharded = compatibility.is_sharded(self)
-        with self._evaluation.applied(exchange=True):
-            if sharded:
-                self._save_full_weights(target)
-            else:
-                super().save_model(str(target), _internal_call)
-        if target == Path(str(self.args.output_dir)):
-            reporting.write_card_section(self, only_if_present=True)
-        if sharded and self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_weights_of_checkpoint(self, folder: Path) -> None:
-        """Write the training weights at the root of a checkpoint, and every other kind of weights beside them."""
-        session, sharded = self._session, not compatibility.gathers_weights(self)
-        assert session is not None
-        if not compatibility.is_sharded(self):
-            super().save_model(str(folder), True)
-        elif not sharded:
-            self._save_full_weights(folder)
-        else:
-            weights.save_config_and_tokenizer(
-                folder, self._bare_model, processing_class=self._tokenizer_to_save, in_float32=False
-            )
-            if self.args.should_save:
-                torch.save(self.args, folder / TRAINING_ARGS_NAME)
-            self.accelerator.wait_for_everyone()
-            if not self.is_fsdp_enabled:  # which writes its shards with the optimizer
-                self._save_folder(folder, Weights.of_model(self._evaluation.sharding), sharded=True)
-        session.hash_weights(folder)
-        for source in self._evaluation.saved_sources:
-            with self._evaluation.weights(source) as saved:
-                subfolder = folder / peft.evaluation_subfolder(source, self._bare_model)
-                self._save_folder(subfolder, saved, sharded=sharded, in_float32=True)
-            session.hash_weights(folder)
-
-    def _save_full_weights(self, folder: Path) -> None:
-        """Write full weights tensor by tensor: upstream gathers all of them on one rank, or writes none."""
-        self._save_folder(folder, Weights.of_model(self._evaluation.sharding), sharded=False)
-        if self.args.should_save:
-            torch.save(self.args, folder / TRAINING_ARGS_NAME)
-
-    def _save_folder(self, folder: Path, saved: Weights, *, sharded: bool, in_float32: bool = False) -> None:
-        save = weights.save_sharded_folder if sharded else weights.save_model_folder
-        save(folder, self._bare_model, saved, processing_class=self._tokenizer_to_save, in_float32=in_float32)
+            target = Path(str(output_dir or self.args.output_dir))
+            session.save_evaluation_weights(self, target, stock=super().save_model)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     @property
     def _tokenizer_to_save(self) -> Any:
@@ -463,7 +410,7 @@ class RAdamTrainerMixin(_Base):
         if not self._active:
             super()._save_checkpoint(*args, **kwargs)
             return
-        with self._saving(at_root=True):
+        with session.saving(self, at_root=True):
             super()._save_checkpoint(*args, **kwargs)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -479,16 +426,22 @@ class RAdamTrainerMixin(_Base):
         if self._sigterm is not None and self._sigterm.is_requested(self.args):
             self.control.should_training_stop = True
             if saved != (step, True):
-                with self._saving(at_root=True, resumable=True):
+                with session.saving(self, at_root=True, resumable=True):
                     save()
         elif self.args.load_best_model_at_end and self.state.best_global_step == step and saved != (step, True):
             # Evaluated more often than saved: the best model would have no checkpoint to be loaded from.
-            with self._saving(at_root=True):
+            with session.saving(self, at_root=True):
                 save()
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         elif self._pinned_in is not None and (saved is None or saved[0] != step):
-            with self._saving(at_root=False):
+            with session.saving(self, at_root=False):
                 save()
+
+    def _save_training_state(self, folder: Path) -> None:
+        """Write optimizer, schedule, loss scale and random states, as upstream does without `save_only_model`."""
+        self._save_optimizer_and_scheduler(str(folder))
+        self._save_scaler(str(folder))
+        self._save_rng_state(str(folder))
 
     @property
     def _pinned_in(self) -> str | None:
@@ -496,77 +449,6 @@ class RAdamTrainerMixin(_Base):
         if self._schedule is None or self.accelerator.optimizer_step_was_skipped:
             return None
         return self._schedule.pinned_at(self._scheduled_steps)
-
-    @contextmanager
-    def _saving(self, *, at_root: bool, resumable: bool = False) -> Iterator[None]:
-        """Open a context in which upstream writes a checkpoint, which is completed and committed at its end.
-
-        Args:
-            at_root: whether it belongs to the checkpoints at the root of the run; else it is only pinned.
-            resumable: write the optimizer whatever `save_only_model` says, as for every pinned checkpoint.
-        """
-        session, step, pinned_in = self._session, self.state.global_step, self._pinned_in
-        assert session is not None, "it is made when training begins"
-        if self._evaluation.inside:
-            raise RuntimeError(
-                "The model holds the evaluation weights here (evaluation_weights()), and the root of a checkpoint must "
-                "hold the training weights. Save the checkpoint outside."
-            )
-        best, strategy = self.state.best_model_checkpoint, self.args.hub_strategy
-        try:
-            with session.stage(step) as folder:
-                try:
-                    yield
-                    if self.args.save_only_model and (resumable or pinned_in is not None):
-                        self._save_optimizer_and_scheduler(str(folder))
-                        self._save_scaler(str(folder))
-                        self._save_rng_state(str(folder))
-                finally:
-                    self.args.hub_strategy = strategy
-                self.accelerator.wait_for_everyone()
-                # Upstream looked for the best checkpoint where this one is staged.
-                is_best = at_root and self.state.best_global_step == step
-                best_now = str(session.run_dir / f"{PREFIX}{step}") if is_best else best
-                self.state.best_model_checkpoint = best_now
-                if self.args.should_save:
-                    manifest.mark_state(self.state.stateful_callbacks, step)
-                    self.state.save_to_json(str(folder / manifest.TRAINER_STATE_NAME))
-                session.seal(folder, self._manifest())
-                session.commit(step, at_root=at_root, pinned_in=pinned_in)
-        except BaseException:
-            self.state.best_model_checkpoint = best
-            raise
-        pushes = at_root and self.args.push_to_hub
-        reporting.write_card_section(self, only_if_present=True)
-        if at_root:
-            written = session.run_dir / f"{PREFIX}{step}"
-            upload = reporting.push_checkpoint(self, written) if pushes else None
-            if upload is not None:
-                session.uploads[written] = upload
-            session.rotate(keep={written, *([Path(best_now)] if best_now else [])})
-
-    def _manifest(self) -> dict[str, Any]:
-        args, state, plan = self.args, self.state, self._plan
-        source = self._evaluation.source
-        scheduler = SchedulerName(args.lr_scheduler_type).value
-        warmup = args.resolve_warmup_steps(state.max_steps, plan.past if plan else None)
-        return {
-            "hf_radam_version": __version__,
-            "method": {"optim": self._optimizer_name, "lr_scheduler_type": scheduler, "ewa": args.ewa},
-            "global_step": state.global_step,
-            "max_steps": state.max_steps,
-            "learning_rate": args.learning_rate,
-            "weight_decay": args.weight_decay,
-            "warmup_steps": warmup,
-            "schedule": None if self._schedule is None else self._schedule.to_dict(),
-            "schedule_step": self._scheduled_steps,
-            "extended_from": plan.extended_from if plan else None,
-            "averaging": resume.describe_average(self.average, requested_start_step=args.ewa_start_step),
-            "evaluation": {
-                "folder": source and peft.evaluation_subfolder(source, self._bare_model),
-                **weights.parameter_dtypes(self._bare_model),
-            },
-        }
 
     # ---- Loading ----
 
