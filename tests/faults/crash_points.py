@@ -67,28 +67,28 @@ def die_at_every_operation(source: Path, copies: Path, work: Callable[[Path], No
 
 
 class ForkingTrainer(RAdamTrainer):
-    """Before the save of one update it forks children that die in the middle of that save; it saves and trains on."""
+    """Before the save after one step it forks children that die in the middle of that save; it saves and trains on."""
 
     die_at: int
     copies: Path
     saved_already: bool
     """Whether the checkpoint is there when they begin, so that they save over it."""
 
-    def _write_checkpoint(self, model: Any, trial: Any, **how: bool) -> None:
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         if self.state.global_step != self.die_at:
-            super()._write_checkpoint(model, trial, **how)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
             return
         if self.saved_already:
-            super()._write_checkpoint(model, trial, **how)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
         run = Path(self.args.output_dir)
 
         def save(copy: Path) -> None:
-            self.args.output_dir = str(copy)
-            super(ForkingTrainer, self)._write_checkpoint(model, trial, **how)
+            self.args.output_dir, self._session.run_dir = str(copy), copy
+            super(ForkingTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
 
         die_at_every_operation(run, self.copies, save)
         if not self.saved_already:
-            super()._write_checkpoint(model, trial, **how)
+            super()._maybe_log_save_evaluate(*args, **kwargs)
 
 
 def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_already: bool) -> None:

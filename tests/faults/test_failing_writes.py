@@ -48,7 +48,7 @@ def fail(folder, options, at, kind) -> None:
     attempts.finish(failing.train_into_fault, run, options, at, kind, message, log=folder / "log")
     said = message.read_text()
     assert f"checkpoint-{at} could not be written: " in said and " free)" in said
-    assert "Every earlier checkpoint is as it was" in said and "--resume_from_checkpoint true" in said
+    assert "--resume_from_checkpoint true: every earlier checkpoint is intact" in said
     assert kind != "read-only" or "Permission denied" in said
     assert kind == "read-only" or not (run / STAGING).exists()
     checkpoints = list_checkpoints(run)

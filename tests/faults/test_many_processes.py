@@ -80,7 +80,7 @@ def test_whichever_rank_is_lost_wherever(memory, backend, scenario):
         ended = harness.run(many.train, run, backend, options, death, backend=backend, check=False, grace=5)
         lost, other = ended[rank], ended[1 - rank]
         if where.startswith("fails"):
-            assert "checkpoint-3 could not be written: " in lost.error, lost.output
+            assert f"checkpoint-3 could not be written on rank {rank}: " in lost.error, lost.output
         else:
             assert lost.exit_code in (-signal.SIGKILL, -signal.SIGXFSZ), (where, lost.output)
         assert other.error is not None and "time was up" not in other.error, (where, other.output)

@@ -30,7 +30,7 @@ def test_one_folder_holds_the_files_of_both(tmp_path):
 
 def test_folders_apart_are_refused_on_both(tmp_path):
     for outcome in harness.run(train, tmp_path, True, check=False):
-        assert "is not one folder for all machines: ranks [1] do not see" in outcome.error
+        assert "is not shared by all machines: ranks [1] do not see" in outcome.error
     assert not list(tmp_path.rglob("seen-by-all*"))
 
 

@@ -244,7 +244,7 @@ def test_each_machines_copy_is_verified_whole(seen, tmp_path):
     assert first == second
     assert first.pop("whole") == ""
     for missing in ("no manifest", "no folder"):
-        assert "is not the same on every process" in first.pop(missing)
+        assert "is not the same folder on every rank" in first.pop(missing)
     for case, words in first.items():
         assert f"checkpoint-3/{case.split(' on ')[0]} has another sha256" in words, case
 
