@@ -78,11 +78,12 @@ class ForkingTrainer(RAdamTrainer):
         if self.state.global_step != self.die_at:
             super()._maybe_log_save_evaluate(*args, **kwargs)
             return
+        run, due = Path(self.args.output_dir), self.control.should_save
         if self.saved_already:
             super()._maybe_log_save_evaluate(*args, **kwargs)
-        run = Path(self.args.output_dir)
 
         def save(copy: Path) -> None:
+            self.control.should_save = due
             self.args.output_dir, self._session.run_dir = str(copy), copy
             super(ForkingTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
 
