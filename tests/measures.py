@@ -25,15 +25,15 @@ ROOT = Path(__file__).parents[1]
 LIMITS = {
     # measure: (limit, whether a test enforces it)
     "lines of hf_radam, Python and C++": (9_000, False),
-    "files of hf_radam, Python and C++": (55, False),
+    "files of hf_radam, Python and C++": (55, True),
     "lines of tests": (12_000, False),
-    "private methods overridden": (6, False),
-    "lines of the longest of them": (12, False),
+    "private methods overridden": (6, True),
+    "lines of the longest of them": (12, True),
     "lines of the README": (150, True),
     "words of docs": (7_000, True),
     "modules over 450 lines": (0, False),
-    "functions over 50 lines": (0, False),
-    "files that mention extend_from": (9, False),
+    "functions over 50 lines": (0, True),
+    "files that mention extend_from": (9, True),
 }
 WORDS = {
     "update for step": r"\bupdates?\b(?!\(| rule)",
