@@ -17,9 +17,9 @@ def tokenizer():
 
 
 def train(folder, model, **options):
-    """A run at a constant learning rate with checkpoints after 6, 12, 18 and 20 updates."""
+    """A run at a constant learning rate with checkpoints after 6, 12, 18 and 20 steps."""
     options = {"optim": "radam", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 6} | options
     args = tiny.arguments(folder, **options)
     parts = {"processing_class": tokenizer(), "data_collator": default_data_collator}
     RAdamTrainer(model, args, train_dataset=tiny.TRAIN, **parts).train()
-    return [folder / f"checkpoint-{update}" for update in UPDATES]
+    return [folder / f"checkpoint-{step}" for step in UPDATES]

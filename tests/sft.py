@@ -61,7 +61,7 @@ def dataset(rows: list[tuple[str, str]], *, completion: bool = False) -> Dataset
 
 
 def arguments(folder: Path, kind: type = SFTArguments, **overrides: Any) -> Any:
-    """20 updates of 4 texts on the CPU; one text in a batch of an evaluation."""
+    """20 steps of 4 texts on the CPU; one text in a batch of an evaluation."""
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 20,

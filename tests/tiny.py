@@ -81,7 +81,7 @@ TRAIN, EVAL = tokens(64), tokens(16, seed=2)
 
 
 def arguments(folder: Path, **overrides: Any) -> RAdamTrainingArguments:
-    """20 updates of 4 sequences on the CPU, nothing evaluated, saved or reported unless asked for."""
+    """20 steps of 4 sequences on the CPU, nothing evaluated, saved or reported unless asked for."""
     options: dict[str, Any] = {
         "output_dir": str(folder),
         "max_steps": 20,
@@ -128,13 +128,13 @@ def loss_of(model: PreTrainedModel) -> float:
 
 
 class StopAfter(TrainerCallback):
-    """Ends the training after an update, as an interruption would: nothing is saved that is not due."""
+    """Ends the training after a step, as an interruption would: nothing is saved that is not due."""
 
-    def __init__(self, update: int):
-        self.update = update
+    def __init__(self, step: int):
+        self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= state.global_step >= self.update
+        control.should_training_stop |= state.global_step >= self.step
 
 
 def spy_on_hub(monkeypatch: Any, sent: Callable[[Path, str | None], Future | None]) -> None:

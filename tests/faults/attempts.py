@@ -24,7 +24,7 @@ from hf_radam.checkpoints.runs import list_checkpoints
 
 COMMON = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
 SCENARIOS: dict[str, dict[str, Any]] = {
-    # keeps _pre_decay/checkpoint-7; updates 8 and 9 straddle the end of a round through the data
+    # keeps _pre_decay/checkpoint-7; steps 8 and 9 straddle the end of a round through the data
     "wsd+ewa": tiny.METHODS["wsd"]
     | {"decay_steps": 5, "ewa": True, "ewa_every": 3, "gradient_accumulation_steps": 2}
     | COMMON,
@@ -37,7 +37,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     | COMMON
     | {"budgets": [7], "save_steps": 2, "gradient_accumulation_steps": 2, "warmup_steps": 2},
 }
-"""Trainings of 12 updates, all with dropout, two with gradient accumulation, two with evaluation."""
+"""Trainings of 12 steps, all with dropout, two with gradient accumulation, two with evaluation."""
 PINS = {"wsd+ewa": [("_pre_decay", 7)], "wsd_s": [("_budgets", 7), ("_budgets", 12)]}
 
 
@@ -71,7 +71,7 @@ def finish(target: Callable[..., None], *args: Any, log: Path) -> None:
 
 
 class Diary(TrainerCallback):
-    """Writes down every update whose checkpoint the trainer says is saved."""
+    """Writes down every step whose checkpoint the trainer says is saved."""
 
     def __init__(self, file: Path):
         self.file = file
@@ -90,7 +90,7 @@ def make_trainer(run: Path, options: dict[str, Any]) -> RAdamTrainer:
 
 
 def diary(run: Path) -> Path:
-    """The file with the updates that were said to be saved."""
+    """The file with the steps that were said to be saved."""
     return run.with_name(run.name + ".saved")
 
 
@@ -116,7 +116,7 @@ def outcome(trainer: RAdamTrainer) -> dict[str, Any]:
         "average": None if average is None else (average.counters(), average.averaged_state_dict()),
         "optimizer": trainer.optimizer.state_dict(),
         "schedule": trainer.lr_scheduler.state_dict(),
-        "updates": trainer.state.global_step,
+        "steps": trainer.state.global_step,
         "losses": {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
         "best": (trainer.state.best_metric, trainer.state.best_global_step),
     }

@@ -62,7 +62,7 @@ class Victim:
     Attributes:
         folder: holds the run's folder and what is noted about it.
         twin: the same run, not interrupted.
-        pins: folder and update of each checkpoint that must be kept for good.
+        pins: folder and step of each checkpoint that must be kept for good.
         inside: for each kill, whether it came in the middle of a save.
     """
 
@@ -115,7 +115,7 @@ class Victim:
             assert tiny.same(tiny.parameters(loaded), tiny.parameters(whole))
 
     def twin_of(self, place: CheckpointRef) -> Path:
-        """The twin's checkpoint of the same update: pinned, if it is not at the root."""
+        """The twin's checkpoint of the same step: pinned, if it is not at the root."""
         name = f"checkpoint-{place.step}"
         at_root = self.twin.run / name
         return at_root if at_root.exists() else self.twin.run / place.pinned_in / name
@@ -155,7 +155,7 @@ def kill_and_resume(victim: Victim, random_source: random.Random, *, most: int) 
     """
     last = victim.twin.options["max_steps"]
     for _ in range(most):
-        # Starting and ending take a part of the time; the updates that are left, the rest.
+        # Starting and ending take a part of the time; the steps that are left, the rest.
         expected = victim.twin.seconds * (0.2 + 0.8 * (1 - victim.newest / last))
         resume = victim.before_newest() if random_source.random() < 0.25 else None
         if victim.attempt(kill_after=random_source.uniform(0, expected), resume=resume):

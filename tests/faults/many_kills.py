@@ -20,7 +20,7 @@ from processes import harness
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.runs import check_resumable, list_checkpoints
 
-UPDATES = {"max_steps": 12}
+STEPS = {"max_steps": 12}
 
 
 def train_until_killed(run: Path, backend: str, options: dict[str, Any], victim: int, seconds: float) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def soak(folder: Path, *, kills: int, processes: int, backend: str, seed: int) -
         The count, in words.
     """
     source, done, runs = random.Random(seed), 0, 0
-    scenarios = {name: options | UPDATES for name, options in many.SCENARIOS.items()}
+    scenarios = {name: options | STEPS for name, options in many.SCENARIOS.items()}
     how: dict[str, Any] = {"backend": backend, "world": processes}
     twins, seconds = {}, {}
     for name, options in scenarios.items():

@@ -67,7 +67,7 @@ def check_resumes(states, options, outcome) -> None:
 
 
 SAVES = [
-    # scenario, update of the save, whether it is there already, pinned before and after, operations that it must have
+    # scenario, step of the save, whether it is there already, pinned before and after, operations that it must have
     ("wsd+ewa", 7, False, set(), {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
     ("wsd+ewa", 7, True, {("_pre_decay", 7)}, {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
     ("wsd_s", 7, False, set(), {("_budgets", 7)}, {"os.rename"}),
@@ -76,15 +76,15 @@ SAVES = [
 
 
 @pytest.mark.parametrize(
-    ("scenario", "update", "again", "before", "after", "operations"),
+    ("scenario", "step", "again", "before", "after", "operations"),
     SAVES,
-    ids=[f"{s[0]}, update {s[1]}{' again' if s[2] else ''}" for s in SAVES],
+    ids=[f"{s[0]}, step {s[1]}{' again' if s[2] else ''}" for s in SAVES],
 )
-def test_a_save_may_die_anywhere(folder, scenario, update, again, before, after, operations):
+def test_a_save_may_die_anywhere(folder, scenario, step, again, before, after, operations):
     options = attempts.SCENARIOS[scenario]
-    attempts.finish(crash_points.train_forking, folder, options, update, again, log=folder / "log")
+    attempts.finish(crash_points.train_forking, folder, options, step, again, log=folder / "log")
     every = options["save_steps"]
-    at_least = update if again else (update - 1) // every * every
+    at_least = step if again else (step - 1) // every * every
     left = states(folder / "copies", at_least=at_least, pins=before)
     deaths = [file.read_text().split()[0] for file in folder.glob("copies/*/died") if file.read_text()]
     assert operations | {"open", "os.mkdir"} <= set(deaths) and len(deaths) > 30
@@ -98,7 +98,7 @@ def test_a_save_may_die_anywhere(folder, scenario, update, again, before, after,
         attempts.finish(
             crash_points.recover_forking, copy, folder / f"recovering-{number}", log=folder / "log of recovering"
         )
-        for recovering in states(folder / f"recovering-{number}", at_least=update, pins=before).values():
+        for recovering in states(folder / f"recovering-{number}", at_least=step, pins=before).values():
             recover_interrupted_save(recovering)
             assert names(recovering) == names(copy) and not list(interrupted(recovering))
 
@@ -109,9 +109,9 @@ def test_pinning_what_is_resumed_may_die_anywhere(folder):
         attempts.train, folder / "run", options | {"save_total_limit": None}, folder / "o", log=folder / "log"
     )
     shutil.rmtree(folder / "run/_pre_decay")
-    for update in range(1, 13):
-        if update not in (6, 7):
-            shutil.rmtree(folder / f"run/checkpoint-{update}")
+    for step in range(1, 13):
+        if step not in (6, 7):
+            shutil.rmtree(folder / f"run/checkpoint-{step}")
     quiet = options | {"save_strategy": "no"}
     attempts.finish(crash_points.resume_forking, folder / "run", folder / "copies", quiet, log=folder / "log")
     left = states(folder / "copies", at_least=7, pins=set())

@@ -30,7 +30,7 @@ OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_devic
 
 
 class Begins(TrainerCallback):
-    """Notes the update that training goes on from."""
+    """Notes the step that training resumes from."""
 
     at: int | None = None
 
