@@ -157,7 +157,7 @@ def evaluate_weights(
         **kwargs: more of its arguments.
 
     Raises:
-        ValueError: if a metric of the training weights has the name of another metric.
+        ValueError: if a metric of the training weights has the name of another metric, or is to choose the best model.
     """
     weights: EvaluationWeights = trainer._evaluation
     with preserved_random_state():
@@ -177,6 +177,7 @@ def evaluate_weights(
                 f"The metric {name} of compute_metrics has the name of a metric of the training weights "
                 "(ewa_eval_raw). Rename it, or leave ewa_eval_raw out."
             )
+    check_best_metric(trainer.args, metrics)
     return output._replace(metrics=(output.metrics or {}) | metrics)
 
 
@@ -212,13 +213,12 @@ def check_dataset_names(eval_dataset: Any) -> None:
         )
 
 
-def check_best_metric(args: Any, eval_dataset: Any) -> None:
-    """Raise `ValueError` if the best model is to be chosen by the loss of the training weights."""
-    metric = str(args.metric_for_best_model).removeprefix("eval_")
-    if f"eval_{metric}" in [f"{prefix}_raw_loss" for prefix in metric_prefixes(eval_dataset)]:
+def check_best_metric(args: Any, raw_metrics: Collection[str]) -> None:
+    """Raise `ValueError` if the best model is to be chosen by a metric of the training weights."""
+    if args.load_best_model_at_end and f"eval_{str(args.metric_for_best_model).removeprefix('eval_')}" in raw_metrics:
         raise ValueError(
             f"metric_for_best_model={args.metric_for_best_model} is of the training weights, but "
-            "load_best_model_at_end loads the evaluation weights. Choose by loss."
+            "load_best_model_at_end loads the evaluation weights. Choose by a metric of those, such as loss."
         )
 
 

@@ -143,14 +143,15 @@ def check_agreement(trainer: Any, **further: Any) -> None:
 
 
 def differences(by_rank: list[dict[str, str]]) -> list[str]:
-    """List, for each fact that is not the same on every rank, its name and its values with their ranks."""
+    """List, for each fact that is not the same on every rank, its name and values with their first ranks."""
     found = []
     for name in dict.fromkeys(name for facts in by_rank for name in facts):
         ranks: dict[str, list[int]] = {}
         for number, facts in enumerate(by_rank):
             ranks.setdefault(facts.get(name, "absent"), []).append(number)
         if len(ranks) > 1:
-            values = [f"{value} on rank {', '.join(map(str, which))}" for value, which in ranks.items()]
+            more = {value: f" and {len(which) - 1} more" if len(which) > 1 else "" for value, which in ranks.items()}
+            values = [f"{value} on rank {which[0]}{more[value]}" for value, which in ranks.items()]
             found.append(f"{name}: {', '.join(values)}")
     return found[:MOST_NAMED] + ([f"and {len(found) - MOST_NAMED} more"] if len(found) > MOST_NAMED else [])
 

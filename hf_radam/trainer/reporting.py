@@ -10,6 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 import transformers
+import yaml
 from huggingface_hub import HfApi, ModelCard
 from transformers.integrations.integration_utils import DVCLiveCallback, WandbCallback
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -69,7 +70,7 @@ def write_card_section(trainer: Any, *, only_if_present: bool = False) -> None:
         card.data.tags = [*tags, TAG, *(TAGS[name] for name in methods if name in TAGS)]
         card.text = _with_section(NAMELESS.sub("was trained from scratch", card.text), _section(trainer))
         card.save(file)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:  # the last three from metadata that was edited
         if not only_if_present:
             raise
         logger.warning(f"The model card {file} could not be renewed: {error}")
@@ -159,7 +160,7 @@ def _weights(trainer: Any) -> str:
         folder = manifest["evaluation"]["folder"] if manifest else None
         source = folder.partition("/")[0] if folder else None
         which = f" after step {trainer.state.best_global_step}, the best by `{trainer.args.metric_for_best_model}`"
-    imports, loader = _loader(trainer._bare_model)
+    imports, loader, model_class = _loader(trainer._bare_model)
     place = "folder" if trainer.hub_model_id is None else "repository"
     text = f"## Weights\n\nThe model of this {place} has the **evaluation weights**: {WEIGHTS[source]}{which}.\n\n"
     text += f"```python\n{imports}\n\nmodel = {loader.format(trainer.hub_model_id or '.')}\n```\n"
@@ -168,28 +169,31 @@ def _weights(trainer: Any) -> str:
     if trainer._best_model_loaded:
         found = [f"{PREFIX}{trainer.state.best_global_step}"]
     if found:
+        beside = "" if source is None else ", and the evaluation weights beside them"
+        imports = "from hf_radam import load_evaluation_model" + (f"\n{imports}" if model_class else "")
+        given = f", model_class={model_class}" if model_class else ""
         text += (
-            "\nA checkpoint of the run has the **training weights** at its root, to resume from, and the evaluation "
-            "weights beside them:\n\n```python\nfrom hf_radam import load_evaluation_model\n\n"
-            f'model = load_evaluation_model("{found[0]}")\n```\n'
+            f"\nA checkpoint of the run has the **training weights** at its root, to resume from{beside}:\n\n"
+            f'```python\n{imports}\n\nmodel = load_evaluation_model("{found[0]}"{given})\n```\n'
         )
     return text
 
 
-def _loader(model: Any) -> tuple[str, str]:
-    """Return the import and the call that load a model folder."""
+def _loader(model: Any) -> tuple[str, str, str | None]:
+    """Return the import and the call that load a model folder, and the name of a class that transformers lacks."""
     if is_peft(model):
-        return "from hf_radam import load_evaluation_model", 'load_evaluation_model("{}")'
+        name = f"Auto{type(model).__name__}"
+        return f"from peft import {name}", f'{name}.from_pretrained("{{}}")', None
     name = type(model).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
     kind = next((kind for kind in type(model).__mro__ if kind.__name__ == name), type(model))
-    module = kind.__module__
     if getattr(transformers, name, None) is kind:
-        module = "transformers"
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type) == name:
             name = "AutoModelForCausalLM"
-    if module == "__main__":
-        return f"# {name} is a class of the training script: define it here first.", f'{name}.from_pretrained("{{}}")'
-    return f"from {module} import {name}", f'{name}.from_pretrained("{{}}")'
+        return f"from transformers import {name}", f'{name}.from_pretrained("{{}}")', None
+    imports = f"from {kind.__module__} import {name}"
+    if kind.__module__ == "__main__":
+        imports = f"# {name} is a class of the training script: define it here first."
+    return imports, f'{name}.from_pretrained("{{}}")', name
 
 
 # ---- Hub ----

@@ -96,8 +96,8 @@ class RAdamTrainerMixin(_Base):
         if self.args.ewa_eval_raw:
             evaluation.check_dataset_names(self.eval_dataset)
             evaluation.check_trainer(self)
-            if self.args.load_best_model_at_end:
-                evaluation.check_best_metric(self.args, self.eval_dataset)
+            prefixes = evaluation.metric_prefixes(self.eval_dataset)
+            evaluation.check_best_metric(self.args, [f"{prefix}_raw_loss" for prefix in prefixes])
         if self._active:
             self._sigterm = callbacks.replace_jit_callback(self)
 

@@ -1,6 +1,6 @@
-"""Processes that were started differently: the same error on each of them, naming the flag and its values, and no hang.
+"""Ranks that were started differently: the same error on each of them, naming the flag and its values, and no hang.
 
-Oracle: what each process was given here.
+Oracle: what each rank was given here.
 """
 
 import functools
@@ -13,15 +13,14 @@ from processes import harness
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from hf_radam.trainer import ranks as agreement
-from hf_radam.trainer.ranks import check_agreement
+from hf_radam.trainer.ranks import check_agreement, describe_run, differences
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {}
 
 
-# What the processes 0 and 1 are given (a model, data, or keywords), and what the error must say.
+# What ranks 0 and 1 are given (a model, data, or keywords), and what the error must say.
 CASES = {
     "learning_rate": ({}, {"learning_rate": 0.02}, "learning_rate: 0.01 on rank 0, 0.02 on rank 1"),
     "ewa": ({"ewa": True}, {}, "ewa: True on rank 0, False on rank 1"),
@@ -72,6 +71,22 @@ CASES = {
 }
 
 
+OF_TRAINING = {
+    "optimizer": (
+        {"optim": "radam"},
+        {"optim": "radam_schedulefree"},
+        "optim: radam on rank 0, radam_schedulefree on rank 1",
+    ),
+    "resuming": (
+        {"ewa": True},
+        {"ewa": True, "resume": True},
+        "resume_from_checkpoint: None on rank 0, True on rank 1",
+    ),
+    "model": ({"ewa": True, "model": {"vocab_size": 70}}, {"ewa": True}, "lm_head.weight: (70, 32) float32 on rank 0"),
+}
+"""The same for `train()` with a method of this package."""
+
+
 def trainer_for(folder, model=None, frozen=False, dtype=None, samples=64, metrics=None, **options):
     trained = tiny.partly_frozen() if frozen else tiny.llama(**model or {})
     arguments = tiny.arguments(folder, **{"ddp_find_unused_parameters": False} | options)
@@ -80,12 +95,11 @@ def trainer_for(folder, model=None, frozen=False, dtype=None, samples=64, metric
         arguments,
         train_dataset=tiny.TRAIN[:samples],
         compute_metrics=metrics,
-        callbacks=[],
     )
 
 
-def told(folder, by_rank):
-    """What `check_agreement` says here of a trainer that is made of this rank's keywords."""
+def error_here(folder, by_rank):
+    """What `check_agreement` raises on this rank for a trainer that is made of the rank's keywords."""
     trainer = trainer_for(folder, **by_rank[int(os.environ["RANK"])])
     try:
         check_agreement(trainer)
@@ -94,64 +108,8 @@ def told(folder, by_rank):
     return None
 
 
-def told_of_all(folder):
-    return {name: told(folder, case[:2]) for name, case in CASES.items()}
-
-
-@pytest.fixture(scope="module")
-def under_ddp(tmp_path_factory):
-    return harness.run(told_of_all, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_process_tells_the_same_of_what_differs(under_ddp, name):
-    here, there = (each[name] for each in under_ddp)
-    assert here == there
-    expected = CASES[name][2]
-    if expected is None:
-        assert here is None
-    else:
-        assert here.startswith("The processes of this run do not agree on what to train") and expected in here
-        assert here.endswith("Start every process with the same flags, model and data.")
-
-
-@pytest.mark.parametrize("backend", ["fsdp2", "zero1", "zero3"])
-def test_under_other_backends(tmp_path, backend):
-    if reason := harness.missing(backend):
-        pytest.skip(reason)
-    options = harness.arguments(backend)
-    assert harness.run(told, tmp_path, [options, options], backend=backend) == [None, None]
-    wider = options | {"model": {"intermediate_size": 64}, "learning_rate": 0.02}
-    here, there = harness.run(told, tmp_path, [options, wider], backend=backend)
-    assert here == there
-    assert "learning_rate: 0.01 on rank 0, 0.02 on rank 1" in here
-    assert "gate_proj.weight: (48, 32) float32 on rank 0, (64, 32) float32 on rank 1" in here
-
-
-def test_backends_that_differ(tmp_path):
-    full, sharded = harness.arguments("fsdp2"), harness.arguments("fsdp2_sharded")
-    here, there = harness.run(told, tmp_path, [full, sharded], backend="fsdp2")
-    assert here == there and "state_dict_type: FULL_STATE_DICT on rank 0, SHARDED_STATE_DICT on rank 1" in here
-
-
-def shapes_after_training(folder, backend):
-    trainer = trainer_for(folder, max_steps=1, model={"vocab_size": 65}, **harness.arguments(backend))
-    trainer.train()
-    check_agreement(trainer)
-    assert harness.is_really(trainer, backend)
-    return agreement.parameters(trainer.model)
-
-
-@pytest.mark.parametrize("backend", ["fsdp2", "zero3"])
-def test_sharded_parameters_have_their_whole_shape(tmp_path, backend):
-    if reason := harness.missing(backend):
-        pytest.skip(reason)
-    whole = agreement.parameters(tiny.llama(vocab_size=65))
-    assert harness.run(shapes_after_training, tmp_path, backend, backend=backend) == [whole, whole]
-
-
-def told_by_training(folder, by_rank):
-    """What `train()` of our trainer raises here."""
+def error_of_training(folder, by_rank):
+    """What `train()` of `RAdamTrainer` raises on this rank."""
     options = {"ddp_find_unused_parameters": False} | by_rank[int(os.environ["RANK"])]
     resume = options.pop("resume", None)
     model = tiny.llama(**options.pop("model", {}))
@@ -160,41 +118,79 @@ def told_by_training(folder, by_rank):
     return str(caught.value)
 
 
+def errors_of_all(folder):
+    found = {name: error_here(folder, case[:2]) for name, case in CASES.items()}
+    return found | {name: error_of_training(folder, case[:2]) for name, case in OF_TRAINING.items()}
+
+
+@pytest.fixture(scope="module")
+def under_ddp(tmp_path_factory):
+    return harness.run(errors_of_all, tmp_path_factory.mktemp("runs"))
+
+
+@pytest.mark.parametrize("name", [*CASES, *OF_TRAINING])
+def test_every_rank_names_what_differs(under_ddp, name):
+    here, there = (of_rank[name] for of_rank in under_ddp)
+    assert here == there
+    expected = (CASES | OF_TRAINING)[name][2]
+    if expected is None:
+        assert here is None
+    else:
+        assert here.startswith("The ranks of this run were started differently") and expected in here
+        assert here.endswith("Start every rank with the same flags, model and data.")
+
+
+def shapes(trainer):
+    return {name: text for name, text in describe_run(trainer).items() if name.startswith("parameter ")}
+
+
+def errors_and_shapes(folder, backend, other):
+    """Errors for the same set-up, another model and rate, and another back-end; shapes once parameters are sharded."""
+    options = harness.arguments(backend)
+    wider = options | {"model": {"intermediate_size": 64}, "learning_rate": 0.02}
+    cases = [[options, options], [options, wider], [options, harness.arguments(other)]]
+    errors = [error_here(folder, case) for case in cases]
+    trainer = trainer_for(folder, max_steps=1, model={"vocab_size": 65}, **options)
+    trainer.train()
+    check_agreement(trainer)
+    assert harness.is_really(trainer, backend)
+    return errors, shapes(trainer)
+
+
 @pytest.mark.parametrize(
-    ("here", "there", "said"),
+    ("backend", "other", "differs"),
     [
-        ({"ewa": True}, {}, "ewa: True on rank 0, False on rank 1"),
-        ({"optim": "radam"}, {"optim": "radam_schedulefree"}, "optim: radam on rank 0, radam_schedulefree on rank 1"),
-        ({"ewa": True}, {"ewa": True, "resume": True}, "resume_from_checkpoint: None on rank 0, True on rank 1"),
-        ({"ewa": True, "model": {"vocab_size": 70}}, {"ewa": True}, "lm_head.weight: (70, 32) float32 on rank 0"),
+        ("fsdp2", "fsdp2_sharded", "state_dict_type: FULL_STATE_DICT on rank 0, SHARDED_STATE_DICT on rank 1"),
+        ("zero3", "zero3_ungathered", "stage3_gather_16bit_weights_on_model_save: True on rank 0, False on rank 1"),
     ],
-    ids=["a method on one", "optim", "resuming", "model"],
 )
-def test_training_does_not_begin(tmp_path, here, there, said):
-    each = harness.run(told_by_training, tmp_path, [here, there])
-    assert each[0] == each[1] and said in each[0]
+def test_under_other_backends(tmp_path, backend, other, differs):
+    if reason := harness.missing(backend):
+        pytest.skip(reason)
+    here, there = harness.run(errors_and_shapes, tmp_path, backend, other, backend=backend)
+    assert here == there
+    (same, wider, elsewhere), found = here
+    assert same is None and differs in elsewhere
+    assert "learning_rate: 0.01 on rank 0, 0.02 on rank 1" in wider
+    assert "gate_proj.weight: (48, 32) float32 on rank 0, (64, 32) float32 on rank 1" in wider
+    assert found == shapes(trainer_for(tmp_path, model={"vocab_size": 65}))  # of the complete parameters
 
 
-def test_one_process_agrees_with_itself(tmp_path):
-    check_agreement(trainer_for(tmp_path))
-
-
-def test_words_are_the_same_in_every_process(tmp_path):
-    first, second = (agreement.described(trainer_for(tmp_path)) for _ in range(2))
-    assert first == second and not [text for text in first.values() if "0x" in text]
-    assert first["data_collator"] == "transformers.data.data_collator.default_data_collator"
-    assert "hub_token" not in first
-    odd = {"a": functools.partial(accuracy, b={"z", "a"}), "b": {"c": torch.float16, "d": {}}, "e": object()}
-    assert dict(agreement._flat("", odd)) == {
-        "a": "partial(test_agreement.accuracy, [], {b: [a, z]})",
-        "b.c": "float16",
-        "b.d": "{}",
-        "e": "builtins.object",
-    }
+def test_a_run_is_described_in_the_same_way_in_every_process(tmp_path):
+    first, second = (trainer_for(tmp_path) for _ in range(2))
+    assert describe_run(first) == describe_run(second)
+    assert not [text for text in describe_run(first).values() if "0x" in text] and "hub_token" not in describe_run(
+        first
+    )
+    first.data_collator = functools.partial(accuracy, b={"z", "a"}, c=[torch.float16], d={})
+    assert describe_run(first)["data_collator"] == (
+        "partial(test_agreement.accuracy, [], {b: [a, z], c: [float16], d: {}})"
+    )
+    check_agreement(first)  # one process agrees with itself
 
 
 def test_many_ranks_and_many_differences():
     by_rank = [{"a": "1", "b": "2"}] * 3 + [{"a": "2", "b": "2"}] + [{"a": "1", "b": "2"}]
-    assert agreement.differences(by_rank) == ["a: 1 on ranks 0-2, 4, 2 on rank 3"]
-    many = [{str(i): "x" for i in range(13)}, {}]
-    assert len(agreement.differences(many)) == 11 and agreement.differences(many)[-1] == "and 3 more"
+    assert differences(by_rank) == ["a: 1 on rank 0 and 3 more, 2 on rank 3"]
+    many = differences([{str(i): "x" for i in range(13)}, {}])
+    assert len(many) == 11 and many[-1] == "and 3 more"

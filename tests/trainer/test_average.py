@@ -1,4 +1,4 @@
-"""The average that the trainer writes equals one recomputed in float64 from the weights after every update."""
+"""The average that the trainer writes equals one recomputed in float64 from the weights after every step."""
 
 import pytest
 import tiny
@@ -10,7 +10,7 @@ from hf_radam import RAdamTrainer
 
 
 class Recorder(TrainerCallback):
-    """Keeps the training weights after every update, in float64."""
+    """Keeps the training weights after every step, in float64."""
 
     def __init__(self):
         self.path = []
@@ -23,7 +23,7 @@ class Recorder(TrainerCallback):
 @pytest.mark.parametrize(
     "options",
     [
-        # Wide windows: an average shifted by one update, or with theta_0 in it, is far outside the tolerance.
+        # Wide windows: an average shifted by one step, or with theta_0 in it, is far outside the tolerance.
         {"ewa_decay": 0.98},
         {"ewa_decay": 0.98, "ewa_every": 3, "ewa_start_step": 4},
         {"ewa_half_life_ratio": 0.5},
@@ -33,7 +33,8 @@ class Recorder(TrainerCallback):
 )
 def test_against_the_weighted_sum_of_recorded_weights(tmp_path, options, build):
     recorder = Recorder()
-    args = tiny.arguments(tmp_path, optim="adamw_torch", ewa=True, **options, gradient_accumulation_steps=2)
+    options = options | {"save_strategy": "steps", "save_steps": 20, "gradient_accumulation_steps": 2}
+    args = tiny.arguments(tmp_path, optim="adamw_torch", ewa=True, **options)
     trainer = RAdamTrainer(build(), args, train_dataset=tiny.TRAIN, callbacks=[recorder])
     trainer.train()
     every, start = options.get("ewa_every", 1), options.get("ewa_start_step", 0)
@@ -46,17 +47,16 @@ def test_against_the_weighted_sum_of_recorded_weights(tmp_path, options, build):
             keep = 0.5 ** (every / (0.5 * (t - start))) if weights else 0.0
             weights = [w * keep for w in weights] + [1.0 - keep]
     total = sum(weights)
-    trainer._save_checkpoint(trainer.model, None)
     written = load_file(tmp_path / "checkpoint-20" / "ewa" / "model.safetensors") if build is not tiny.mixtral else None
     for name, average in trainer.average.averaged_state_dict().items():
         expected = sum(w * recorder.path[t - 1][name] for w, t in zip(weights, times, strict=True)) / total
-        # 20 roundings in fp32 of weights below 1; one update moves a weight by up to 1e-2.
+        # 20 roundings in fp32 of weights below 1; one step moves a weight by up to 1e-2.
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
         if written is not None:
             assert torch.equal(written[name], average)
 
 
-def test_the_tolerance_above_would_show_an_update_too_early(tmp_path):
+def test_the_tolerance_above_would_show_a_step_too_early(tmp_path):
     recorder = Recorder()
     args = tiny.arguments(tmp_path, optim="adamw_torch", ewa=True, ewa_decay=0.98)
     trainer = RAdamTrainer(tiny.llama(), args, train_dataset=tiny.TRAIN, callbacks=[recorder])

@@ -16,7 +16,7 @@ def names(folder):
 
 
 class Graded(RAdamTrainer):
-    """Evaluations with given losses, by update."""
+    """Evaluations with given losses, by step."""
 
     losses: dict
 
@@ -32,18 +32,29 @@ def graded(folder, losses, **options):
 
 
 def test_the_last_checkpoint_stays_beside_the_best_one(tmp_path):
-    """Upstream ends a run with a limit of 1 by removing all but the best; then no run could go on from its end."""
+    """Upstream ends a run with a limit of 1 by removing all but the best; then no run could be resumed from its end."""
     trainer = graded(tmp_path, {5: 1.0, 10: 2.0, 15: 3.0, 20: 4.0}, save_total_limit=1)
     trainer.train()
-    assert names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
+    best = str(tmp_path / "checkpoint-5")
+    assert trainer.state.best_model_checkpoint == best and names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        assert json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"] == best
     assert trainer.args.save_total_limit == 1
 
 
 def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_than_saves(tmp_path):
     losses = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, learning_rate=1e-3).train()  # another run's checkpoint-15
+    saves = []
+
+    class Saved(tiny.TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            saves.append(state.global_step)
+
     trainer = graded(tmp_path, losses, save_steps=10)
+    trainer.add_callback(Saved())
     trainer.train()
+    assert saves == [5, 10, 15, 20]
     twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"], max_steps=15)
     twin.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-15")
@@ -63,16 +74,6 @@ def test_the_best_model_is_found_where_the_run_was_moved(tmp_path):
     assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(shipped))
 
 
-def test_the_best_checkpoint_is_named_where_it_lies(tmp_path):
-    options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "save_total_limit": 2}
-    trainer = tiny.trainer(tmp_path, **options, load_best_model_at_end=True, greater_is_better=True)
-    trainer.train()
-    best = str(tmp_path / "checkpoint-5")  # the largest loss
-    assert trainer.state.best_model_checkpoint == best and names(tmp_path) == ["checkpoint-20", "checkpoint-5"]
-    for checkpoint in tmp_path.glob("checkpoint-*"):
-        assert json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"] == best
-
-
 def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path, monkeypatch):
     """The state of the first part names the best one by a relative path."""
     monkeypatch.chdir(tmp_path)
@@ -82,16 +83,3 @@ def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path,
     trainer = tiny.trainer(tmp_path / "run", **options)
     trainer.train(resume_from_checkpoint=True)
     assert names(tmp_path / "run") == ["checkpoint-20", "checkpoint-5"]
-
-
-def test_callbacks_are_told_of_the_save_of_a_best_model(tmp_path):
-    told = []
-
-    class Told(tiny.TrainerCallback):
-        def on_save(self, args, state, control, **kwargs):
-            told.append(state.global_step)
-
-    trainer = graded(tmp_path, {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}, save_steps=10)
-    trainer.add_callback(Told())
-    trainer.train()
-    assert told == [5, 10, 15, 20]

@@ -1,4 +1,4 @@
-"""What users train with, killed at a save and resumed twice, is the uninterrupted run: compared bit for bit.
+"""A run with options that users combine, interrupted and resumed twice, is the uninterrupted run, bit for bit.
 
 Each twin differs from the plain run of `test_inert_and_resume.py` in one or more options under which a resume could go
 wrong: mixed precision, recomputed activations, streams, save steps that do not divide an epoch or an averaging.

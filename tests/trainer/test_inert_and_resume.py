@@ -48,18 +48,20 @@ def test_the_test_above_can_fail(tmp_path):
     assert not tiny.same(*runs)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("accumulation", "steps"), [(1, (3, 8, 10, 14, 18, 20)), (2, (8, 18))])
 @pytest.mark.parametrize("method", tiny.METHODS)
-def test_resuming_is_bitwise_in_every_phase(tmp_path, method, accumulation):
-    """Updates 3 to 18 of 20: silent phase, stable phase, both decays of WSD-S, a budget, between averagings, epochs."""
+def test_resuming_is_bitwise_in_every_phase(tmp_path, method, accumulation, steps):
+    """Warm-up, stable phase, both decays of WSD-S, a budget, between averagings, ends of epochs and of the run."""
     options = tiny.METHODS[method] | {"gradient_accumulation_steps": accumulation, "warmup_steps": 4}
     weights, average, twin = finished(tmp_path, **options, save_strategy="steps", save_steps=1)
-    for update in (3, 8, 10, 14, 16, 18):
+    loss = twin.evaluate()["eval_loss"]
+    for step in steps:
         again, average_again, trainer = finished(
-            tmp_path / "resumed", resume=tmp_path / f"checkpoint-{update}", **options
+            tmp_path / "resumed", resume=tmp_path / f"checkpoint-{step}", **options
         )
-        assert tiny.same(weights, again), update
-        assert tiny.same(average, average_again), update
+        assert tiny.same(weights, again), step
+        assert tiny.same(average, average_again), step
+        assert trainer.state.global_step == 20 and trainer.evaluate()["eval_loss"] == loss
         if trainer.average is not None:
             assert trainer.average.counters() == twin.average.counters()
 
@@ -98,77 +100,98 @@ def test_with_none_of_our_flags_the_trainer_is_upstreams(tmp_path):
     assert runs[0][1:] == runs[1][1:]
 
 
-def test_a_stock_checkpoint_resumes_and_the_average_starts_there(tmp_path, caplog):
-    common = {"optim": "adamw_torch", "lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **common)
-    weights, average, trainer = finished(tmp_path, resume=tmp_path / "checkpoint-10", **common, ewa=True, ewa_decay=0.9)
-    assert trainer.average.counters() | {"weight_sum": 0} == {
-        "num_averaged": 10,
-        "last_step": 20,
-        "start_step": 10,
-        "weight_sum": 0,
-    }
-    assert not tiny.same(weights, average)
-    # and that is what a resumed resumed run goes on with
-    _, again, second = finished(tmp_path, resume=tmp_path / "checkpoint-20", **common, ewa=True, ewa_decay=0.9)
-    assert tiny.same(again, average) and second.average.start_step == 10
+SAVED = {"save_strategy": "steps", "save_steps": 10}
+EWA, WSD = tiny.METHODS["ewa"] | SAVED, tiny.METHODS["wsd"] | SAVED
+STOCK = {"optim": "adamw_torch", "lr_scheduler_type": "constant"} | SAVED
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of finished runs with checkpoints after 10 and 20 steps."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, options in (("ewa", EWA), ("wsd", WSD), ("stock", STOCK), ("warm", EWA | {"warmup_steps": 15})):
+        finished(folder / name, **options)
+    return folder
+
+
+CONSTANT = {"optim": "radam", "lr_scheduler_type": "constant", "max_steps": 40}
 REFUSED = [
-    ({"learning_rate": 2e-2}, "trained with learning_rate=0.01, the arguments say 0.02"),
-    ({"weight_decay": 0.2}, "trained with weight_decay=0.1, the arguments say 0.2"),
-    ({"adam_beta2": 0.99}, "trained with betas=(0.9, 0.95), the arguments say (0.9, 0.99)"),
-    ({"optim": "adamw_torch"}, "was trained with optim=radam, the arguments say adamw_torch"),
-    ({"decay_steps": 14}, "stands at update 10 with learning rate 0.01, but the schedule of these arguments has"),
-    ({"max_steps": 14}, "stands at update 10 with learning rate 0.01"),
+    ("wsd/checkpoint-10", WSD | {"learning_rate": 2e-2}, "trained with learning_rate=0.01, the arguments say 0.02"),
+    ("wsd/checkpoint-10", WSD | {"weight_decay": 0.2}, "trained with weight_decay=0.1, the arguments say 0.2"),
+    ("wsd/checkpoint-10", WSD | {"adam_beta2": 0.99}, "trained with betas=(0.9, 0.95), the arguments say (0.9, 0.99)"),
+    ("wsd/checkpoint-10", WSD | {"optim": "adamw_torch"}, "trained with optim=radam, the arguments say adamw_torch"),
+    ("wsd/checkpoint-10", WSD | {"decay_steps": 14}, "is at step 10 with learning rate 0.01, but the schedule of"),
+    ("wsd/checkpoint-10", WSD | {"max_steps": 14}, "is at step 10 with learning rate 0.01"),
+    ("wsd/checkpoint-20", CONSTANT, "is at step 20 with learning rate 0, but the schedule of these arguments has 0.01"),
+    ("wsd/checkpoint-20", CONSTANT | {"lr_scheduler_type": "cosine"}, "is at step 20 with learning rate 0"),
+    ("warm/checkpoint-10", EWA | {"warmup_steps": 5}, "is at step 10 with learning rate 0.00666667"),
+    ("ewa/checkpoint-10", EWA | {"ewa_start_step": 5}, "trained with ewa_start_step=0, the arguments say 5"),
+    ("stock/checkpoint-10", STOCK | {"optim": "radam"}, "trained with another optimizer: its parameter groups differ"),
+    ("ewa", EWA, "has no trainer_state.json. Give the folder of a checkpoint"),
+    ("ewa/checkpoint-99", EWA, "has no trainer_state.json. Give the folder of a checkpoint"),
 ]
 
 
-@pytest.mark.parametrize(("changed", "message"), REFUSED, ids=[str(changed) for changed, _ in REFUSED])
-def test_resuming_with_other_hyperparameters_is_refused(tmp_path, changed, message):
-    options = {
-        "optim": "radam",
-        "lr_scheduler_type": "wsd",
-        "decay_steps": 8,
-        "save_strategy": "steps",
-        "save_steps": 10,
-    }
-    finished(tmp_path, **options)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        finished(tmp_path, resume=tmp_path / "checkpoint-10", **options | changed)
+@pytest.mark.parametrize(("checkpoint", "options", "message"), REFUSED, ids=[f"{c}: {m}" for c, _, m in REFUSED])
+def test_what_cannot_be_resumed_is_refused(tmp_path, runs, checkpoint, options, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        finished(tmp_path, resume=runs / checkpoint, **options)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "constant_with_warmup"])
-def test_leaving_a_decay_for_another_schedule_is_refused(tmp_path, schedule):
-    finished(tmp_path, **tiny.METHODS["wsd"], save_strategy="steps", save_steps=18)
-    with pytest.raises(CheckpointError, match="stands at update 18 with learning rate"):
-        finished(tmp_path, resume=tmp_path / "checkpoint-18", optim="radam", lr_scheduler_type=schedule, max_steps=40)
+def test_a_stock_checkpoint_resumes_and_the_average_starts_there(tmp_path, runs):
+    options = STOCK | {"ewa": True, "ewa_decay": 0.9}
+    weights, average, first = finished(tmp_path, resume=runs / "stock/checkpoint-10", **options)
+    counters = first.average.counters()
+    assert (counters["num_averaged"], counters["last_step"], counters["start_step"]) == (10, 20, 10)
+    assert not tiny.same(weights, average)
+    # and a run resumed from that one continues with it
+    _, again, second = finished(tmp_path, resume=tmp_path / "checkpoint-20", **options)
+    assert tiny.same(again, average) and second.average.start_step == 10
 
 
-def test_another_warm_up_is_refused(tmp_path):
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **options, warmup_steps=15)
-    with pytest.raises(CheckpointError, match="stands at update 10 with learning rate"):
-        finished(tmp_path, resume=tmp_path / "checkpoint-10", **options, warmup_steps=5)
+def test_a_checkpoint_of_another_model_is_refused(tmp_path, runs):
+    for sizes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 16}):
+        with pytest.raises(CheckpointError, match="does not hold the weights of|cannot be read as a"):
+            finished(tmp_path, lambda sizes=sizes: tiny.llama(**sizes), resume=runs / "ewa/checkpoint-10", **EWA)
 
 
-def test_a_dropped_or_changed_average_is_told(tmp_path, caplog):
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **options)
-    finished(tmp_path / "a", resume=tmp_path / "checkpoint-10", **options, ewa_every=2)
-    assert "goes on with another window (old, new): {'every': (1, 2)}" in caplog.text
-    finished(tmp_path / "b", resume=tmp_path / "checkpoint-10", optim="radam", lr_scheduler_type="constant")
-    assert "keeps an average, and ewa is off: it ends here" in caplog.text
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("ewa/model.safetensors", "ewa/model.safetensors is missing"),
+        ("optimizer.pt", "optimizer.pt is missing"),
+        ("hf_radam.json", "has ewa/ but no hf_radam.json: it is damaged or incomplete"),
+    ],
+)
+def test_incomplete_checkpoints_are_refused(tmp_path, runs, name, message):
+    copy = shutil.copytree(runs / "ewa/checkpoint-10", tmp_path / "copy" / "checkpoint-10")
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        finished(tmp_path, resume=copy, **EWA)
+
+
+def test_a_stock_checkpoint_without_an_optimizer_is_refused(tmp_path, runs):
+    copy = shutil.copytree(runs / "stock/checkpoint-10", tmp_path / "copy" / "checkpoint-10")
+    (copy / "optimizer.pt").unlink()  # as save_only_model leaves it
+    with pytest.raises(CheckpointError, match="has no optimizer.pt, so it cannot be resumed"):
+        finished(tmp_path, resume=copy, **STOCK, ewa=True)
+
+
+def test_a_dropped_or_changed_average_is_logged(tmp_path, runs, caplog):
+    finished(tmp_path / "a", resume=runs / "ewa/checkpoint-10", **EWA, ewa_every=2)
+    assert "the average continues with another window (old, new): {'every': (1, 2)}" in caplog.text
+    finished(tmp_path / "b", resume=runs / "ewa/checkpoint-10", optim="radam", lr_scheduler_type="constant")
+    assert "has an average, and ewa is off: it ends here" in caplog.text
 
 
 class Stream(torch.utils.data.IterableDataset):
-    """Data without a length: a round has 16 updates of 4 sequences."""
+    """Data without a length: an epoch has 16 steps of 4 sequences."""
 
     def __iter__(self):
         return iter(tiny.TRAIN)
 
 
-def test_streaming_data_resumes_bitwise_in_its_first_round_and_is_refused_later(tmp_path):
+def test_streaming_data_resumes_bitwise_in_its_first_epoch_and_is_refused_later(tmp_path):
     def streamed(folder, resume=None):
         args = tiny.arguments(folder, **tiny.METHODS["ewa"], max_steps=24, save_strategy="steps", save_steps=6)
         trainer = RAdamTrainer(tiny.llama(), args, train_dataset=Stream())
@@ -179,23 +202,8 @@ def test_streaming_data_resumes_bitwise_in_its_first_round_and_is_refused_later(
     again = streamed(tmp_path / "again", str(tmp_path / "checkpoint-12"))
     assert tiny.same(tiny.parameters(whole.model), tiny.parameters(again.model))
     assert tiny.same(whole.average.averaged_state_dict(), again.average.averaged_state_dict())
-    with pytest.raises(CheckpointError, match="round 2 through a train_dataset without a length"):
+    with pytest.raises(CheckpointError, match="is in epoch 2 of a train_dataset without a length"):
         streamed(tmp_path / "late", str(tmp_path / "checkpoint-18"))
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    finished(tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10)
-    for folder in (tmp_path, tmp_path / "checkpoint-99"):
-        with pytest.raises(CheckpointError, match="has no trainer_state.json: to resume, give the folder"):
-            finished(tmp_path / "x", resume=folder, **tiny.METHODS["ewa"])
-
-
-def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **options)
-    for sizes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 16}):
-        with pytest.raises(CheckpointError, match="does not hold the weights of|cannot be read as a"):
-            finished(tmp_path, lambda sizes=sizes: tiny.llama(**sizes), resume=tmp_path / "checkpoint-10", **options)
 
 
 class OfTwo(tiny.LlamaForCausalLM):
@@ -217,57 +225,9 @@ def test_a_class_that_from_pretrained_cannot_make_resumes_bitwise(tmp_path):
     assert tiny.same(weights, again) and tiny.same(average, average_again)
 
 
-def test_more_updates_may_be_asked_for_while_the_schedule_is_stable(tmp_path):
+def test_more_steps_may_be_asked_for_while_the_schedule_is_stable(tmp_path):
     options = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 5}
     finished(tmp_path / "short", **options, save_strategy="steps", save_steps=10)
     longer, _, _ = finished(tmp_path / "short", resume=tmp_path / "short/checkpoint-10", **options | {"max_steps": 30})
     planned, _, _ = finished(tmp_path / "long", **options | {"max_steps": 30})
     assert tiny.same(longer, planned)
-
-
-def test_another_optimizer_is_found_out_without_a_manifest(tmp_path):
-    common = {"lr_scheduler_type": "constant", "save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **common, optim="adamw_torch")
-    with pytest.raises(ValueError, match="was trained with another optimizer: its parameter groups differ in"):
-        finished(tmp_path, resume=tmp_path / "checkpoint-10", **common, optim="radam")
-
-
-@pytest.mark.parametrize("method", tiny.METHODS)
-def test_resuming_a_finished_run_trains_nothing_more(tmp_path, method):
-    options = tiny.METHODS[method] | {"save_strategy": "steps", "save_steps": 10}
-    weights, average, first = finished(tmp_path, **options)
-    again, average_again, second = finished(tmp_path, resume=tmp_path / "checkpoint-20", **options)
-    assert tiny.same(weights, again) and tiny.same(average, average_again)
-    assert second.state.global_step == 20 and second.evaluate()["eval_loss"] == first.evaluate()["eval_loss"]
-
-
-def test_incomplete_checkpoints_are_refused(tmp_path):
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **options)
-
-    def resumed_without(name):
-        shutil.copytree(tmp_path / "checkpoint-10", tmp_path / "copy" / "checkpoint-10")
-        (tmp_path / "copy/checkpoint-10" / name).unlink()
-        try:
-            finished(tmp_path, resume=tmp_path / "copy/checkpoint-10", **options)
-        finally:
-            shutil.rmtree(tmp_path / "copy")
-
-    for name, message in (
-        ("ewa/model.safetensors", "ewa/model.safetensors is missing"),
-        ("optimizer.pt", "optimizer.pt is missing"),
-        ("hf_radam.json", "has ewa/ but no hf_radam.json: it is damaged or incomplete"),
-    ):
-        with pytest.raises(ValueError, match=re.escape(message)):
-            resumed_without(name)
-    stock = {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 10, "save_only_model": True}
-    finished(tmp_path / "stock", **stock)
-    with pytest.raises(CheckpointError, match=re.escape("has no optimizer.pt")):
-        finished(tmp_path, resume=tmp_path / "stock/checkpoint-10", **stock | {"ewa": True})
-
-
-def test_another_start_of_the_average_is_refused(tmp_path):
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    finished(tmp_path, **options)
-    with pytest.raises(ValueError, match="trained with ewa_start_step=0, the arguments say 5"):
-        finished(tmp_path, resume=tmp_path / "checkpoint-10", **options | {"ewa_start_step": 5})

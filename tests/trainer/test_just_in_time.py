@@ -1,4 +1,4 @@
-"""SIGTERM with upstream's `enable_jit_checkpoint`: the state is saved between two updates, and resumes bit for bit."""
+"""SIGTERM with upstream's `enable_jit_checkpoint`: the state is saved between two steps, and resumes bit for bit."""
 
 import os
 import signal
@@ -43,15 +43,15 @@ def options(method):
 
 @pytest.mark.parametrize("event", ["on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step"])
 @pytest.mark.parametrize("method", tiny.METHODS)
-def test_a_request_at_any_moment_of_an_update_is_met_after_it(tmp_path, method, event):
+def test_a_request_at_any_moment_of_a_step_is_met_after_it(tmp_path, method, event):
     twin = tiny.trainer(tmp_path / "twin", **options(method))
     twin.train()
-    for update in (3, 8):  # 8 is the last of its epoch
-        folder = tmp_path / str(update)
+    for step in (3, 8):  # 8 is the last of its epoch
+        folder = tmp_path / str(step)
         trainer = tiny.trainer(folder, **options(method))
-        trainer.add_callback(Request(trainer, update, event))
+        trainer.add_callback(Request(trainer, step, event))
         trainer.train()
-        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{update}"]
+        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
         resumed = tiny.trainer(folder, **options(method))
         resumed.train(resume_from_checkpoint=True)
         assert tiny.same(tiny.parameters(twin.model), tiny.parameters(resumed.model))
@@ -60,7 +60,7 @@ def test_a_request_at_any_moment_of_an_update_is_met_after_it(tmp_path, method, 
 
 
 def test_the_evaluation_that_decides_about_saving_does_not_decide_about_this_save(tmp_path):
-    """With `save_strategy="best"` an evaluation in that update says there is nothing to save."""
+    """With `save_strategy="best"` an evaluation in that step says there is nothing to save."""
     strategy = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
     trainer = tiny.trainer(tmp_path, **options("ewa"), **strategy, greater_is_better=True)  # the first is the best
     trainer.add_callback(Request(trainer, 5, "on_pre_optimizer_step"))
@@ -103,7 +103,7 @@ from transformers import TrainerCallback
 
 class Slow(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        print("update", state.global_step, flush=True)
+        print("step", state.global_step, flush=True)
         time.sleep(0.1)
 
 trainer = tiny.trainer({folder!r}, max_steps=400, optim="radam", ewa=True, enable_jit_checkpoint=True)
@@ -119,7 +119,7 @@ def test_a_real_sigterm(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
     try:
         for line in process.stdout:
-            if line.startswith("update 5"):
+            if line.startswith("step 5"):
                 process.send_signal(signal.SIGTERM)
                 break
         limits.communicate(process)
@@ -127,9 +127,9 @@ def test_a_real_sigterm(tmp_path):
         process.kill()
     assert process.returncode == 0
     (checkpoint,) = tmp_path.glob("checkpoint-*")
-    update = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 5 < update < 400
-    common = {"optim": "radam", "ewa": True, "max_steps": update + 5}
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    assert 5 < step < 400
+    common = {"optim": "radam", "ewa": True, "max_steps": step + 5}
     resumed = tiny.trainer(tmp_path, **common)
     resumed.train(resume_from_checkpoint=True)
     twin = tiny.trainer(tmp_path / "twin", **common)

@@ -1,7 +1,7 @@
 """PEFT models with averaging: the adapter folders in a checkpoint, loaded by PEFT itself, are what was evaluated.
 
-The oracles: the average in float64 of weights recorded after every step; x from y and the optimizer's z; PEFT's own
-loading; a forward pass over the evaluation data without a trainer (`tiny.loss_of`).
+The oracles: the average (see test_average.py); x from y and the optimizer's z; PEFT's own loading; a forward pass over
+the evaluation data without a trainer (`tiny.loss_of`).
 """
 
 import math
@@ -11,15 +11,13 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest, write_manifest
 
 CLOSE = 2e-6  # as in test_evaluation_weights.py
 SAVING = {"save_strategy": "steps", "save_steps": 5}
-AVERAGING = ("ewa", "schedule_free", "schedule_free_ewa")
-MODULES = [None, ["lm_head"], ["embed_tokens"]]
 
 
 def lora(folder, *, build=tiny.llama, autocast=True, **options) -> peft.PeftModel:
@@ -44,122 +42,82 @@ def only(weights, names) -> dict[str, torch.Tensor]:
     return {name: weights[name] for name in names}
 
 
-class Recorder(TrainerCallback):
-    def __init__(self):
-        self.weights = []
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        self.weights.append({name: value.double() for name, value in trained(model).items()})
-
-
-def average_in_float64(weights, method):
-    """The update rule of `WeightAverage`, written out for the two windows in `tiny.METHODS`."""
-    average, total = None, 0.0
-    for step, theta in enumerate(weights, start=1):
-        if method == "ewa":
-            size = 1 - 0.5 ** (1 / (0.0625 * step)) if average else 1.0
-        elif step % 3:
-            continue
-        else:
-            total = 1 + 0.9**3 * total
-            size = 1 / total
-        average = theta if average is None else {n: a + size * (theta[n] - a) for n, a in average.items()}
-    return average
-
-
-@pytest.mark.parametrize("modules", MODULES, ids=str)
-@pytest.mark.parametrize("method", AVERAGING)
-def test_the_adapter_in_a_checkpoint_is_the_evaluation_weights(tmp_path, method, modules):
-    model = lora(tmp_path, modules_to_save=modules)
-    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS[method], **SAVING)
-    recorder = Recorder()
-    trainer.add_callback(recorder)
-    trainer.train()
-    checkpoint = tmp_path / "run" / "checkpoint-20"
-    source = "schedule_free" if method == "schedule_free" else "ewa"
-    assert read_manifest(checkpoint)["evaluation"]["folder"] == f"{source}/adapter"
-    weights = trained(model)
-    if source == "ewa":
-        expected = average_in_float64(recorder.weights, method)
-    else:
-        z = {
-            name: trainer._bare_optimizer.state[p]["z"].double()
-            for name, p in model.named_parameters()
-            if name in weights
-        }
-        expected = {name: (y.double() - 0.1 * z[name]) / 0.9 for name, y in weights.items()}
-    shipped = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint / source / "adapter"))
-    for name, value in expected.items():  # 20 roundings of fp32 values of size 1
-        torch.testing.assert_close(shipped[name].double(), value, rtol=0, atol=5e-6)
-    with trainer.evaluation_weights():
-        assert tiny.same(shipped, tiny.parameters(model))  # frozen parameters too
-    assert not tiny.same(weights, only(shipped, weights))
-    # The root holds the adapter that trains, and no file holds more than an adapter
-    root = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint))
-    assert tiny.same(weights, only(root, weights))
-    for folder in (checkpoint, checkpoint / source / "adapter"):
-        assert len(load_file(folder / "adapter_model.safetensors")) == len(weights)
-    assert {p.name for p in (checkpoint / source).iterdir()} == {"adapter"}
-
-
-@pytest.mark.parametrize("method", [*AVERAGING, "wsd"])
-def test_evaluate_is_what_ships(tmp_path, method):
-    trainer = tiny.trainer(tmp_path / "run", lora(tmp_path), **tiny.METHODS[method], **SAVING)
-    trainer.train()
-    before = tiny.parameters(trainer.model)
-    loss = trainer.evaluate()["eval_loss"]
-    shipped = load_evaluation_model(tmp_path / "run")  # the newest checkpoint
-    assert isinstance(shipped, peft.PeftModelForCausalLM) and not shipped.training
-    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=CLOSE)
-    trainer.save_model()
-    assert tiny.loss_of(peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run")) == pytest.approx(
-        loss, abs=CLOSE
-    )
-    assert tiny.loss_of(load_evaluation_model(tmp_path / "run")) == pytest.approx(loss, abs=CLOSE)  # its root now
-    assert tiny.same(before, tiny.parameters(trainer.model))
-    assert (abs(tiny.loss_of(trainer.model) - loss) > 10 * CLOSE) == (method != "wsd")
-
-
 def finished(folder, model, resume=None, **options):
+    """Train; returns what trains, its average, the optimizer's state and the trainer."""
     trainer = tiny.trainer(folder, model, **options)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    states = trainer._bare_optimizer.state_dict()["state"]
+    states = trainer.optimizer.state_dict()["state"]
     optimizer = {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
     average = {} if trainer.average is None else trainer.average.averaged_state_dict()
     return trained(model), average, optimizer, trainer
 
 
-@pytest.mark.parametrize("modules", MODULES[:2], ids=str)
-@pytest.mark.parametrize("method", [*AVERAGING, "wsd"])
-def test_resuming_is_bitwise(tmp_path, method, modules):
-    options = tiny.METHODS[method] | SAVING
-    *twin, first = finished(tmp_path / "run", lora(tmp_path, modules_to_save=modules), **options)
-    resumed = lora(tmp_path, modules_to_save=modules)
-    *again, second = finished(tmp_path / "again", resumed, resume=tmp_path / "run" / "checkpoint-15", **options)
-    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
-    assert twin[0] and twin[2] and bool(twin[1]) == ("ewa" in options)
-    if first.average is not None:
-        assert first.average.counters() == second.average.counters()
+@pytest.mark.parametrize(
+    ("method", "modules"),
+    [("ewa", None), ("schedule_free", ["lm_head"]), ("schedule_free_ewa", ["embed_tokens"]), ("wsd", ["lm_head"])],
+)
+def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, method, modules):
+    run, options = tmp_path / "run", tiny.METHODS[method] | SAVING
+    model = lora(tmp_path, modules_to_save=modules)
+    *twin, trainer = finished(run, model, **options)
+    weights, averages, loss, checkpoint = twin[0], twin[1], trainer.evaluate()["eval_loss"], run / "checkpoint-20"
+    source = {"wsd": None, "schedule_free": "schedule_free"}.get(method, "ewa")
+    folder = checkpoint / source / "adapter" if source else checkpoint
+    assert read_manifest(checkpoint)["evaluation"]["folder"] == (f"{source}/adapter" if source else None)
+    plain = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), folder))
+    if source:
+        if source == "schedule_free":
+            z = [values["z"] for values in trainer.optimizer.state_dict()["state"].values()]
+            averages = {name: (y - 0.1 * z) / 0.9 for (name, y), z in zip(weights.items(), z, strict=True)}
+        for name in weights:  # roundings of values of size 1
+            torch.testing.assert_close(plain[name], averages[name], rtol=0, atol=1e-6)
+        assert {p.name for p in (checkpoint / source).iterdir()} == {"adapter"}
+    with trainer.evaluation_weights():
+        assert tiny.same(plain, tiny.parameters(model))  # frozen parameters too
+    assert tiny.same(weights, only(plain, weights)) == (source is None)
+    # The root holds the adapter that trains, and no file holds more than an adapter
+    root = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint))
+    assert tiny.same(weights, only(root, weights))
+    assert {len(load_file(one / "adapter_model.safetensors")) for one in (checkpoint, folder)} == {len(weights)}
+    # Every way to load it gives the loss that was reported
+    shipped = load_evaluation_model(run)  # the newest checkpoint
+    assert isinstance(shipped, peft.PeftModelForCausalLM) and not shipped.training
+    trainer.save_model()
+    saved = peft.PeftModel.from_pretrained(base_of(tmp_path), run)
+    for one in (shipped, saved, load_evaluation_model(run)):
+        assert tiny.loss_of(one) == pytest.approx(loss, abs=CLOSE)
+    assert tiny.same(weights, trained(model))
+    assert (abs(tiny.loss_of(model) - loss) > 10 * CLOSE) == (source is not None)
+    again = lora(tmp_path, modules_to_save=modules)
+    *resumed, second = finished(tmp_path / "again", again, resume=run / "checkpoint-15", **options)
+    assert all(tiny.same(one, other) for one, other in zip(twin, resumed, strict=True))
+    assert trainer.average is None or trainer.average.counters() == second.average.counters()
 
 
-@pytest.mark.parametrize("kind", ["as PEFT makes it", "all bf16", "all that trains in fp32"])
-@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
+def bf16_based(folder, kind):
+    """PEFT makes fp32 adapters and leaves modules_to_save in the dtype of the base."""
+    model = lora(folder, build=tiny.bf16, autocast=kind != "all bf16", modules_to_save=["lm_head"])
+    for parameter in model.parameters():
+        if parameter.requires_grad and kind == "all that trains in fp32":
+            parameter.data = parameter.data.float()
+    return model
+
+
+@pytest.mark.parametrize("kind", ["as PEFT makes it", "all bf16"])
+def test_bf16_parameters_that_train_are_refused_with_schedule_free(tmp_path, kind):
+    with pytest.raises(ValueError, match="Keep float32 parameters"):
+        tiny.trainer(tmp_path, bf16_based(tmp_path, kind), **tiny.METHODS["schedule_free"])
+
+
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("ewa", "as PEFT makes it"), ("ewa", "all bf16"), ("schedule_free", "all that trains in fp32")],
+)
 def test_a_bf16_base(tmp_path, method, kind):
-    """PEFT makes fp32 adapters and leaves modules_to_save in the dtype of the base, which schedule-free refuses."""
-
     def make():
-        model = lora(tmp_path, build=tiny.bf16, autocast=kind != "all bf16", modules_to_save=["lm_head"])
-        for parameter in model.parameters():
-            if parameter.requires_grad and kind == "all that trains in fp32":
-                parameter.data = parameter.data.float()
-        return model
+        return bf16_based(tmp_path, kind)
 
-    # What is not all bf16 takes autocast
     options = tiny.METHODS[method] | SAVING | {"bf16": kind != "all bf16"}
-    if method == "schedule_free" and kind != "all that trains in fp32":
-        with pytest.raises(ValueError, match="Keep float32 parameters"):
-            tiny.trainer(tmp_path, make(), **options)
-        return
     options |= {"optim": "adamw_torch"} if method == "ewa" else {}
     *twin, trainer = finished(tmp_path / "run", make(), **options)
     *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
@@ -212,7 +170,7 @@ def test_a_quantized_base_is_loaded_as_it_is(tmp_path):
         assert tiny.same(tiny.parameters(model), tiny.parameters(load_evaluation_model(checkpoint)))
 
 
-@pytest.mark.parametrize("method", AVERAGING)
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
 def test_tied_embeddings_that_train(tmp_path, method):
     def make():
         return lora(tmp_path, build=tiny.tied, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
@@ -221,14 +179,12 @@ def test_tied_embeddings_that_train(tmp_path, method):
     *twin, trainer = finished(tmp_path / "run", make(), **options)
     *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
     assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
-    shipped = load_evaluation_model(tmp_path / "run")
-    assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
-    source = "schedule_free" if method == "schedule_free" else "ewa"
-    plain = peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run" / "checkpoint-20" / source / "adapter")
-    assert tiny.loss_of(plain) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
+    plain = peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run" / "checkpoint-20" / method / "adapter")
+    for shipped in (plain, load_evaluation_model(tmp_path / "run")):
+        assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
 
 
-@pytest.mark.parametrize("method", [*AVERAGING[:2], "wsd"])
+@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
 def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
     # Far too high on purpose, so that the best comes before the end.
     options = tiny.METHODS[method] | {"learning_rate": 3.0, "max_steps": 40, "max_grad_norm": 0.0}
@@ -239,11 +195,7 @@ def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
     best = trainer.state.best_metric
     reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert best == min(reported) < reported[-1] - 1e-3 and math.isfinite(best)
-    for _ in range(2):
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
-    with trainer.evaluation_weights():
-        inside = tiny.parameters(model)
-    assert tiny.same(inside, tiny.parameters(model))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
     assert tiny.loss_of(model) == pytest.approx(best, abs=CLOSE)
     trainer.save_model()
     assert tiny.loss_of(load_evaluation_model(tmp_path / "run")) == pytest.approx(best, abs=CLOSE)
@@ -358,15 +310,3 @@ def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
     write_manifest(checkpoint, read_manifest(checkpoint))  # as if it had been written so
     with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
         finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
-
-
-def test_torch_compile_and_the_hub_see_the_same_adapter(tmp_path, monkeypatch):
-    """The compiled module's names have a prefix; a spy at the edge of the hub's library keeps what would be sent."""
-    sent = []
-    tiny.spy_on_hub(monkeypatch, lambda folder, _: sent.append(load_file(folder / "adapter_model.safetensors")))
-    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 5}
-    options = tiny.METHODS["ewa"] | SAVING | compiled | {"push_to_hub": True, "hub_strategy": "every_save"}
-    tiny.trainer(tmp_path / "run", lora(tmp_path), **options).train()
-    kept = load_file(tmp_path / "run" / "checkpoint-5" / "ewa" / "adapter" / "adapter_model.safetensors")
-    assert len(sent) == 1 and tiny.same(sent[0], kept)
-    assert not tiny.same(kept, load_file(tmp_path / "run" / "checkpoint-5" / "adapter_model.safetensors"))

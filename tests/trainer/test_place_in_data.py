@@ -1,4 +1,4 @@
-"""A run that goes on with larger or smaller updates is told that it goes on at another place in the data.
+"""A warning is logged where a run that is resumed with larger or smaller steps continues at another place in the data.
 
 Oracle: the samples that were used, as the data itself counts them.
 """
@@ -31,23 +31,30 @@ def train(folder, resume=None, **options):
     return trainer.train_dataset.asked
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The folder of a run of 12 steps with a checkpoint after 6, and the samples in the order of their use."""
+    folder = tmp_path_factory.mktemp("first")
+    return folder, train(folder, save_strategy="steps", save_steps=6)
+
+
 @pytest.mark.parametrize(("batch", "accumulation"), [(4, 1), (2, 2), (1, 4), (2, 1), (4, 2)])
-def test_the_place_in_the_data(tmp_path, caplog, batch, accumulation):
-    order = train(tmp_path, save_strategy="steps", save_steps=6)
+def test_the_place_in_the_data(tmp_path, first, caplog, batch, accumulation):
+    folder, order = first
     with caplog.at_level(logging.WARNING):
-        went_on = train(
+        resumed = train(
             tmp_path / "new",
-            str(tmp_path / "checkpoint-6"),
+            str(folder / "checkpoint-6"),
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
         )
-    same = went_on[:4] == order[6 * 4 : 7 * 4]
+    same = resumed[:4] == order[6 * 4 : 7 * 4]
     assert same == (batch * accumulation == 4)
-    told = "has gone 0.375 times through the data, but 6 updates of these" in caplog.text
-    assert told != same
+    warned = "is at epoch 0.375, but its 6 steps are" in caplog.text
+    assert warned != same
 
 
-def test_rounds_through_the_data():
+def test_epochs_after_steps():
     assert epochs_after(5, batches_per_epoch=10, accumulation=1) == 0.5
-    assert epochs_after(5, batches_per_epoch=9, accumulation=2) == 1.0  # the fifth update has one batch
+    assert epochs_after(5, batches_per_epoch=9, accumulation=2) == 1.0  # the fifth step has one batch
     assert epochs_after(7, batches_per_epoch=9, accumulation=2) == 1 + 4 / 9

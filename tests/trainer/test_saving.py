@@ -1,12 +1,15 @@
-"""Checkpoints have their name only when they are whole; what upstream says of them is true of the final place."""
+"""Checkpoints have their name only when they are complete; what upstream says of them is true of the final place."""
 
 import errno
 import os
+import pickle
+import shutil
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from transformers import Trainer
 
 from hf_radam import load_evaluation_model
@@ -21,44 +24,35 @@ def names(folder):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_a_checkpoint_gets_its_name_last(tmp_path, monkeypatch):
-    """At the rename it is whole and flushed: looked at from there."""
-    seen = []
-    rename = Path.rename
-
-    def spy(path, target):
-        if path.parent.name == STAGING and Path(target).parent == tmp_path:
-            assert verify_checkpoint(path) == {} and read_manifest(path) is not None
-            seen.append(Path(target).name)
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", spy)
-    tiny.trainer(tmp_path, **tiny.METHODS["schedule_free_ewa"], **SAVING).train()
-    assert seen == [f"checkpoint-{n}" for n in (5, 10, 15, 20)] == sorted(seen, key=lambda n: int(n[11:]))
-    assert names(tmp_path) == sorted(seen)
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a finished run with checkpoints after 5, 10, 15 and 20 steps."""
+    folder = tmp_path_factory.mktemp("finished")
+    tiny.trainer(folder, **tiny.METHODS["ewa"], **SAVING).train()
+    return folder
 
 
-def test_every_file_and_folder_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    flushed, at_rename = set(), []
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files are read in /proc")
+def test_a_checkpoint_is_verified_and_flushed_when_it_gets_its_name(tmp_path, monkeypatch):
+    flushed, renamed = set(), []
     fsync, rename = os.fsync, Path.rename
 
-    def spy(descriptor):
+    def flush(descriptor):
         flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
         return fsync(descriptor)
 
-    def renamed(path, target):
+    def look(path, target):
         if path.parent.name == STAGING and Path(target).parent == tmp_path:
-            inside = {str(p) for p in path.rglob("*")} | {str(path)}
-            at_rename.append(inside - flushed)
+            assert {str(path), *map(str, path.rglob("*"))} <= flushed
+            assert verify_checkpoint(path) == {} and read_manifest(path) is not None
+            renamed.append(Path(target).name)
             flushed.clear()
         return rename(path, target)
 
-    if not Path("/proc/self/fd").is_dir():
-        pytest.skip("the names of open files are read in /proc")
-    monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr(Path, "rename", renamed)
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    assert at_rename == [set()] * 4
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(Path, "rename", look)
+    tiny.trainer(tmp_path, **tiny.METHODS["schedule_free_ewa"], **SAVING).train()
+    assert renamed == [f"checkpoint-{n}" for n in (5, 10, 15, 20)] and names(tmp_path) == sorted(renamed)
     assert str(tmp_path) in flushed  # the name itself
 
 
@@ -70,10 +64,8 @@ def test_rotation_keeps_what_upstream_keeps(tmp_path):
         "eval_steps": 5,
         "metric_for_best_model": "loss",
     }
-    args = tiny.stock_arguments(tmp_path / "stock", **options)
     for greater in (True, False):
-        args.greater_is_better = greater
-        args.output_dir = str(tmp_path / f"stock{greater}")
+        args = tiny.stock_arguments(tmp_path / f"stock{greater}", **options, greater_is_better=greater)
         Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL).train()
         tiny.trainer(tmp_path / f"ours{greater}", **tiny.METHODS["ewa"], **options, greater_is_better=greater).train()
         assert names(tmp_path / f"stock{greater}") == names(tmp_path / f"ours{greater}")
@@ -116,35 +108,8 @@ def test_what_is_being_uploaded_is_not_rotated_away(tmp_path, monkeypatch):
     assert [name for name in names(tmp_path) if name.startswith("checkpoint")] == ["checkpoint-20"]
 
 
-def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_only_model=True)
-    trainer.train()
-    assert (
-        verify_checkpoint(tmp_path / "checkpoint-20") == {}
-        and not (tmp_path / "checkpoint-20" / "optimizer.pt").exists()
-    )
-    shipped = load_evaluation_model(tmp_path)
-    assert tiny.same(tiny.parameters(shipped), trainer.average.averaged_state_dict())
-    with pytest.raises(CheckpointError, match="There is no whole checkpoint in .* to resume from"):
-        tiny.trainer(tmp_path, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=True)
-    assert "checkpoint-20 has no optimizer.pt, so it cannot be resumed" in caplog.text
-
-
-def test_what_is_pinned_can_be_resumed_whatever_save_only_model_says(tmp_path):
-    options = tiny.METHODS["wsd"] | {"save_only_model": True, "save_strategy": "steps", "save_steps": 4}
-    tiny.trainer(tmp_path, **options).train()
-    has_optimizer = {p.parent.name: (p / "optimizer.pt").is_file() for p in tmp_path.glob("*/checkpoint-*")}
-    assert has_optimizer == {"_pre_decay": True}
-    assert [(tmp_path / f"checkpoint-{n}/optimizer.pt").is_file() for n in (8, 12, 16)] == [False, True, False]
-    extended = tiny.trainer(tmp_path / "longer", **options, extend_from=str(tmp_path), max_steps=30)
-    extended.train()
-    planned = tiny.trainer(tmp_path / "planned", **options, max_steps=30)
-    planned.train()
-    assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
-
-
-def test_stock_trainer_goes_on_and_its_checkpoints_are_stocks(tmp_path):
-    """Our mark in the state is carried on by stock `Trainer`, and must not make its checkpoints ours."""
+def test_stock_trainer_continues_and_its_checkpoints_are_stock(tmp_path):
+    """Stock `Trainer` keeps the mark of this package in the state, which must not make its checkpoints ours."""
     common = {"optim": "adamw_torch", "lr_scheduler_type": "constant"} | SAVING
     tiny.trainer(tmp_path, **common, ewa=True, max_steps=10).train()
     args = tiny.stock_arguments(tmp_path, **common)
@@ -155,16 +120,28 @@ def test_stock_trainer_goes_on_and_its_checkpoints_are_stocks(tmp_path):
     assert again.average.start_step == 20
 
 
-def test_nothing_is_unpickled(tmp_path, monkeypatch):
-    """Every load of torch's goes through its restricted reader."""
-    import pickle
-
-    import torch
-
-    options = tiny.METHODS["schedule_free_ewa"] | SAVING
+def test_a_run_that_begins_in_the_folder_of_another_is_logged(tmp_path, caplog):
+    options = tiny.METHODS["wsd"] | {"decay_steps": 5}
     tiny.trainer(tmp_path, **options).train()
-    loads = []
-    load = torch.load
+    assert "earlier run" not in caplog.text
+    tiny.trainer(tmp_path, **options).train()
+    assert "_pre_decay/checkpoint-15 belongs to an earlier run. This run starts anew" in caplog.text
+
+
+def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_only_model=True)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-20"
+    assert verify_checkpoint(checkpoint) == {} and not (checkpoint / "optimizer.pt").exists()
+    assert tiny.same(tiny.parameters(load_evaluation_model(tmp_path)), trainer.average.averaged_state_dict())
+    with pytest.raises(CheckpointError, match="There is no complete checkpoint in .* to resume from"):
+        tiny.trainer(tmp_path, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=True)
+    assert "checkpoint-20 has no optimizer.pt, so it cannot be resumed" in caplog.text
+
+
+def test_nothing_is_unpickled(tmp_path, finished_run, monkeypatch):
+    """Each file that torch loads goes through its restricted reader."""
+    loads, load = [], torch.load
 
     def spy(*args, **kwargs):
         loads.append(kwargs.get("weights_only"))
@@ -176,53 +153,42 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", spy)
     monkeypatch.setattr(pickle, "load", refuse)
     monkeypatch.setattr(pickle, "loads", refuse)
-    tiny.trainer(tmp_path, **options, max_steps=25).train(resume_from_checkpoint=str(tmp_path / "checkpoint-15"))
-    load_evaluation_model(tmp_path / "checkpoint-15")
+    checkpoint = finished_run / "checkpoint-15"
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=str(checkpoint))
+    load_evaluation_model(checkpoint)
     assert loads and all(loads)
 
 
-def test_a_run_that_begins_in_the_folder_of_another_is_told(tmp_path, caplog):
-    options = tiny.METHODS["wsd"] | {"decay_steps": 5}
-    tiny.trainer(tmp_path, **options).train()
-    assert "of an earlier run" not in caplog.text
-    tiny.trainer(tmp_path, **options).train()
-    assert "_pre_decay/checkpoint-15 is of an earlier run. This one begins anew" in caplog.text
-
-
-def test_a_refused_resume_is_refused_again(tmp_path):
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"], weight_decay=0.3)
-    with pytest.raises(CheckpointError, match="trained with weight_decay=0.1"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    for again in (str(tmp_path / "checkpoint-10"), None):
-        with pytest.raises(RuntimeError, match="make a new trainer and model"):
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"weight_decay": 0.3}, "trained with weight_decay=0.1"), ({"ewa_start_step": 90}, "leave no averaging")],
+)
+def test_a_refused_resume_is_refused_again(tmp_path, finished_run, changed, message):
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"])
+    for name, value in changed.items():
+        setattr(trainer.args, name, value)
+    checkpoint = str(finished_run / "checkpoint-10")
+    with pytest.raises(ValueError, match=message):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    for again in (checkpoint, None):
+        with pytest.raises(RuntimeError, match="Make a new trainer and model"):
             trainer.train(resume_from_checkpoint=again)
 
 
-def test_a_resume_refused_for_its_length_is_refused_again(tmp_path):
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    trainer = tiny.trainer(tmp_path / "x", **tiny.METHODS["ewa"])
-    trainer.args.ewa_start_step, trainer.args.max_steps = 90, -1
-    with pytest.raises(ValueError, match="leave no averaging"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    with pytest.raises(RuntimeError, match="make a new trainer and model"):
-        trainer.train()
+def test_an_earlier_checkpoint_may_be_resumed_and_later_ones_are_logged(tmp_path, finished_run, caplog):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    tiny.trainer(run, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=str(run / "checkpoint-10"))
+    assert "checkpoint-20 is later than" in caplog.text and "from which this run resumes" in caplog.text
 
 
-def test_going_back_to_an_earlier_checkpoint_is_told(tmp_path, caplog):
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING)
-    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
-    assert "checkpoint-20 is later than" in caplog.text and "from which this run goes on" in caplog.text
-
-
-def test_true_may_be_the_word_that_the_arguments_hold(tmp_path):
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, max_steps=10).train()
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], resume_from_checkpoint="true")
+def test_true_may_be_the_text_that_the_arguments_hold(tmp_path, finished_run):
+    run = shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(run / "checkpoint-20")
+    trainer = tiny.trainer(run, **tiny.METHODS["ewa"], resume_from_checkpoint="true")
     trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"])
-    twin.train()
-    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(twin.model))
+    assert len(trainer.average.averaged_state_dict()) and trainer.state.global_step == 20
+    weights = load_evaluation_model(finished_run / "checkpoint-20")
+    assert tiny.same(tiny.parameters(weights), trainer.average.averaged_state_dict())
 
 
 def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
@@ -234,5 +200,5 @@ def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", of_files_only)
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING).train()
-    assert verify_checkpoint(tmp_path / "checkpoint-20") == {}
+    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, max_steps=5).train()
+    assert verify_checkpoint(tmp_path / "checkpoint-5") == {}

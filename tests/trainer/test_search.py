@@ -56,14 +56,14 @@ SEARCHES = {
     "optimizers": (
         {"ewa": True},
         {
-            "optim": ["radam", "schedule_free_radam", "radam_schedulefree", "adamw_torch"],
+            "optim": ["radam", "schedule_free_radam", "adamw_torch"],
             "lr_scheduler_type": ["auto", "constant"],
-            "ewa_decay": [0.8, 0.9],
+            "ewa_decay": [0.9],
         },
     ),
     "schedules": (
         {"optim": "radam", "ewa": True, "warmup_steps": 2},
-        {"lr_scheduler_type": ["wsd", "wsd_s", "cosine", "auto"], "learning_rate": [1e-2, 3e-3]},
+        {"lr_scheduler_type": ["wsd", "wsd_s", "cosine", "auto"], "learning_rate": [1e-2]},
     ),
     "on and off": ({"optim": "radam", "lr_scheduler_type": "wsd"}, {"ewa": [True, False], "learning_rate": [1e-2]}),
 }
@@ -80,8 +80,8 @@ def test_a_trial_is_the_run_of_its_values(tmp_path, name):
         alone = trainer(folder, **options | SAVED | EVALUATED | values)
         alone.train()
         losses[number] = alone.evaluate()["eval_loss"]
-        for update in (4, 8):
-            assert same_files(tmp_path / f"run-{number}" / f"checkpoint-{update}", folder / f"checkpoint-{update}")
+        for step in (4, 8):
+            assert same_files(tmp_path / f"run-{number}" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
         manifest = read_manifest(tmp_path / f"run-{number}" / "checkpoint-8")
         assert manifest["method"] == read_manifest(folder / "checkpoint-8")["method"]
     assert len(set(losses.values())) > 1
@@ -100,7 +100,7 @@ def test_the_objective_is_the_loss_of_the_evaluation_weights(tmp_path, options):
 
 
 def test_the_objective_is_what_it_is_without_the_raw_evaluation(tmp_path):
-    """Of several data sets it is upstream's sum; a metric of the user's called raw counts."""
+    """Of several data sets it is upstream's sum; a metric of the user that is called raw counts."""
     objectives = []
     for raw in (False, True):
         ours = trainer(tmp_path / str(raw), optim="radam", ewa=True, ewa_eval_raw=raw, max_steps=2)
@@ -111,7 +111,7 @@ def test_the_objective_is_what_it_is_without_the_raw_evaluation(tmp_path):
     assert objectives[0] == objectives[1] > 0
 
 
-def test_an_objective_of_the_users_gets_every_metric(tmp_path):
+def test_an_objective_of_the_user_gets_all_metrics(tmp_path):
     ours = trainer(tmp_path, optim="radam", ewa=True, ewa_eval_raw=True, max_steps=2)
     _, best = search(ours, {"learning_rate": [1e-3]}, compute_objective=lambda metrics: metrics["eval_raw_loss"])
     assert best.objective > 0
@@ -140,7 +140,7 @@ def test_values_that_cannot_be_are_refused_in_the_trial(tmp_path):
         return model
 
     adapted = RAdamTrainer(args=tiny.arguments(tmp_path), model_init=with_adapter, train_dataset=tiny.TRAIN)
-    with pytest.raises(ValueError, match="use peft.get_peft_model"):
+    with pytest.raises(ValueError, match="Use peft.get_peft_model"):
         search(adapted, {"optim": ["radam"], "lr_scheduler_type": ["wsd"]})
 
 

@@ -74,6 +74,11 @@ def test_a_pinned_checkpoint_has_its_optimizer_and_the_arguments_as_they_were_gi
     twin = tiny.trainer(tmp_path / "twin", **options)
     twin.train()
     assert tiny.same(tiny.parameters(resumed.model), tiny.parameters(twin.model))
+    extended = tiny.trainer(tmp_path / "longer", **options, extend_from=str(tmp_path), max_steps=30)
+    extended.train()
+    planned = tiny.trainer(tmp_path / "planned", **options, max_steps=30)
+    planned.train()
+    assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
 
 
 def test_the_manifest_names_the_optimizer_that_was_passed(tmp_path):
