@@ -17,6 +17,7 @@ from hf_radam.checkpoints.manifest import (
     TRAINER_STATE_NAME,
     CheckpointError,
     PathLike,
+    is_marked,
     read_manifest,
     recorded_step,
 )
@@ -125,9 +126,14 @@ def evaluation_folder(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_chec
     """Return the folder of the model that evaluation used, complete and verified.
 
     Raises:
-        CheckpointError: if that model or the manifest is damaged.
+        CheckpointError: if that model or the manifest is damaged, or a stock run has written into the checkpoint since.
     """
     manifest = read_manifest(checkpoint)
     folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
     check_complete(checkpoint, only=folder, verify_fn=verify_fn)
+    if folder and not is_marked(checkpoint) and recorded_step(checkpoint) is not None:
+        raise CheckpointError(
+            f"{checkpoint} was overwritten by a run that does not use hf_radam: {folder}/ is of an earlier one. Remove "
+            f"{folder}/ and {MANIFEST_NAME} to load the later weights."
+        )
     return Path(checkpoint) / folder

@@ -71,7 +71,7 @@ def assert_twice_resumed_is_the_whole(tmp_path, options, data=tiny.TRAIN):
 
 
 @pytest.mark.parametrize("extra", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("method", ["wsd", "wsd_s", "ewa", "schedule_free_ewa"])
+@pytest.mark.parametrize("method", ["wsd_s", "schedule_free_ewa"])
 def test_resumed_twice(tmp_path, method, extra):
     assert_twice_resumed_is_the_whole(tmp_path, tiny.METHODS[method] | {"ewa": True, "ewa_every": 4} | extra)
 

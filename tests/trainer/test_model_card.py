@@ -71,7 +71,7 @@ def test_the_method_is_described_and_the_code_loads_the_evaluation_weights(tmp_p
 
 
 def test_the_table_has_the_metrics_of_both_weights(tmp_path):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **EVALUATED)
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVED, **EVALUATED)
     trainer.compute_metrics = lambda prediction: {"a|b": 0.25}
     card = card_of(trainer, finetuned_from="me/base")
     with trainer.evaluation_weights():

@@ -50,17 +50,6 @@ def test_a_stock_run_starts_no_threads_and_asks_no_other_rank(tmp_path, monkeypa
     assert not list(tmp_path.rglob("hf_radam.json"))
 
 
-def test_a_stock_checkpoint_is_upstreams_byte_for_byte(tmp_path):
-    for kind, make in ((Trainer, tiny.stock_arguments), (RAdamTrainer, tiny.arguments)):
-        args = make(tmp_path / kind.__name__, **SAVING)
-        kind(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL).train()
-    one, other = (tmp_path / kind.__name__ / "checkpoint-20" for kind in (Trainer, RAdamTrainer))
-    names = {path.name for path in one.iterdir()}
-    assert names == {path.name for path in other.iterdir()}
-    for name in names - {"training_args.bin", "trainer_state.json"}:  # these name the class and the folder
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-
-
 def test_a_pinned_checkpoint_has_its_optimizer_and_the_arguments_as_they_were_given(tmp_path):
     options = tiny.METHODS["wsd"] | SAVING | {"save_only_model": True}
     tiny.trainer(tmp_path, **options).train()
