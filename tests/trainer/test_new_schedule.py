@@ -77,4 +77,4 @@ def test_it_is_previewed(capsys):
     flags = "--optim radam --lr_scheduler_type staircase --max_steps 20 --learning_rate 0.01".split()
     assert main(["schedule", *flags, "--lr_scheduler_kwargs", '{"stair_steps": 6, "height": 0.5}']) == 0
     printed = capsys.readouterr().out
-    assert "staircase" in printed and "1-14" in printed and "15-20" in printed and "0.005" in printed
+    assert "staircase" in printed and "0-14" in printed and "14-20" in printed and "0.005" in printed
