@@ -282,7 +282,7 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
                 tiny.trainer(tmp_path, model, **options)
         tiny.trainer(tmp_path, model, **tiny.METHODS["wsd"])  # which upstream saves
     added = tiny.llama()
-    added.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+    added._hf_peft_config_loaded = True  # by add_adapter(), for which transformers 5.24 needs PEFT 0.22
     with pytest.raises(ValueError, match="Use peft.get_peft_model"):
         tiny.trainer(tmp_path, added, **tiny.METHODS["wsd"])
 

@@ -8,7 +8,6 @@ import weakref
 from pathlib import Path
 
 import optuna
-import peft
 import pytest
 import tiny
 
@@ -132,7 +131,7 @@ def test_values_that_cannot_be_are_refused_in_the_trial(tmp_path):
 
     def with_adapter():
         model = tiny.llama()
-        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"], r=2))
+        model._hf_peft_config_loaded = True  # by add_adapter(), for which transformers 5.24 needs PEFT 0.22
         return model
 
     adapted = RAdamTrainer(args=tiny.arguments(tmp_path), model_init=with_adapter, train_dataset=tiny.TRAIN)

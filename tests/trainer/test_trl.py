@@ -189,7 +189,7 @@ def test_our_names_are_not_those_of_trls_trainers():
         if base.__module__.startswith("hf_radam"):
             ours |= {*vars(base), *re.findall(r"self\.(\w+)\b[^=\n]* = ", inspect.getsource(base))}
     ours = {name for name in ours if not name.startswith("__")}
-    assert {"average", "_evaluation", "_tokenizer"} <= ours
+    assert {"average", "_evaluation", "_tokenizer_to_save"} <= ours
     for theirs in (trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.KTOTrainer):
         set_there = set(re.findall(r"self\.(\w+)\b[^=\n]* = ", inspect.getsource(theirs)))
         assert "_metrics" in set_there
