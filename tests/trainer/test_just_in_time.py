@@ -2,20 +2,13 @@
 
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
-import limits
 import pytest
 import tiny
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_radam import RAdamTrainer
 from hf_radam.trainer.callbacks import SigtermCallback
-
-TESTS = Path(__file__).parents[1]
 
 
 class Request(TrainerCallback):
@@ -100,47 +93,3 @@ def test_no_request_is_lost(tmp_path):
     trainer.train()
     assert trainer.state.global_step == 4 and (tmp_path / "checkpoint-4" / "hf_radam.json").is_file()
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-SCRIPT = """
-import sys, time
-sys.path.insert(0, {tests!r})
-import tiny
-from transformers import TrainerCallback
-
-class Slow(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        print("step", state.global_step, flush=True)
-        time.sleep(0.1)
-
-trainer = tiny.trainer({folder!r}, max_steps=400, optim="radam", ewa=True, enable_jit_checkpoint=True)
-trainer.add_callback(Slow())
-trainer.train()
-"""
-
-
-def test_a_real_sigterm(tmp_path):
-    """The step under way is completed and saved."""
-    environment = os.environ | {"PYTHONPATH": str(TESTS.parent), "OMP_NUM_THREADS": "1"}
-    script = SCRIPT.format(tests=str(TESTS), folder=str(tmp_path))
-    process = subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:
-            if line.startswith("step 5"):
-                process.send_signal(signal.SIGTERM)
-                break
-        limits.communicate(process)
-    finally:
-        process.kill()
-    assert process.returncode == 0
-    (checkpoint,) = tmp_path.glob("checkpoint-*")
-    step = int(checkpoint.name.removeprefix("checkpoint-"))
-    assert 5 < step < 400
-    common = {"optim": "radam", "ewa": True, "max_steps": step + 5}
-    resumed = tiny.trainer(tmp_path, **common)
-    resumed.train(resume_from_checkpoint=True)
-    twin = tiny.trainer(tmp_path / "twin", **common)
-    twin.train()
-    assert isinstance(resumed, RAdamTrainer)
-    assert tiny.same(tiny.parameters(resumed.model), tiny.parameters(twin.model))
-    assert tiny.same(resumed.average.averaged_state_dict(), twin.average.averaged_state_dict())

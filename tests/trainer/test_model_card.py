@@ -9,7 +9,6 @@ import shutil
 
 import pytest
 import tiny
-import torch
 from huggingface_hub import ModelCard
 from test_peft import lora
 from transformers import LlamaForCausalLM, Trainer
@@ -110,23 +109,18 @@ def test_the_last_of_several_evaluations_and_the_first_after_the_best_step():
     assert last_evaluation(history, step=7) == last_evaluation(history[-1:], step=None) == {}
 
 
-def test_an_adapter_is_loaded_on_its_base(tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    trainer = tiny.trainer(run, lora(tmp_path), **tiny.METHODS["schedule_free_ewa"], **SAVED)
+@pytest.mark.parametrize("kind", ["adapter", "class of the user"])
+def test_the_code_loads_an_adapter_on_its_base_and_a_class_from_its_module(tmp_path, monkeypatch, kind):
+    model = lora(tmp_path) if kind == "adapter" else Own(tiny.llama().config)
+    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["schedule_free_ewa"], **SAVED)
     card = card_of(trainer)
-    data = ModelCard.load(run / "README.md").data
-    assert data.library_name == "peft" and {"lora", *TAGS["schedule_free_ewa"]} <= set(data.tags)
+    data = ModelCard.load(tmp_path / "run" / "README.md").data
+    assert set(TAGS["schedule_free_ewa"]) <= set(data.tags)
+    assert (data.library_name == "peft" and "lora" in data.tags) if kind == "adapter" else "card import Own\n" in card
     with trainer.evaluation_weights():
         evaluated = tiny.parameters(trainer.model)
-    found = models_of(card, run, monkeypatch)
+    found = models_of(card, tmp_path / "run", monkeypatch)
     assert len(found) == 2 and all(tiny.same(one, evaluated) for one in found)
-
-
-def test_a_class_that_transformers_does_not_have_is_imported_from_its_module(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    card = card_of(tiny.trainer(tmp_path, Own(tiny.llama().config), **tiny.METHODS["schedule_free"], **SAVED))
-    assert "from test_model_card import Own\n" in card
-    assert tiny.same(*models_of(card, tmp_path, monkeypatch))
 
 
 def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monkeypatch):

@@ -156,20 +156,6 @@ def test_a_base_of_two_dtypes_comes_back_as_it_was(tmp_path):
         assert tiny.same(tiny.parameters(model), shipped)
 
 
-def test_a_quantized_base_is_loaded_as_it_is(tmp_path):
-    """Its packed weights are parameters of whole numbers; here the manifest alone says so, for want of a GPU."""
-    model = lora(tmp_path)
-    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
-    trainer.train()
-    checkpoint = tmp_path / "run" / "checkpoint-20"
-    manifest = read_manifest(checkpoint)
-    others = {name: "float32" for name in trained(model)}
-    manifest["evaluation"] |= {"dtype": "uint8", "other_dtypes": others}
-    write_manifest(checkpoint, manifest)
-    with trainer.evaluation_weights():
-        assert tiny.same(tiny.parameters(model), tiny.parameters(load_evaluation_model(checkpoint)))
-
-
 @pytest.mark.parametrize("method", ["ewa", "schedule_free"])
 def test_tied_embeddings_that_train(tmp_path, method):
     def make():

@@ -1,7 +1,7 @@
 """TRL's `SFTTrainer` with the mixin does what `RAdamTrainer` does, and with none of our flags what it does alone.
 
 The oracles: losses, accuracies and entropies of the weights that ship, without a trainer (`sft.measured`); stock
-`SFTTrainer`; uninterrupted twins and runs that were planned longer, bit for bit; DPO's loss written out.
+`SFTTrainer`; uninterrupted twins and runs that were planned longer, bit for bit.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import torch
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from torch.nn import functional
 from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments
 
 from hf_radam import RAdamTrainerMixin, RAdamTrainingArguments, load_evaluation_model
@@ -251,41 +250,23 @@ def preferences(rows):
     )
 
 
-def dpo(folder, **options):
-    args = sft.arguments(folder, DPOArguments, **options)
-    train, evaluation = preferences(sft.TRAIN), preferences(sft.EVAL)
-    reference = sft.llama().eval()  # TRL leaves its dropout as it is; here it comes second, before the arguments
-    return DPO(sft.llama(), reference, args, None, train, evaluation, processing_class=sft.tokenizer())
-
-
-@torch.no_grad()
-def log_probability(model, prompt, rest):
-    ids = torch.tensor(sft.tokenizer()(prompt + rest)["input_ids"] + [sft.tokenizer().eos_token_id])
-    first = len(sft.tokenizer()(prompt)["input_ids"])
-    logits = model(input_ids=ids[None]).logits[0, first - 1 : -1].double()
-    return logits.log_softmax(-1).gather(1, ids[first:, None]).sum()
-
-
-def dpo_loss(model):
-    """-log sigmoid(0.1 (difference of log p of chosen and rejected, less that of the reference)): arXiv:2305.18290."""
-    losses, reference = [], sft.llama().eval()
-    for row in preferences(sft.EVAL):
-        ratios = [
-            log_probability(model, row["prompt"], row[which]) - log_probability(reference, row["prompt"], row[which])
-            for which in ("chosen", "rejected")
-        ]
-        losses.append(-functional.logsigmoid(0.1 * (ratios[0] - ratios[1])))
-    return float(torch.stack(losses).mean())
+def dpo(folder, model=None, kinds=(DPO, DPOArguments), **options):
+    args = sft.arguments(folder, kinds[1], **options)
+    data, reference = (preferences(sft.TRAIN), preferences(sft.EVAL)), sft.llama().eval()
+    # The reference comes before the arguments; TRL leaves its dropout as it is.
+    return kinds[0](model or sft.llama(), reference, args, None, *data, processing_class=sft.tokenizer())
 
 
 def test_preferences(tmp_path):
+    """Against `DPOTrainer` alone, which evaluates what ships and what trained."""
     options = tiny.METHODS["ewa"] | SAVING | {"ewa_eval_raw": True}
     trainer = finished(dpo(tmp_path / "run", **options))
     metrics = trainer.evaluate()
-    shipped, raw = dpo_loss(load_evaluation_model(tmp_path / "run")), dpo_loss(trainer.model.eval())
-    assert metrics["eval_loss"] == pytest.approx(shipped, abs=CLOSE) and abs(raw - shipped) > 10 * CLOSE
-    assert metrics["eval_raw_loss"] == pytest.approx(raw, abs=CLOSE)
-    assert metrics["eval_raw_rewards/margins"] != metrics["eval_rewards/margins"]
+    for prefix, model in (("eval", load_evaluation_model(tmp_path / "run")), ("eval_raw", trainer.model)):
+        alone = dpo(tmp_path / "alone", model, kinds=(trl.DPOTrainer, trl.DPOConfig)).evaluate()
+        for name in ("loss", "rewards/margins"):
+            assert metrics[f"{prefix}_{name}"] == pytest.approx(alone[f"eval_{name}"], abs=CLOSE)
+    assert abs(metrics["eval_raw_loss"] - metrics["eval_loss"]) > 10 * CLOSE
     again = finished(dpo(tmp_path / "again", **options), resume=tmp_path / "run" / "checkpoint-5")
     assert tiny.same(state(trainer), state(again))
 
