@@ -171,10 +171,11 @@ def test_each_default_is_that_of_the_class_that_declares_it(tmp_path, kind):
 
 
 def test_arguments_that_are_not_of_both_are_refused(tmp_path):
-    stock = sft.arguments(tmp_path, trl.SFTConfig)
     for args, message in (
-        (None, "SFT has arguments of class SFTConfig. Make them with .* a dataclass derived from it and SFTConfig"),
-        (stock, "SFT has arguments of class SFTConfig. Make them with .* a dataclass derived from it and SFTConfig"),
+        (
+            sft.arguments(tmp_path, trl.SFTConfig),
+            "SFT has arguments of class SFTConfig.* derived from it and SFTConfig",
+        ),
         (tiny.arguments(tmp_path), "Make them with a dataclass derived from RAdamTrainingArguments and that class"),
     ):
         with pytest.raises(TypeError, match=message):
