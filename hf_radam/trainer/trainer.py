@@ -425,7 +425,7 @@ class RAdamTrainerMixin(_Base):
         save = functools.partial(super()._save_checkpoint, self.model_wrapped, self._trial_of_run)
         if self._sigterm is not None and self._sigterm.is_requested(self.args):
             self.control.should_training_stop = True
-            if saved != (step, True):
+            if saved != (step, True) or self.args.save_only_model:  # which leaves out the optimizer
                 with session.saving(self, at_root=True, resumable=True):
                     save()
         elif self.args.load_best_model_at_end and self.state.best_global_step == step and saved != (step, True):

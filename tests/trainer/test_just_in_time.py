@@ -68,6 +68,18 @@ def test_the_evaluation_that_decides_about_saving_does_not_decide_about_this_sav
     assert trainer.state.global_step == 5 and (tmp_path / "checkpoint-5" / "hf_radam.json").is_file()
 
 
+@pytest.mark.parametrize("save_steps", [3, 4])
+def test_what_is_saved_can_be_resumed_though_other_checkpoints_have_no_optimizer(tmp_path, save_steps):
+    trainer = tiny.trainer(
+        tmp_path, **options("ewa"), save_strategy="steps", save_steps=save_steps, save_only_model=True
+    )
+    trainer.add_callback(Request(trainer, 4, "on_pre_optimizer_step"))
+    trainer.train()
+    resumed = tiny.trainer(tmp_path, **options("ewa"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert resumed.state.global_step == 20
+
+
 def test_with_none_of_our_methods_the_callback_is_upstreams(tmp_path):
     trainer = tiny.trainer(tmp_path, enable_jit_checkpoint=True)
     assert JITCheckpointCallback in map(type, trainer.callback_handler.callbacks)
