@@ -1,25 +1,23 @@
 """Learning-rate schedules: completed steps -> multiplier of `learning_rate`.
 
-A run warms up, stays at a constant learning rate for as long as needed, and decays only in the last few per cent, where
-most of the visible gain in loss comes. The stable phase has no horizon, so a run can be extended.
+A run warms up, stays at a constant learning rate for as long as needed, and decays only in the last few per cent. The
+stable phase has no horizon, so a run can be extended.
 
-`wsd` and `wsd_s` are pure functions. `WSD` and `WSDS` are the same schedules as objects that a run resolves once:
-besides the multiplier they know their phases and which checkpoints to pin. A new schedule is one subclass of
-`Schedule`; importing it is enough for `lr_scheduler_type` to accept its name.
+`wsd` and `wsd_s` are pure functions; `WSD` and `WSDS` are the same schedules as objects that a run resolves once. A new
+schedule is one subclass of `Schedule`; importing it is enough for `lr_scheduler_type` to accept its name.
 
-The convention everywhere: `step` is the number of completed steps, and the value is the multiplier for the *next* step
-(as in torch's `LambdaLR`). Lengths and budgets are counted in optimizer steps, never in tokens or batches. Only the
-standard library is needed: `LambdaLR(optimizer, WSD(total_steps=..., decay_steps=...).multiplier)`.
+Everywhere, `step` is the number of completed steps, and the value is the multiplier for the *next* step (as in torch's
+`LambdaLR`). Lengths and budgets are counted in optimizer steps. Only the standard library is needed:
+`LambdaLR(optimizer, WSD(total_steps=..., decay_steps=...).multiplier)`.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from types import MappingProxyType
 from typing import Any, ClassVar
 
 DECAY_TYPES = ("linear", "cosine", "1-sqrt", "exponential", "inverse")
@@ -27,7 +25,6 @@ WARM_UP, STABLE, DECAY = "warm-up", "stable", "decay"
 PRE_DECAY_FOLDER, BUDGETS_FOLDER = "_pre_decay", "_budgets"
 SCHEDULE_FLAGS = ("decay_steps", "decay_type", "min_lr_ratio", "budgets")
 """Flags that a schedule has for a field of that name."""
-_NEED_A_FLOOR = ("exponential", "inverse")  # 0^q and 1/0: these two shapes never reach a floor of zero
 _REGISTRY: dict[str, type[Schedule]] = {}
 
 
@@ -42,12 +39,9 @@ class Phase:
 
 @dataclass(frozen=True)
 class SchedulePast:
-    """What a resumed or extended run keeps of the schedule that it followed so far.
+    """What a resumed or extended run keeps of the schedule that it followed for the first `step` steps.
 
-    Attributes:
-        step: Completed steps of the checkpoint.
-        schedule: Schedule of the checkpoint; None for one of transformers.
-        warmup_steps: Warm-up of the run that is extended; None if it is only resumed.
+    `schedule` is None for one of transformers, and `warmup_steps` unless the run is extended.
     """
 
     step: int
@@ -57,15 +51,11 @@ class SchedulePast:
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule(ABC):
-    """A learning-rate schedule, resolved for one run.
+    """A learning-rate schedule, resolved for one run of `total_steps` steps.
 
-    A subclass is a frozen dataclass with a `name`, `multiplier` and `phases`; the rest follows from these. Its fields
-    take the values of the flags in `SCHEDULE_FLAGS` with their names, and else those of `lr_scheduler_kwargs`.
-
-    Attributes:
-        name: Value of `lr_scheduler_type` that selects the class.
-        total_steps: Length of the run.
-        warmup_steps: Length of the warm-up at its start; 0 for none.
+    A subclass is a frozen dataclass with `multiplier`, `phases` and a `name`, the value of `lr_scheduler_type` that
+    selects it. Its fields take the values of the flags in `SCHEDULE_FLAGS` with their names, and else those of
+    `lr_scheduler_kwargs`.
     """
 
     name: ClassVar[str]
@@ -75,35 +65,29 @@ class Schedule(ABC):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Register the class by its name."""
         super().__init_subclass__(**kwargs)
-        name = vars(cls).get("name")
-        if name is None:
-            return
-        known = _REGISTRY.get(name, cls)
-        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a notebook's cell runs twice
-            raise ValueError(f"The schedule name {name!r} is taken by {known.__qualname__}. Choose another name.")
-        _REGISTRY[name] = cls
+        if "name" in vars(cls):
+            taken = _REGISTRY.get(cls.name, cls).__qualname__
+            if taken != cls.__qualname__:  # equal where a notebook's cell runs twice
+                raise ValueError(f"The schedule name {cls.name!r} is taken by {taken}. Choose another name.")
+            _REGISTRY[cls.name] = cls
 
     def __post_init__(self) -> None:
         """Check the fields, once; a subclass that overrides this calls it."""
-        self._set(
+        vars(self).update(  # the fields are frozen
             total_steps=_whole("total_steps", self.total_steps, at_least=1),
             warmup_steps=_whole("warmup_steps", self.warmup_steps, at_least=0),
         )
 
-    def _set(self, **values: Any) -> None:
-        for name, value in values.items():
-            object.__setattr__(self, name, value)  # frozen
-
     @abstractmethod
     def multiplier(self, step: int) -> float:
-        """Return the multiplier for the step that follows `step` completed steps; options were checked before.
+        """Return the multiplier for the step that follows `step` completed steps.
 
-        Give `LambdaLR` this bound method, undecorated: then `scheduler.pt` holds nothing of the schedule.
+        `LambdaLR` gets this bound method, undecorated: then `scheduler.pt` holds nothing of the schedule.
         """
 
     @abstractmethod
     def phases(self) -> list[Phase]:
-        """Return the phases in order; together they are the whole run."""
+        """Return the phases in order; together they are the run."""
 
     def decays(self) -> list[tuple[int, int]]:
         """Return start and end of every decay, in completed steps."""
@@ -114,10 +98,7 @@ class Schedule(ABC):
         return False
 
     def decay_at(self, step: int) -> tuple[int, int] | None:
-        """Return the decay in which the state after `step` completed steps stands.
-
-        The end of a decay belongs to it, unless the learning rate goes back to the peak from there.
-        """
+        """Return the decay in which the state after `step` completed steps stands; its end belongs to it."""
         if self.resets_to_peak(step):
             return None
         return next(((start, end) for start, end in self.decays() if start < step <= end), None)
@@ -126,10 +107,11 @@ class Schedule(ABC):
         """Return the folder that keeps the checkpoint after `step` completed steps for good, or None."""
         if self.resets_to_peak(step):
             return BUDGETS_FOLDER
-        return PRE_DECAY_FOLDER if step > 0 and any(step == start for start, _ in self.decays()) else None
+        starts = [start for start, end in self.decays() if not self.resets_to_peak(end)]
+        return PRE_DECAY_FOLDER if step > 0 and step in starts else None
 
     def warning(self) -> str | None:
-        """Return what is wrong with a schedule that is allowed, or None."""
+        """Return a warning about a schedule that is allowed but useless, or None."""
         if all(end - start > 1 for start, end in self.decays()):
             return None
         return "A decay of 1 step has no effect: its only step is still at the peak. Use 2 steps or more."
@@ -140,9 +122,8 @@ class Schedule(ABC):
         return f"{self.name}, {self.total_steps} steps: {', '.join(phases)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the options as JSON holds them, for `from_dict`."""
-        values = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        """Return the options, for `from_dict`; a manifest holds them."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
     @staticmethod
     def from_dict(name: str, mapping: Mapping[str, Any]) -> Schedule:
@@ -152,12 +133,12 @@ class Schedule(ABC):
         try:
             return _REGISTRY[name](**mapping)
         except TypeError as error:
-            raise ValueError(f"{dict(mapping)} does not describe a schedule {name!r}: {error}.") from error
+            raise ValueError(f"{mapping} does not describe a schedule {name!r}: {error}.") from error
 
     @staticmethod
     def registered() -> Mapping[str, type[Schedule]]:
         """Return all schedule classes by name; the schedules of transformers are not among them."""
-        return MappingProxyType(_REGISTRY)
+        return _REGISTRY
 
     @classmethod
     def option_names(cls) -> set[str]:
@@ -166,40 +147,29 @@ class Schedule(ABC):
 
     @classmethod
     def from_arguments(cls, args: Any, total_steps: int, past: SchedulePast | None = None) -> Schedule:
-        """Resolve the flags of `RAdamTrainingArguments` for a run of `total_steps` steps.
-
-        Raises:
-            ValueError: If an option is missing or wrong, or they do not fit into the run.
-        """
+        """Resolve the flags of `RAdamTrainingArguments` for a run of `total_steps` steps, or raise a `ValueError`."""
         options = {name: getattr(args, name) for name in SCHEDULE_FLAGS if name in cls.option_names()}
         if "decay_steps" in options:
             options["decay_steps"] = count_from_ratio(options["decay_steps"], total_steps, name="decay_steps")
         options |= args.lr_scheduler_kwargs or {}
-        warmup_steps = args.resolve_warmup_steps(total_steps, past)
-        try:
-            return cls(total_steps=total_steps, warmup_steps=warmup_steps, **options)
-        except TypeError as error:
-            raise ValueError(
-                f"lr_scheduler_kwargs={args.lr_scheduler_kwargs} does not fit lr_scheduler_type={cls.name}: {error}."
-            ) from error
+        warmup = args.resolve_warmup_steps(total_steps, past)
+        return cls.from_dict(cls.name, {"total_steps": total_steps, "warmup_steps": warmup} | options)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _DecaysToBudgets(Schedule):
-    """What WSD and WSD-S have in common: one or several parts of a ramp, the peak and a decay."""
+    """Parts of a ramp, the peak and a decay: WSD has one of them, WSD-S one for each budget."""
 
     decay_type: str = "1-sqrt"
     min_lr_ratio: float = 0.0
-    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    _parts: tuple[tuple[int, int, int], ...] = field(init=False, repr=False, compare=False)
-    """Start, steps of the ramp and steps of the decay of each part."""
+    _parts: tuple[tuple[int, int, int, int], ...] = field(init=False, repr=False, compare=False)
+    """Where each part starts, reaches the peak, begins to decay and ends, in completed steps."""
 
     def _set_parts(self, ends: Sequence[int], decays: Sequence[int], rewarmup_steps: int = 0) -> None:
-        """Check that the decay fits into each part, and keep them for `multiplier`."""
         check_decay(self.decay_type, self.min_lr_ratio)
-        starts = (0, *ends[:-1])
-        ramps = (self.warmup_steps, *[rewarmup_steps] * (len(ends) - 1))
-        for start, ramp, decay, end in zip(starts, ramps, decays, ends, strict=True):
+        parts = []
+        start, ramp = 0, self.warmup_steps
+        for end, decay in zip(ends, decays, strict=True):
             if end <= start:
                 raise ValueError(f"budgets must increase, got {end} after {start} in {[*ends]}. Sort them.")
             if ramp + decay > end - start:
@@ -207,27 +177,28 @@ class _DecaysToBudgets(Schedule):
                     f"Warm-up and decay ({ramp} + {decay} steps) do not fit between steps {start} and {end}. Shorten "
                     "one of them, or set a later end (max_steps or budgets)."
                 )
-        self._set(_ends=tuple(ends), _parts=tuple(zip(starts, ramps, decays, strict=True)))
+            parts.append((start, start + ramp, end - decay, end))
+            start, ramp = end, rewarmup_steps
+        vars(self).update(_parts=tuple(parts))
 
     def multiplier(self, step: int) -> float:
         """Return the multiplier for the step that follows `step` completed steps."""
         if step >= self.total_steps:
             return float(self.min_lr_ratio)
-        index = bisect_right(self._ends, step)
-        start, ramp, decay = self._parts[index]
-        if step - start < ramp:
-            return (step - start) / ramp
-        if step < self._ends[index] - decay:
+        start, peak, decay, end = next(part for part in self._parts if step < part[-1])
+        if step < peak:
+            return (step - start) / (peak - start)
+        if step < decay:
             return 1.0
-        return decay_multiplier((step - self._ends[index] + decay) / decay, self.decay_type, self.min_lr_ratio)
+        return decay_multiplier((step - decay) / (end - decay), self.decay_type, self.min_lr_ratio)
 
     def phases(self) -> list[Phase]:
         """Return warm-up, stable phase and decay of each part."""
         phases = []
-        for (start, ramp, decay), end in zip(self._parts, self._ends, strict=True):
-            bounds = (start, start + ramp, end - decay, end)
-            phases += [Phase(*phase) for phase in zip((WARM_UP, STABLE, DECAY), bounds[:-1], bounds[1:], strict=True)]
-        return [phase for phase in phases if phase.start < phase.end]
+        for part in self._parts:
+            for name, (start, end) in zip((WARM_UP, STABLE, DECAY), itertools.pairwise(part), strict=True):
+                phases += [Phase(name, start, end)] if start < end else []
+        return phases
 
     def describe(self) -> str:
         """Return one line with the warm-up, the decays and their shape."""
@@ -247,7 +218,7 @@ class WSD(_DecaysToBudgets):
     def __post_init__(self) -> None:
         """Check that warm-up and decay fit into the run."""
         super().__post_init__()
-        self._set(decay_steps=_whole("decay_steps", self.decay_steps, at_least=1))
+        vars(self).update(decay_steps=_whole("decay_steps", self.decay_steps, at_least=1))
         self._set_parts((self.total_steps,), (self.decay_steps,))
 
 
@@ -263,15 +234,14 @@ class WSDS(_DecaysToBudgets):
 
     def __post_init__(self) -> None:
         """Check that every decay fits between its budgets."""
-        for name, values in (("budgets", self.budgets), ("decay_steps", self.decay_steps)):
-            if not isinstance(values, Sequence) or isinstance(values, str) or not values:
-                raise ValueError(f"{name} must be a list with one entry per budget, like [300, 700], got {values!r}.")
-        if len(self.decay_steps) != len(self.budgets):
-            raise ValueError(
-                f"decay_steps={self.decay_steps!r} has {len(self.decay_steps)} lengths for {len(self.budgets)} budgets "
-                f"({self.budgets!r}). Give one length per budget."
-            )
-        self._set(
+        for values in (self.budgets, self.decay_steps):
+            listed = isinstance(values, Sequence) and not isinstance(values, str)
+            if not listed or not len(values) == len(self.budgets) > 0:
+                raise ValueError(
+                    f"budgets={self.budgets!r} and decay_steps={self.decay_steps!r} must be lists of one length, like "
+                    "[300, 700] and [30, 70]. Give one decay per budget."
+                )
+        vars(self).update(
             budgets=tuple(_whole("each of budgets", budget, at_least=1) for budget in self.budgets),
             decay_steps=tuple(_whole("each of decay_steps", decay, at_least=1) for decay in self.decay_steps),
             rewarmup_steps=_whole("rewarmup_steps", self.rewarmup_steps, at_least=0),
@@ -284,36 +254,21 @@ class WSDS(_DecaysToBudgets):
         """Return whether `step` is a budget: the last one too, as from there the run can be extended."""
         return step in self.budgets
 
-    def pinned_at(self, step: int) -> str | None:
-        """Return the folder that keeps the decayed checkpoint at each budget."""
-        return BUDGETS_FOLDER if step in self.budgets else None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the options; a re-warm-up of 0 is left out, as in checkpoints written before it was an option."""
-        options = super().to_dict()
-        return options if self.rewarmup_steps else {k: v for k, v in options.items() if k != "rewarmup_steps"}
-
     @classmethod
     def from_arguments(cls, args: Any, total_steps: int, past: SchedulePast | None = None) -> WSDS:
         """Resolve the budgets: first those that the run has passed, the end of the run last."""
-        asked = [count_from_ratio(budget, total_steps, name="budgets") for budget in args.budgets or ()]
-        if any(budget > total_steps for budget in asked):
-            raise ValueError(
-                f"budgets={args.budgets} reach past the end of the run at step {total_steps}. Raise max_steps or drop "
-                "those budgets."
-            )
         passed: dict[int, int] = {}
         if past is not None and isinstance(past.schedule, WSDS):
             pairs = zip(past.schedule.budgets, past.schedule.decay_steps, strict=True)
             passed = {budget: decay for budget, decay in pairs if budget <= min(past.step, total_steps)}
         last = max(passed, default=0)
-        late = [budget for budget in asked if budget <= last and budget not in passed]
-        if late:
+        asked = [count_from_ratio(budget, total_steps, name="budgets") for budget in args.budgets or ()]
+        budgets = [budget for budget in asked if budget not in passed]
+        if not all(last < budget <= total_steps for budget in budgets):
             raise ValueError(
-                f"budgets={args.budgets}: the run is past step {late[0]} of {total_steps}, at its budget {last}. List "
-                "later budgets only, in steps."
+                f"budgets={args.budgets} must lie after step {last}, the last budget that the run has passed, and up "
+                f"to its end at step {total_steps}. Raise max_steps, or list later budgets only, in steps."
             )
-        budgets = [budget for budget in asked if budget > last]
         if max(budgets, default=last) != total_steps:
             budgets.append(total_steps)
         lengths = [count_from_ratio(args.decay_steps, budget, name="decay_steps") for budget in budgets]
@@ -348,32 +303,28 @@ def wsd(
     With s = `step` and, all in steps, T = `total_steps` (the run, decay included), D = `decay_steps` (about 10 % of T
     is enough), W = `warmup_steps`; `decay_type` is one of `DECAY_TYPES`, and the floor m = `min_lr_ratio` in [0, 1):
 
-        s / W                  0     <= s < W          warm-up: step n = s + 1 gets (n - 1) / W
+        s / W                  0     <= s < W          warm-up, from 0
         1                      W     <= s < T - D      stable
         f((s - (T - D)) / D)   T - D <= s < T          decay; f is `decay_multiplier`
         m                      T     <= s              after the run: the floor
 
-    The first step of the decay is still at the peak (q = 0) and the last has q = (D - 1) / D: no step is spent at the
-    floor. From the end of the warm-up on, `linear`, `cosine` and `1-sqrt` equal `transformers.get_wsd_schedule` number
-    for number; its warm-up starts at the floor, this one at 0, as the other schedules of transformers do.
+    So the first step of the decay is still at the peak, and none is spent at the floor. From the end of the warm-up on,
+    `linear`, `cosine` and `1-sqrt` equal `transformers.get_wsd_schedule` number for number; its warm-up starts at the
+    floor.
 
     Source: MiniCPM, arXiv:2404.06395; shapes: Hägele et al., arXiv:2405.18392.
 
-    Example: a warm-up of 2, a stable phase until 6 and a decay of 4 in a run of 10 steps.
-
+    Example:
         >>> [wsd(s, total_steps=10, decay_steps=4, warmup_steps=2, decay_type="linear") for s in range(12)]
         [0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-        >>> [round(wsd(s, total_steps=300, decay_steps=30), 4) for s in (0, 269, 270, 271, 299, 300)]
-        [1.0, 1.0, 1.0, 0.8174, 0.0168, 0.0]
     """
-    schedule = WSD(
+    return WSD(
         total_steps=total_steps,
         decay_steps=decay_steps,
         warmup_steps=warmup_steps,
         decay_type=decay_type,
         min_lr_ratio=min_lr_ratio,
-    )
-    return schedule.multiplier(_whole("step", step, at_least=0))
+    ).multiplier(_whole("step", step, at_least=0))
 
 
 def wsd_s(
@@ -388,56 +339,34 @@ def wsd_s(
 ) -> float:
     """Return the WSD-S multiplier, in [0, 1], for the step that follows `step` completed steps.
 
-    One run, with a decayed model at each of several budgets; the last budget is the length of the run. The arguments
-    are those of `wsd`, but for one of `decay_steps` per budget and a warm-up of `rewarmup_steps` after each of them.
-    With s = `step`, budgets B_1 < ... < B_k (B_0 = 0), decay lengths D_1 ... D_k, m = `min_lr_ratio`, and between
-    B_{i-1} and B_i the ramp R_1 = `warmup_steps`, R_i = `rewarmup_steps` for i > 1:
-
-        (s - B_{i-1}) / R_i          B_{i-1}       <= s < B_{i-1} + R_i      (re-)warm-up, from 0
-        1                            B_{i-1} + R_i <= s < B_i - D_i          stable
-        f((s - (B_i - D_i)) / D_i)   B_i - D_i     <= s < B_i                decay; f is `decay_multiplier`
-        m                            B_k           <= s                      after the last budget: the floor
-
-    So after B_i steps a model decayed for that budget can be saved, and the very next step is back at the peak (the
-    authors' choice, `rewarmup_steps=0`). With one budget this is `wsd`, number for number.
+    One run with a decayed model after each of several budgets, the last of which is its length. From one budget to the
+    next the formula is that of `wsd`, with one of `decay_steps` per budget; the step after a budget is back at the peak
+    (the authors' choice), or at the start of a warm-up of `rewarmup_steps`.
 
     Source: Wen et al., WSD-S, arXiv:2410.05192.
 
-    Example: budgets of 6 and 12 steps with decays of 2 and 4; then the same with a re-warm-up of 2.
-
+    Example:
         >>> [wsd_s(s, budgets=(6, 12), decay_steps=(2, 4), decay_type="linear") for s in range(14)]
         [1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
-        >>> again = dict(budgets=(6, 12), decay_steps=(2, 4), rewarmup_steps=2, decay_type="linear")
-        >>> [wsd_s(s, **again) for s in range(4, 10)]
-        [1.0, 0.5, 0.0, 0.5, 1.0, 0.75]
     """
-    schedule = WSDS(
+    return WSDS(
         budgets=budgets,  # type: ignore[arg-type]  # any sequence: made a tuple there
         decay_steps=decay_steps,  # type: ignore[arg-type]
         warmup_steps=warmup_steps,
         rewarmup_steps=rewarmup_steps,
         decay_type=decay_type,
         min_lr_ratio=min_lr_ratio,
-    )
-    return schedule.multiplier(_whole("step", step, at_least=0))
+    ).multiplier(_whole("step", step, at_least=0))
 
 
 def decay_multiplier(progress: float, decay_type: str, min_lr_ratio: float) -> float:
-    """Return the multiplier of `learning_rate` at a point of the decay: 1 at its start, the floor at its end.
+    """Return the multiplier at `progress` q from 0 to 1 through the decay to the floor m = `min_lr_ratio`; unchecked.
 
-    With q = `progress` and m = `min_lr_ratio`:
-
-        linear        m + (1 - m) (1 - q)
-        cosine        m + (1 - m) (1 + cos(pi q)) / 2
-        1-sqrt        m + (1 - m) (1 - sqrt(q))     best of those tried by Hägele et al., arXiv:2405.18392
-        exponential   m^q                           m > 0; MiniCPM's 0.5^(s / half-life) written by its end point
-        inverse       1 / (q / m + (1 - q))         m > 0; WSD-S, arXiv:2410.05192: 1 / lr grows linearly
-
-    Called for every step of a decay, so nothing is checked here: `check_decay` did it when the schedule was made.
-
-    Example:
-        >>> [[round(decay_multiplier(q, shape, 0.1), 4) for q in (0.0, 0.5, 1.0)] for shape in DECAY_TYPES]
-        [[1.0, 0.55, 0.1], [1.0, 0.55, 0.1], [1.0, 0.3636, 0.1], [1.0, 0.3162, 0.1], [1.0, 0.1818, 0.1]]
+    linear        m + (1 - m) (1 - q)
+    cosine        m + (1 - m) (1 + cos(pi q)) / 2
+    1-sqrt        m + (1 - m) (1 - sqrt(q))     best of those tried by Hägele et al., arXiv:2405.18392
+    exponential   m^q                           m > 0; MiniCPM's 0.5^(s / half-life) written by its end point
+    inverse       1 / (q / m + (1 - q))         m > 0; WSD-S, arXiv:2410.05192: 1 / lr grows linearly
     """
     if decay_type == "exponential":
         return math.pow(min_lr_ratio, progress)
@@ -449,7 +378,7 @@ def decay_multiplier(progress: float, decay_type: str, min_lr_ratio: float) -> f
         factor = 0.5 * (1.0 + math.cos(math.pi * progress))
     else:
         factor = 1.0 - math.sqrt(progress)
-    # The order of these operations is that of transformers, so that the curves are equal to the last bit.
+    # In the order of transformers, so that the curves are equal to the last bit.
     return factor * (1.0 - min_lr_ratio) + min_lr_ratio
 
 
@@ -458,42 +387,28 @@ def check_decay(decay_type: str, min_lr_ratio: float) -> None:
     if decay_type not in DECAY_TYPES:
         raise ValueError(f"decay_type must be one of {', '.join(DECAY_TYPES)}, got {decay_type!r}.")
     if not _is_number(min_lr_ratio) or not 0.0 <= min_lr_ratio < 1.0:
-        raise ValueError(
-            f"min_lr_ratio must lie in [0, 1), got {min_lr_ratio!r}: it is the floor as a ratio of learning_rate, "
-            f"such as 0.1."
-        )
-    if decay_type in _NEED_A_FLOOR and min_lr_ratio == 0.0:
-        raise ValueError(
-            f"decay_type={decay_type!r} never reaches min_lr_ratio={min_lr_ratio!r}. Set --min_lr_ratio 0.1, or choose "
-            f"linear, cosine or 1-sqrt, which decay to zero."
-        )
+        raise ValueError(f"min_lr_ratio must lie in [0, 1), got {min_lr_ratio!r}. Set a ratio such as 0.1.")
+    if decay_type in ("exponential", "inverse") and min_lr_ratio == 0.0:
+        raise ValueError(f"decay_type={decay_type!r} never reaches min_lr_ratio=0.0. Set --min_lr_ratio 0.1.")
 
 
 def count_from_ratio(value: float, total: int, *, name: str) -> int:
-    """Convert the value of the flag `name`, a number of steps or a ratio of `total`, to steps.
+    """Convert the value of the flag `name`, a number of steps or a ratio of `total` below 1, to steps.
 
-    As in `TrainingArguments.get_warmup_steps`, a value of 1 or more is a number of steps and must be whole; a value
-    below 1 is a ratio and gives ceil(`total` * `value`). So 1 and 1.0 are one step, never the whole run.
+    The rule of `TrainingArguments.get_warmup_steps`: a ratio gives ceil(`total` * `value`), and 1.0 is one step.
 
     Example:
-        >>> [count_from_ratio(0.1, total, name="decay_steps") for total in (300, 700, 1000, 1001)]
-        [30, 70, 100, 101]
-        >>> count_from_ratio(0.07, 100, name="decay_steps"), count_from_ratio(40, 700, name="decay_steps")
-        (7, 40)
+        >>> count_from_ratio(0.1, 1001, name="decay_steps"), count_from_ratio(40, 700, name="decay_steps")
+        (101, 40)
     """
-    _whole("total", total, at_least=1)
-    if not _is_number(value) or not 0.0 < value < math.inf or (value >= 1 and value != math.floor(value)):
-        raise ValueError(
-            f"{name} must be a whole number of steps (1 or more) or a ratio between 0 and 1, got {value!r}: "
-            f"for example 50 for 50 steps, or 0.1 for a tenth of them."
-        )
+    if not _is_number(value) or not 0.0 < value < math.inf or (value >= 1 and value % 1):
+        raise ValueError(f"{name} must be a whole number of steps (1 or more) or a ratio below 1, got {value!r}.")
     if value >= 1:
         return int(value)
     product = total * value
     nearest = round(product)
-    # 0.07 * 100 is 7.000000000000001 in floats, and its ceiling 8. A product this close to a whole number is that
-    # number: rounding the ratio and the product moves it by 2.3e-16 of itself at most. The test is relative, so a tiny
-    # ratio still gives 1 step and never 0.
+    # 0.07 * 100 is 7.000000000000001 in floats, and its ceiling 8: rounding moves a product by 2.3e-16 of itself at
+    # most. A relative test, so that a tiny ratio gives 1 step and never 0.
     return nearest if math.isclose(product, nearest, rel_tol=1e-12) else math.ceil(product)
 
 
@@ -502,9 +417,6 @@ def _is_number(value: object) -> bool:
 
 
 def _whole(name: str, value: float, *, at_least: int) -> int:
-    """Return a number of steps as an integer, or refuse it."""
-    # NaN and infinity are not integers to float.is_integer(), so this covers them.
-    whole = _is_number(value) and (isinstance(value, int) or value.is_integer())
-    if not whole or value < at_least:
+    if not _is_number(value) or value % 1 or value < at_least:  # NaN % 1 and inf % 1 are NaN, which is true
         raise ValueError(f"{name} must be a whole number of steps, {at_least} or more, got {value!r}.")
     return int(value)

@@ -72,19 +72,12 @@ def test_whole_curve_equals_transformers_after_the_warmup(total, decay, warmup, 
 
 @pytest.mark.parametrize("floor", [0.01, 0.1, 0.5])
 @pytest.mark.parametrize("decay", [1, 7, 40])
-def test_exponential_is_minicpms_half_life_form(floor, decay):
+def test_exponential_is_minicpms_half_life_form_and_inverse_makes_one_over_lr_linear(floor, decay):
     half_life = decay * math.log(2) / -math.log(floor)
     for s in range(decay):
-        value = wsd(60 + s, total_steps=60 + decay, decay_steps=decay, decay_type="exponential", min_lr_ratio=floor)
-        assert value == pytest.approx(0.5 ** (s / half_life), rel=1e-12)
-
-
-@pytest.mark.parametrize("floor", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize("decay", [1, 7, 40])
-def test_inverse_makes_one_over_lr_linear(floor, decay):
-    for s in range(decay):
-        value = wsd(60 + s, total_steps=60 + decay, decay_steps=decay, decay_type="inverse", min_lr_ratio=floor)
-        assert 1 / value == pytest.approx(1 + (1 / floor - 1) * s / decay, rel=1e-12)
+        f = partial(wsd, 60 + s, total_steps=60 + decay, decay_steps=decay, min_lr_ratio=floor)
+        assert f(decay_type="exponential") == pytest.approx(0.5 ** (s / half_life), rel=1e-12)
+        assert 1 / f(decay_type="inverse") == pytest.approx(1 + (1 / floor - 1) * s / decay, rel=1e-12)
 
 
 @pytest.mark.parametrize("decay_type", DECAY_TYPES)
@@ -106,27 +99,15 @@ def test_wsd_boundaries(decay_type):
 
 
 @pytest.mark.parametrize("decay_type", DECAY_TYPES)
-def test_wsd_s_golden_values_of_levanter(decay_type):
-    f = partial(
-        wsd_s,
-        budgets=[300, 700, 1000],
-        decay_steps=[30, 40, 30],
-        decay_type=decay_type,
-        min_lr_ratio=FLOOR_OF[decay_type],
-    )
-    assert [f(s) for s in (0, 269, 300, 659, 701, 969)] == [1.0] * 6
-    assert all(f(s) < 1.0 for s in (271, 661, 971))
-
-
-@pytest.mark.parametrize("decay_type", DECAY_TYPES)
 def test_wsd_s_decays_to_each_budget_and_jumps_back(decay_type):
     floor = FLOOR_OF[decay_type]
-    f = partial(wsd_s, budgets=(300, 700, 1000), decay_steps=(30, 70, 100), decay_type=decay_type, min_lr_ratio=floor)
-    for budget, decay in ((300, 30), (700, 70), (1000, 100)):
+    f = partial(wsd_s, budgets=(300, 700, 1000), decay_steps=(30, 40, 30), decay_type=decay_type, min_lr_ratio=floor)
+    for budget, decay in ((300, 30), (700, 40), (1000, 30)):
         assert [f(budget - decay - 1), f(budget - decay)] == [1.0, 1.0]
         for s in range(decay):
             assert f(budget - decay + s) == decay_multiplier(s / decay, decay_type, floor)
-    assert [f(s) for s in (300, 301, 700, 701)] == [1.0] * 4
+    assert [f(s) for s in (0, 269, 300, 301, 659, 700, 701, 969)] == [1.0] * 8  # golden values of levanter
+    assert all(f(s) < 1.0 for s in (271, 661, 971))
     assert [f(s) for s in (1000, 1001)] == [floor] * 2
 
 
@@ -154,36 +135,25 @@ def test_one_budget_is_wsd_number_for_number(total, decay, warmup, decay_type):
 # Ratios and counts
 
 
-@pytest.mark.parametrize(
-    ("value", "total", "count"),
-    [(0.1, 300, 30), (0.1, 700, 70), (0.1, 1000, 100), (0.07, 100, 7), (0.1, 1001, 101), (1e-9, 5, 1), (1e-15, 5, 1)]
-    + [(0.999999, 10, 10), (1, 500, 1), (1.0, 500, 1), (40, 10, 40), (40.0, 300, 40)],
-)
-def test_count_from_ratio(value, total, count):
-    converted = count_from_ratio(value, total, name="--decay_steps")
-    assert converted == count and type(converted) is int
-
-
 def test_ratios_in_per_mille_are_exact_for_every_total():
-    # Oracle: integers only. ceil(a / b) is -(-a // b).
+    """Oracle: integers only, ceil(a / b) is -(-a // b)."""
     for per_mille in range(1, 1000):
         for total in (1, 7, 100, 300, 700, 1000, 4096, 999_983):
             assert count_from_ratio(per_mille / 1000, total, name="x") == -(-per_mille * total // 1000)
 
 
-@pytest.mark.parametrize("value", [0.1, 0.25, 0.013, 5, 1])
+@pytest.mark.parametrize("value", [0.1, 0.25, 0.013, 1e-15, 0.999999, 5, 1, 1.0, 40.0])
 def test_count_from_ratio_is_upstreams_rule_for_warmup_steps(value, tmp_path):
     upstream = TrainingArguments(output_dir=str(tmp_path), warmup_steps=value, report_to=[]).get_warmup_steps(640)
-    assert count_from_ratio(value, 640, name="--warmup_steps") == upstream
+    count = count_from_ratio(value, 640, name="--warmup_steps")
+    assert count == upstream and type(count) is int
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1, -0.1, 1.5, 30.5, NAN, INF, -INF, True, "0.1", None])
 def test_count_from_ratio_rejects(value):
-    with pytest.raises(
-        ValueError, match=r"^--decay_steps must be a whole number of steps.* or a ratio .*got "
-    ) as error:
+    message = rf"^--decay_steps must be a whole number of steps.* or a ratio .*got {value!r}\."
+    with pytest.raises(ValueError, match=message):
         count_from_ratio(value, 300, name="--decay_steps")
-    assert repr(value) in str(error.value)
 
 
 # Errors: at construction, and so in the pure functions
@@ -199,30 +169,18 @@ def expect(kind, pure, arguments, message):
             call(**arguments)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "least"),
-    [(name, value, 1) for name in ("total_steps", "decay_steps") for value in [*NOT_A_COUNT, 0]]
-    + [("warmup_steps", value, 0) for value in NOT_A_COUNT],
-)
-def test_wsd_rejects_what_is_no_count(name, value, least):
-    message = f"^{name} must be a whole number of steps, {least} or more, got {value!r}"
-    expect(WSD, wsd, {**SIZES, name: value}, message)
-
-
 @pytest.mark.parametrize("value", NOT_A_COUNT)
-def test_wsd_s_rejects_what_is_no_count(value):
+def test_only_whole_numbers_are_counts(value):
     tail = f"must be a whole number of steps, [01] or more, got {value!r}"
-    expect(WSDS, wsd_s, {**BUDGETS, "warmup_steps": value}, f"^warmup_steps {tail}")
-    expect(WSDS, wsd_s, {**BUDGETS, "rewarmup_steps": value}, f"^rewarmup_steps {tail}")
-    expect(WSDS, wsd_s, {**BUDGETS, "budgets": [50, value]}, f"^each of budgets {tail}")
-    expect(WSDS, wsd_s, {**BUDGETS, "decay_steps": [value, 10]}, f"^each of decay_steps {tail}")
-
-
-@pytest.mark.parametrize("step", NOT_A_COUNT)
-def test_step_must_be_a_count(step):
+    for name in ("total_steps", "decay_steps", "warmup_steps"):
+        expect(WSD, wsd, {**SIZES, name: value}, f"^{name} {tail}")
+    for name in ("warmup_steps", "rewarmup_steps"):
+        expect(WSDS, wsd_s, {**BUDGETS, name: value}, f"^{name} {tail}")
+    for name in ("budgets", "decay_steps"):
+        expect(WSDS, wsd_s, {**BUDGETS, name: [value, 100]}, f"^each of {name} {tail}")
     for curve in (partial(wsd, **SIZES), partial(wsd_s, **BUDGETS)):
-        with pytest.raises(ValueError, match=f"^step must be a whole number of steps, 0 or more, got {step!r}"):
-            curve(step)
+        with pytest.raises(ValueError, match=f"^step {tail}"):
+            curve(value)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +203,9 @@ def test_bad_shapes_and_floors_are_rejected(changes, message):
     expect(WSDS, wsd_s, {**BUDGETS, **changes}, message)
 
 
-def test_decay_and_warmup_longer_than_the_run_are_rejected():
+@pytest.mark.parametrize("name", SIZES)
+def test_lengths_are_1_or_more_and_fit_into_the_run(name):
+    expect(WSD, wsd, {**SIZES, name: 0}, f"^{name} must be a whole number of steps, 1 or more, got 0")
     WSD(total_steps=100, decay_steps=60, warmup_steps=40)
     message = r"^Warm-up and decay \(41 \+ 60 steps\) do not fit between steps 0 and 100\. Shorten"
     expect(WSD, wsd, dict(total_steps=100, decay_steps=60, warmup_steps=41), message)
@@ -254,11 +214,11 @@ def test_decay_and_warmup_longer_than_the_run_are_rejected():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(budgets=[], decay_steps=[]), r"^budgets must be a list .*got \[\]"),
-        (dict(budgets=300, decay_steps=[30]), r"^budgets must be a list .*got 300"),
-        (dict(budgets="300", decay_steps=[30]), r"^budgets must be a list .*got '300'"),
-        (dict(budgets=[300], decay_steps=30), r"^decay_steps must be a list .*got 30"),
-        (dict(budgets=[300], decay_steps=[30, 40]), r"^decay_steps=\[30, 40\] has 2 lengths for 1 budgets"),
+        (dict(budgets=[], decay_steps=[]), r"^budgets=\[\] and decay_steps=\[\] must be lists of one length"),
+        (dict(budgets=300, decay_steps=[30]), "^budgets=300 and .* must be lists"),
+        (dict(budgets="300", decay_steps="300"), "^budgets='300' and .* must be lists"),
+        (dict(budgets=[300], decay_steps=30), "and decay_steps=30 must be lists"),
+        (dict(budgets=[300], decay_steps=[30, 40]), "must be lists of one length.* Give one decay per budget"),
         (dict(budgets=[0, 300], decay_steps=[1, 1]), r"^each of budgets must be .* 1 or more, got 0"),
         (dict(budgets=[50, 100], decay_steps=[0, 1]), r"^each of decay_steps must be .* 1 or more, got 0"),
         (dict(budgets=[300, 300], decay_steps=[1, 1]), r"^budgets must increase, got 300 after 300 in \[300, 300\]"),
@@ -270,10 +230,7 @@ def test_decay_and_warmup_longer_than_the_run_are_rejected():
 )
 def test_bad_budgets_are_rejected(arguments, message):
     expect(WSDS, wsd_s, arguments, message)
-
-
-def test_decays_that_just_fit_are_accepted():
-    WSDS(budgets=(50, 100), decay_steps=(44, 47), warmup_steps=6, rewarmup_steps=3)
+    WSDS(budgets=(50, 100), decay_steps=(44, 47), warmup_steps=6, rewarmup_steps=3)  # just fits
 
 
 # What the objects know
@@ -322,10 +279,10 @@ SHAPE = {"warmup_steps": 0, "decay_type": "1-sqrt", "min_lr_ratio": 0.0}
 )
 def test_a_schedule_survives_the_manifest_and_pickle(schedule, manifest):
     """The keywords are those of manifests of format 2."""
-    assert schedule.to_dict() == manifest
-    read = Schedule.from_dict(schedule.name, json.loads(json.dumps(manifest)))
-    assert read == schedule and hash(read) == hash(schedule)
-    assert pickle.loads(pickle.dumps(schedule)) == schedule
+    written = json.loads(json.dumps(schedule.to_dict()))
+    assert written == manifest | ({"rewarmup_steps": 0} if schedule.name == "wsd_s" else {})
+    read = Schedule.from_dict(schedule.name, manifest)
+    assert read == schedule == pickle.loads(pickle.dumps(schedule)) and hash(read) == hash(schedule)
     assert read != replace(schedule, warmup_steps=1)
 
 
@@ -418,7 +375,7 @@ def test_a_schedule_of_ones_own_is_one_class(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"lr_scheduler_kwargs": None}, "does not fit lr_scheduler_type=halving: .*period"),
+        ({"lr_scheduler_kwargs": None}, "does not describe a schedule .halving.: .*period"),
         ({"lr_scheduler_kwargs": {"periods": 5}}, "periods has no effect with halving. Use decay_steps, period"),
         ({"min_lr_ratio": 0.5}, "min_lr_ratio=0.5 has no effect with lr_scheduler_type=halving. Use wsd or wsd_s"),
     ],
@@ -431,4 +388,4 @@ def test_its_options_are_checked(tmp_path, change, message):
 
 def test_docstring_examples():
     result = doctest.testmod(schedules)
-    assert result.failed == 0 and result.attempted >= 5
+    assert result.failed == 0 and result.attempted >= 3

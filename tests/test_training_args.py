@@ -137,7 +137,7 @@ REFUSED = [
     ({"optim": "radam", "decay_steps": math.nan}, "decay_steps"),
     ({"optim": "radam", "decay_steps": 101}, "101"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [50, 50]}, "50"),
-    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [150]}, "reach past the end of the run at step 100"),
+    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [150]}, "budgets=[150] must lie after step 0"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [math.nan]}, "budgets"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [95], "decay_steps": 10}, "10"),
     (

@@ -129,7 +129,7 @@ def test_wsd_s_several_extensions_in_a_row(tmp_path, short, planned):
     run(tmp_path / "b", source=short / "wsd_s", **WSD_S, max_steps=40)
     last = run(tmp_path / "c", source=tmp_path / "b", **WSD_S, budgets=[50], max_steps=60)
     assert_same(last, planned(**WSD_S, budgets=[20, 40, 50], max_steps=60))
-    with pytest.raises(ValueError, match="budgets=\\[30\\]: the run is past step 30 of 60, at its budget 40"):
+    with pytest.raises(ValueError, match="budgets=\\[30\\] must lie after step 40, the last budget that the run"):
         run(tmp_path / "x", source=tmp_path / "b", **WSD_S, budgets=[30], max_steps=60)
 
 
