@@ -19,14 +19,11 @@ CONSTANT_SCHEDULES = ("constant", "constant_with_warmup")
 
 
 class _OptimizerName(ExplicitEnum):
-    """Members hash by name, as in transformers: its table of optimizers is a dict keyed by them."""
-
-    __hash__ = ExplicitEnum.__hash__
+    __hash__ = ExplicitEnum.__hash__  # by name, as in transformers: its table of optimizers is a dict keyed by them
 
     def __format__(self, spec: str) -> str:
-        """Format as the member of transformers with this value, if there is one: in a model card, for instance."""
-        known = self.value in {member.value for member in OptimizerNames}
-        return format(OptimizerNames(self.value) if known else str(self.value), spec)
+        """Format as transformers does, in a model card for instance."""
+        return format(OptimizerNames[self.name] if self.name in OptimizerNames.__members__ else self.value, spec)
 
 
 class _WithRegistered(EnumMeta):
@@ -39,9 +36,7 @@ class _WithRegistered(EnumMeta):
 
 
 class _SchedulerName(ExplicitEnum, metaclass=_WithRegistered):
-    """Members hash by value, so that `SchedulerType(member)` finds its own."""
-
-    __hash__ = str.__hash__
+    __hash__ = str.__hash__  # by value, so that `SchedulerType(member)` finds its own
 
     @classmethod
     def _missing_(cls, value: object) -> Any:
@@ -54,33 +49,27 @@ class _SchedulerName(ExplicitEnum, metaclass=_WithRegistered):
         return member
 
 
-def _extended(base: Any, upstream: type[ExplicitEnum], name: str, more: dict[str, str]) -> Any:
-    """Make an enum, as search back-ends turn a value into `type(old_value)(value)`."""
-    members = {member.name: member.value for member in upstream} | more
-    return base(name, members, module=__name__)
-
-
-OptimizerName = _extended(
-    _OptimizerName, OptimizerNames, "OptimizerName", {"RADAM": "radam", "RADAM_SCHEDULEFREE": "radam_schedulefree"}
-)
-"""Every optimizer of transformers, `radam` and `radam_schedulefree`."""
-SchedulerName = _extended(
-    _SchedulerName, SchedulerType, "SchedulerName", {"AUTO": "auto", "WSD": "wsd", "WSD_S": "wsd_s"}
-)
-"""Every schedule of transformers, `auto`, `wsd`, `wsd_s`, and each `Schedule` that is defined later."""
-
-OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Callable[[str], Any]]]] = {}
-"""The optimizers of this package: their class, and the options that `--optim_args` may set, each with its type."""
-
-
 def _boolean(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise ValueError("must be true or false")
     return text.lower() == "true"
 
 
-OPTIMIZERS["radam"] = (RAdam, {"foreach": _boolean})
-OPTIMIZERS["radam_schedulefree"] = (
-    RAdamScheduleFree,
-    {"r": float, "weight_lr_power": float, "silent_sgd_phase": _boolean, "foreach": _boolean},
-)
+def _extended(base: Any, upstream: type[ExplicitEnum], name: str, *more: str) -> Any:
+    """Make an enum, as search back-ends turn a value into `type(old_value)(value)`."""
+    members = {member.name: member.value for member in upstream} | {value.upper(): value for value in more}
+    return base(name, members, module=__name__)
+
+
+OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Callable[[str], Any]]]] = {
+    "radam": (RAdam, {"foreach": _boolean}),
+    "radam_schedulefree": (
+        RAdamScheduleFree,
+        {"r": float, "weight_lr_power": float, "silent_sgd_phase": _boolean, "foreach": _boolean},
+    ),
+}
+"""The optimizers of this package: their class, and the options that `--optim_args` may set, each with its type."""
+OptimizerName = _extended(_OptimizerName, OptimizerNames, "OptimizerName", *OPTIMIZERS)
+"""Every optimizer of transformers, `radam` and `radam_schedulefree`."""
+SchedulerName = _extended(_SchedulerName, SchedulerType, "SchedulerName", "auto", "wsd", "wsd_s")
+"""Every schedule of transformers, `auto`, `wsd`, `wsd_s`, and each `Schedule` that is defined later."""

@@ -22,6 +22,10 @@ UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler
 EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
 
 
+def _flag(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 class HorizonError(ValueError):
     """Arguments that do not fit into a run of this length, which may be known only when training begins."""
 
@@ -37,100 +41,61 @@ class RAdamTrainingArguments(TrainingArguments):
         ValueError: For any value or combination under which a method would not do what it says.
     """
 
-    optim: OptimizerName | str = field(
-        default=TrainingArguments.__dataclass_fields__["optim"].default,
-        metadata={
-            "help": "Optimizer: `radam`, `radam_schedulefree` (also as `schedule_free_radam`), or any name that "
-            "transformers knows."
-        },
+    optim: OptimizerName | str = _flag(
+        TrainingArguments.__dataclass_fields__["optim"].default,
+        "Optimizer: `radam`, `radam_schedulefree` (or `schedule_free_radam`), or any name that transformers knows.",
     )
-    lr_scheduler_type: SchedulerName | str = field(
-        default="auto",
-        metadata={
-            "help": "Schedule: `wsd`, `wsd_s`, or any name that transformers knows. `auto` is a constant learning rate "
-            "(after `warmup_steps`) for `radam_schedulefree` and with `ewa`, `wsd` for `radam` alone, and else the "
-            "default of transformers."
-        },
+    lr_scheduler_type: SchedulerName | str = _flag(
+        "auto",
+        "Schedule: `wsd`, `wsd_s`, or any name that transformers knows. `auto` is a constant learning rate (after "
+        "`warmup_steps`) for `radam_schedulefree` and with `ewa`, `wsd` for `radam` alone, and else the default of "
+        "transformers.",
     )
-    decay_steps: float = field(
-        default=0.1,
-        metadata={
-            "help": "Length of the decay of `wsd` and `wsd_s`: in steps, or below 1 as a ratio of the whole run (WSD) "
-            "or of each budget (WSD-S)."
-        },
+    decay_steps: float = _flag(
+        0.1,
+        "Length of the decay: in steps, or below 1 as a ratio of the run (`wsd`) or of each budget (`wsd_s`).",
     )
-    decay_type: str = field(
-        default="1-sqrt",
-        metadata={"help": "Shape of the decay: `linear`, `cosine`, `1-sqrt`, `exponential` or `inverse`."},
+    decay_type: str = _flag("1-sqrt", "Shape of the decay: `linear`, `cosine`, `1-sqrt`, `exponential` or `inverse`.")
+    min_lr_ratio: float = _flag(0.0, "Learning rate at the end of the decay, as a ratio of `learning_rate`.")
+    budgets: list[float] | None = _flag(
+        None,
+        "Steps at which `wsd_s` ends a decay, or ratios of the run below 1. The end of the run is always the last "
+        "budget and need not be listed; by default it is the only one.",
     )
-    min_lr_ratio: float = field(
-        default=0.0,
-        metadata={"help": "Learning rate at the end of the decay, as a ratio of `learning_rate`."},
+    ewa: bool = _flag(
+        False, "Keep an EWA, an exponential moving average of the weights: evaluation and the saved model use it."
     )
-    budgets: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Steps at which `wsd_s` ends a decay, or ratios of the whole run below 1. The end of the run is "
-            "always the last budget and need not be listed; by default it is the only one."
-        },
+    ewa_half_life_ratio: float | None = _flag(
+        None,
+        "Half-life of the average as a ratio of the steps since averaging began, so that its window grows. "
+        f"{DEFAULT_HALF_LIFE_RATIO} unless `ewa_decay` is set.",
     )
-    ewa: bool = field(
-        default=False,
-        metadata={
-            "help": "Keep an EWA, an exponential moving average of the weights: it is what is evaluated and what ships."
-        },
+    ewa_decay: float | None = _flag(
+        None,
+        "Decay of the average per step, such as 0.999: a window of fixed length in place of one that grows.",
     )
-    ewa_half_life_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "Half-life of the average as a ratio of the steps since averaging began, so that its window grows "
-            f"with the run. {DEFAULT_HALF_LIFE_RATIO} unless `ewa_decay` is set."
-        },
+    ewa_every: int = _flag(1, "Steps between two averagings. The window of the average stays the same.")
+    ewa_start_step: int = _flag(0, "Completed steps before averaging begins. 0 averages from the first step on.")
+    ewa_device: str | None = _flag(
+        None,
+        "`cpu` keeps the average in host memory and updates it there while a GPU computes on. By default it is kept "
+        "on the device of the model.",
     )
-    ewa_decay: float | None = field(
-        default=None,
-        metadata={
-            "help": "Decay of the average per step, such as 0.999, for a window of fixed length in place of "
-            "`ewa_half_life_ratio`. By default the window grows."
-        },
+    ewa_eval_raw: bool = _flag(False, "Evaluate the training weights too, and report their loss as `eval_raw_loss`.")
+    fused_optimizer: str = _flag(
+        "auto",
+        "Make each step of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or `auto`, "
+        "which does so wherever it is possible.",
     )
-    ewa_every: int = field(
-        default=1, metadata={"help": "Steps between two averagings. The window of the average stays the same."}
+    extend_from: str | None = _flag(
+        None,
+        "Folder of a run to continue to a larger `max_steps`: from the checkpoint before its decay (`wsd`), at its "
+        "last budget (`wsd_s`), or from its last checkpoint. Prints the old and the new schedule.",
     )
-    ewa_start_step: int = field(
-        default=0, metadata={"help": "Completed steps before averaging begins. 0 averages from the first step on."}
-    )
-    ewa_device: str | None = field(
-        default=None,
-        metadata={
-            "help": "`cpu` keeps the average in host memory and updates it there while a GPU computes on. By default "
-            "it is kept on the device of the model."
-        },
-    )
-    ewa_eval_raw: bool = field(
-        default=False,
-        metadata={"help": "Evaluate the training weights too, and report their loss as `eval_raw_loss`."},
-    )
-    fused_optimizer: str = field(
-        default="auto",
-        metadata={
-            "help": "Make each step of `radam` and `radam_schedulefree` in one pass over memory: `true`, `false`, or "
-            "`auto`, which does so wherever it is possible."
-        },
-    )
-    extend_from: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of a run to continue to a larger `max_steps`: from the checkpoint before its decay (WSD), "
-            "at its last budget (WSD-S), or from its last checkpoint. Prints the old and the new schedule."
-        },
-    )
-    recalibrate_batch_norm_batches: int = field(
-        default=50,
-        metadata={
-            "help": "Training batches from which the BatchNorm statistics of averaged weights are computed; 0 takes "
-            "those of the training weights. Without effect on a model that has no BatchNorm layer."
-        },
+    recalibrate_batch_norm_batches: int = _flag(
+        50,
+        "Training batches from which the BatchNorm statistics of averaged weights are computed; 0 takes those of the "
+        "training weights. Without effect on a model that has no BatchNorm layer.",
     )
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -167,8 +132,7 @@ class RAdamTrainingArguments(TrainingArguments):
     def check(self) -> None:
         """Raise `ValueError` for values under which a method would not do what it says.
 
-        Called when the arguments are made, and by the trainer before training, as fields may have been set since
-        (each trial of a search does).
+        The trainer calls it again before training, as a search sets fields.
         """
         self.optim, self.lr_scheduler_type = self._resolved_names()
         self._check_names()
@@ -194,10 +158,6 @@ class RAdamTrainingArguments(TrainingArguments):
 
     def schedule(self, total_steps: int, past: SchedulePast | None = None) -> Schedule | None:
         """Return the schedule of a run of `total_steps` steps; None for the schedules of transformers.
-
-        Args:
-            total_steps: Length of the run.
-            past: What a resumed or extended run keeps of the schedule that it followed so far.
 
         Raises:
             HorizonError: If decay, warm-up and budgets do not fit into the run.
@@ -279,13 +239,12 @@ class RAdamTrainingArguments(TrainingArguments):
                 f"{unused} has no effect with lr_scheduler_type={schedule}. Use {' or '.join(sorted(fitting))}, or "
                 "leave it out."
             )
-        unknown = (
-            [] if kind is None else [n for n in self.lr_scheduler_kwargs or {} if n not in options - {*SCHEDULE_FLAGS}]
-        )
+        further = options - {*SCHEDULE_FLAGS}
+        unknown = set() if kind is None else {*(self.lr_scheduler_kwargs or {})} - further
         if unknown:
             raise ValueError(
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {unknown[0]} has no effect with {schedule}. Use "
-                f"{', '.join(sorted(options | {'warmup_steps'}))}."
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {min(unknown)} has no effect with {schedule}. "
+                f"Use the flags, and here {', '.join(sorted(further)) or 'nothing'}."
             )
 
     def _check_fused(self) -> None:
@@ -296,8 +255,7 @@ class RAdamTrainingArguments(TrainingArguments):
         name = OptimizerName(self.optim).value
         if wanted == "true" and name not in OPTIMIZERS:
             raise ValueError(
-                f"fused_optimizer=true has no effect with optim={name}. Use {' or '.join(OPTIMIZERS)}, or leave it out "
-                "(transformers has adamw_torch_fused)."
+                f"fused_optimizer=true has no effect with optim={name}. Use {' or '.join(OPTIMIZERS)}, or leave it out."
             )
         self.fused_optimizer = wanted
 
@@ -305,8 +263,7 @@ class RAdamTrainingArguments(TrainingArguments):
         """Check what can be before the length of the run is known."""
         if self.recalibrate_batch_norm_batches < 0:
             raise ValueError(
-                f"recalibrate_batch_norm_batches={self.recalibrate_batch_norm_batches} is negative. Use 0 to switch "
-                "it off."
+                f"recalibrate_batch_norm_batches={self.recalibrate_batch_norm_batches} is negative. Use 0 or more."
             )
         if self.lr_scheduler_type in Schedule.registered():
             check_decay(self.decay_type, self.min_lr_ratio)
@@ -337,8 +294,8 @@ class RAdamTrainingArguments(TrainingArguments):
         schedule = SchedulerName(self.lr_scheduler_type).value
         if schedule not in (*Schedule.registered(), *CONSTANT_SCHEDULES):
             raise ValueError(
-                f"extend_from={self.extend_from} with lr_scheduler_type={schedule}: its past would change with its "
-                "length. Use wsd, wsd_s or a constant learning rate."
+                f"extend_from={self.extend_from} with lr_scheduler_type={schedule}: a longer run has another past. Use "
+                "wsd, wsd_s or a constant learning rate."
             )
         if self.max_steps <= 0:
             raise ValueError(f"extend_from={self.extend_from} needs a new length of the run. Set --max_steps.")

@@ -376,7 +376,7 @@ def test_a_schedule_of_ones_own_is_one_class(tmp_path):
     ("change", "message"),
     [
         ({"lr_scheduler_kwargs": None}, "does not describe a schedule .halving.: .*period"),
-        ({"lr_scheduler_kwargs": {"periods": 5}}, "periods has no effect with halving. Use decay_steps, period"),
+        ({"lr_scheduler_kwargs": {"periods": 5}}, "periods has no effect with halving. Use the flags, and here period"),
         ({"min_lr_ratio": 0.5}, "min_lr_ratio=0.5 has no effect with lr_scheduler_type=halving. Use wsd or wsd_s"),
     ],
     ids=str,
