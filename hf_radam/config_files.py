@@ -18,9 +18,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
-YAML_SUFFIXES, JSON_SUFFIX = (".yaml", ".yml"), ".json"
-MISSPELT = 0.85
-"""A key that is this similar to a known one (`difflib`, 1 for equal) is refused as misspelt."""
+MISSPELT = 0.85  # similarity (`difflib`, 1 for equal) to a known key from which a key is refused as misspelt
 
 
 def one_sentence(error: BaseException) -> str:
@@ -29,7 +27,7 @@ def one_sentence(error: BaseException) -> str:
 
 
 def close_matches(name: str, known: Sequence[str]) -> str:
-    """Return the end of a sentence that names the known words closest to `name`."""
+    """Return a question that names the known words closest to `name`."""
     close = difflib.get_close_matches(name, known, n=3)
     return f"did you mean {' or '.join(close)}?" if close else "--help lists the known ones"
 
@@ -39,9 +37,9 @@ class ConfigArgumentParser(HfArgumentParser):
 
     Args:
         dataclass_types: The dataclasses, in the order in which `parse` returns them.
-        refuse: Ends the process with a sentence; called for all input that is wrong.
-        allow_other_keys: Whether the file may have keys of other dataclasses, which `other_keys` then lists. A key that
-            is nearly one of these is refused all the same.
+        refuse: Ends the process with a sentence; called for all wrong input.
+        allow_other_keys: Whether the file may have further keys, which `other_keys` then lists, unless they look like
+            misspelt fields.
         **kwargs: As for `HfArgumentParser`.
     """
 
@@ -77,26 +75,23 @@ class ConfigArgumentParser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         tokens = self._file_tokens(argv.pop(0)) if argv and not argv[0].startswith("-") else []
         namespace, rest = self.parse_known_args(tokens + argv)
+        if rest and not rest[0].startswith("-"):
+            self.error(f"unexpected argument {rest[0]!r}: a YAML file comes first, other values follow their --flags")
         if rest:
-            self._refuse_word(rest[0])
+            name = rest[0].split("=")[0]
+            self.error(f"unknown flag {name}: {close_matches(name, [*self._option_string_actions])}")
         values = vars(namespace) | instead
+        made = []
         try:
-            return tuple(
-                kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init})
-                for kind in self.dataclass_types
-            )
+            for kind in self.dataclass_types:
+                made.append(kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.init}))
+            return tuple(made)
         except (ValueError, TypeError, ImportError, FileNotFoundError) as error:
             self.error(one_sentence(error))
 
-    def _refuse_word(self, word: str) -> NoReturn:
-        if not word.startswith("-"):
-            self.error(f"unexpected argument {word!r}: a YAML file comes first, every other value follows its --flag")
-        name = word.split("=")[0]
-        self.error(f"unknown flag {name}: {close_matches(name, [*self._option_string_actions])}")
-
     def _file_tokens(self, path: str) -> list[str]:
         """Return a file as flags; values that no flag can spell become defaults."""
-        if not path.endswith((*YAML_SUFFIXES, JSON_SUFFIX)):
+        if not path.endswith((".yaml", ".yml", ".json")):
             self.error(f"{path!r} is not a .yaml, .yml or .json file: such a file comes first, or only --flags")
         self._source = f"{path}: "
         tokens: list[str] = []
@@ -114,22 +109,25 @@ class ConfigArgumentParser(HfArgumentParser):
 
     def _entries(self, path: str) -> list[tuple[Any, Any, Any]]:
         """Read (key, its text or texts, its value), in the order of the file."""
+        keys: list[str] = []
         try:
             with open(path, encoding="utf-8") as file:
-                read = (_read_json if path.endswith(JSON_SUFFIX) else _read_yaml)(file.read())
+                text = file.read()
+            if path.endswith(".json"):  # YAML would make two characters of an escaped one beyond the BMP
+                texts, values = json.loads(text, parse_int=str, parse_float=str), json.loads(text)
+            else:
+                texts, values = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
+                keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
         except OSError as error:
             self.error(f"cannot be read: {error.strerror}")
-        except json.JSONDecodeError as error:
-            self.error(f"is not valid JSON: {error}")
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            self.error(f"is not valid YAML: {error}")
-        if read is None:
+        except (yaml.YAMLError, ValueError) as error:
+            self.error(f"is not valid {'JSON' if path.endswith('.json') else 'YAML'}: {error}")
+        if not isinstance(values, dict):
             self.error("holds no settings: write one `name: value` a line")
-        keys, texts, values = read
         for key in keys:
             if keys.count(key) > 1:
                 self.error(f"key {key!r} stands there {keys.count(key)} times: keep one of them")
-        return list(zip(keys, texts.values(), values.values(), strict=True))
+        return list(zip(texts, texts.values(), values.values(), strict=True))
 
     def _tokens(self, key: str, text: Any, value: Any) -> list[str]:
         """Return one value of the file as a flag."""
@@ -142,8 +140,6 @@ class ConfigArgumentParser(HfArgumentParser):
             if not text:
                 self.error(f"{key} is an empty list: give it a value, or leave the key out")
             return [f"--{key}", *text]
-        if isinstance(value, dict) and str in _members(self._hints[key]):
-            return [f"--{key}={json.dumps(value)}"]
         if not any(isinstance(value, getattr(m, "__origin__", m)) for m in _members(self._hints[key])):
             kind = "list" if isinstance(value, list) else "mapping"
             self.error(f"{key} takes one value, not the {kind} {value!r}")
@@ -151,25 +147,8 @@ class ConfigArgumentParser(HfArgumentParser):
         return []
 
 
-def _read_yaml(text: str) -> tuple[list[Any], dict[Any, Any], dict[Any, Any]] | None:
-    """Read keys, texts and values of a mapping; None for anything else."""
-    node = yaml.compose(text, yaml.SafeLoader)
-    if not isinstance(node, yaml.MappingNode):
-        return None
-    return [key.value for key, _ in node.value], yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-
-
-def _read_json(text: str) -> tuple[list[Any], dict[Any, Any], dict[Any, Any]] | None:
-    """Do the same for JSON: YAML would make two characters of an escaped one beyond the BMP."""
-    values = json.loads(text)
-    if not isinstance(values, dict):
-        return None
-    keys = [key for key, _ in json.loads(text, object_pairs_hook=list)]  # a dictionary has each of them once
-    return keys, json.loads(text, parse_int=str, parse_float=str), values
-
-
 def _members(hint: Any) -> tuple[Any, ...]:
-    """Return the classes that a type hint admits, without those inside `list[...]` and `dict[...]`."""
+    """Return the classes of a type hint, without those inside `list[...]` and `dict[...]`."""
     is_class = isinstance(hint, type) or hasattr(hint, "__origin__") and isinstance(hint.__origin__, type)
     members = (hint,) if is_class else tuple(m for arg in get_args(hint) for m in _members(arg))
     return tuple(m for m in members if isinstance(getattr(m, "__origin__", m), type))
