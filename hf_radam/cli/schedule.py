@@ -1,8 +1,7 @@
 """`hf-radam schedule`: the learning rates of a run before there is one, without training and without hashing.
 
-The learning rates are those of the scheduler that the trainer would make: `Schedule.multiplier`, or the function inside
-the scheduler that transformers makes. Steps are counted as everywhere in this package: a phase "50-4500" has the steps
-after 50 to 4499 completed ones, and the state at its end is `checkpoint-4500`.
+The learning rates are those of the scheduler that the trainer would make. A phase "50-4500" has the steps after 50 to
+4499 completed ones, and the state at its end is `checkpoint-4500`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import math
 import shutil
 import textwrap
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_radam.checkpoints.runs import PREFIX
@@ -35,13 +34,11 @@ def add(commands: Any) -> None:
         "schedule",
         run,
         usage="hf-radam schedule [CONFIG] [--png FILE] [--flag value ...]",
-        description="Print what the learning rate will be: the phases with their lengths in steps and their learning "
-        "rates, the checkpoints that are pinned, and the curve in one line. For every scheduler, also those of "
-        "transformers, that does not follow the losses of the training.\n\n"
+        description="Print the phases of a schedule with their steps and learning rates, the checkpoints that are "
+        "pinned, and the curve in one line. For every scheduler that does not follow the losses of the training.\n\n"
         "CONFIG is a file as examples/run_clm.py takes it (.yaml, .yml, .json; keys for model and data are ignored), "
         "and the flags after it are those of RAdamTrainingArguments: they win over the file.",
         examples=[
-            "hf-radam schedule configs/radam_wsd.yaml",
             "hf-radam schedule configs/radam_wsd.yaml --max_steps 5000 --decay_steps 0.1 --png schedule.png",
             "hf-radam schedule --optim radam --lr_scheduler_type wsd_s --max_steps 1000 --budgets 300 700",
             "hf-radam schedule --lr_scheduler_type cosine --warmup_steps 0.05 --max_steps 2000",
@@ -52,11 +49,7 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Return the output and the exit code.
-
-    Raises:
-        ValueError: If the flags are not those of a run whose schedule can be known.
-    """
+    """Return the output and the exit code."""
     if arguments.png is not None:
         plot.check_suffix(arguments.png, (".png",))
         plot.import_matplotlib()
@@ -83,33 +76,23 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Preview:
-    """A schedule, resolved for a run.
-
-    Attributes:
-        summary: The schedule in a line.
-        rates: Learning rate of every step, the first at index 0.
-        phases: The phases, which together are the run.
-        pinned: Paths of the checkpoints that are kept for good, by their steps.
-        factors: RAdam's rectification of every step, None where it is undefined; None for another optimizer.
-        notes: Further lines by their labels: of RAdam's factor and of the average.
-        warning: What training would warn of in the schedule, or None.
-    """
+    """A schedule, resolved for a run."""
 
     summary: str
     rates: list[float]
+    """Learning rate of every step, the first at index 0."""
     phases: list[Phase]
     pinned: dict[int, str]
+    """Paths of the checkpoints that are kept for good, by their steps."""
     factors: list[float | None] | None
+    """RAdam's rectification of every step, None where it is undefined; None for another optimizer."""
     notes: dict[str, str]
+    """Further lines by their labels."""
     warning: str | None
 
 
 def preview(args: RAdamTrainingArguments, past: SchedulePast | None = None) -> Preview:
-    """Resolve the schedule of a run of `args.max_steps` steps.
-
-    Raises:
-        ValueError: If the length of the run is not set, or the schedule follows the losses of the training.
-    """
+    """Resolve the schedule of a run of `args.max_steps` steps, or raise `ValueError` if that cannot be known."""
     if args.max_steps <= 0:
         raise ValueError(
             f"max_steps is not set, and num_train_epochs={args.num_train_epochs:g} is a number of steps only with the "
@@ -124,14 +107,16 @@ def preview(args: RAdamTrainingArguments, past: SchedulePast | None = None) -> P
     phases = phases_of_rates(rates) if schedule is None else schedule.phases()
     folders = {} if schedule is None else {phase.end: schedule.pinned_at(phase.end) for phase in phases}
     factors = _factors(args, total)
-    notes = {"RAdam's factor": _describe_factors(factors, args), "average (EWA)": _describe_average(args, total)}
+    notes = {} if factors is None else {"RAdam's factor": _describe_factors(factors, args)}
+    if args.ewa:
+        notes["average (EWA)"] = _describe_average(args, total)
     return Preview(
         summary=describe_schedule(schedule, name=name, total_steps=total),
         rates=rates[:-1],
         phases=phases,
         pinned={step: f"{folder}/{PREFIX}{step}" for step, folder in folders.items() if folder is not None},
         factors=factors,
-        notes={label: note for label, note in notes.items() if note is not None},
+        notes=notes,
         warning=None if schedule is None else schedule.warning(),
     )
 
@@ -139,15 +124,10 @@ def preview(args: RAdamTrainingArguments, past: SchedulePast | None = None) -> P
 def transformers_multiplier(
     args: RAdamTrainingArguments, total: int, past: SchedulePast | None
 ) -> Callable[[int], float]:
-    """Return the function of the completed steps by which a scheduler of transformers multiplies the learning rate.
-
-    Raises:
-        ValueError: If transformers refuses its options, or the schedule has no such function.
-    """
+    """Return the function by which a scheduler of transformers multiplies the learning rate, or raise `ValueError`."""
     import torch
     from transformers import get_scheduler
 
-    kwargs: Any = args.lr_scheduler_kwargs
     name = f"lr_scheduler_type={args.lr_scheduler_type.value}"  # type: ignore[union-attr]  # resolved when made
     try:
         scheduler = get_scheduler(
@@ -155,35 +135,31 @@ def transformers_multiplier(
             optimizer=torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate),
             num_warmup_steps=args.resolve_warmup_steps(total, past),
             num_training_steps=total,
-            scheduler_specific_kwargs=kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,  # type: ignore[arg-type]  # a dictionary by now
         )
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} with lr_scheduler_kwargs={kwargs} is refused by transformers: {error}") from error
+        raise ValueError(f"{name}: transformers refuses its lr_scheduler_kwargs. {error}") from error
     if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
         raise ValueError(f"{name} follows the losses of the training, so its curve is not known before.")
-    (function,) = scheduler.lr_lambdas
-    return function
+    return scheduler.lr_lambdas[0]
 
 
 def phases_of_rates(rates: Sequence[float]) -> list[Phase]:
-    """Return the phases of any curve: a step belongs to a warm-up, a stable phase or a decay by what follows it.
+    """Return the phases of any curve, given the learning rate of each step and one more after the last.
 
-    So the first step of a decay is still at the peak, as in `wsd`. A rise that ends a fall in one step is the jump of a
-    restart: the step before it belongs to the fall, and another phase begins.
-
-    Args:
-        rates: The learning rate of each step, and that of one after the last.
+    The rate after a step tells its phase, so the first step of a decay is still at the peak. A rise of one step after a
+    decay is the jump of a restart.
     """
-    changes = [(after > before) - (after < before) for before, after in itertools.pairwise(rates)]
-    jumps = {
-        index
-        for index, change in enumerate(changes)
-        if change > 0 and index > 0 and changes[index - 1] < 0 and changes[index + 1 : index + 2] != [1]
-    }
-    signs = [-1 if index in jumps else change for index, change in enumerate(changes)]
-    starts = [0] + [i for i in range(1, len(signs)) if signs[i] != signs[i - 1] or i - 1 in jumps]
     names = {1: WARM_UP, 0: STABLE, -1: DECAY}
-    return [Phase(names[signs[start]], start, end) for start, end in itertools.pairwise([*starts, len(signs)])]
+    changes = [(after > before) - (after < before) for before, after in itertools.pairwise(rates)]
+    phases: list[Phase] = []
+    for change, group in itertools.groupby(range(len(changes)), changes.__getitem__):
+        start, *rest = group
+        if change > 0 and not rest and phases and phases[-1].name == DECAY:
+            phases[-1] = replace(phases[-1], end=start + 1)
+        else:
+            phases.append(Phase(names[change], start, start + len(rest) + 1))
+    return phases
 
 
 def report(found: Preview, *, width: int, blocks: str = BLOCKS) -> list[str]:
@@ -203,7 +179,7 @@ def report(found: Preview, *, width: int, blocks: str = BLOCKS) -> list[str]:
 
 
 def sparkline(values: Sequence[float], *, width: int, blocks: str = BLOCKS) -> str:
-    """Draw values of 0 or more in one line; a character stands for the lowest of its values, so that no dip is lost."""
+    """Draw values of 0 or more in one line; a character stands for the lowest of its values."""
     columns, top = min(max(width, 1), len(values)), max(values) or 1.0
     edges = [column * len(values) // columns for column in range(columns + 1)]
     lowest = [min(values[start:end]) for start, end in itertools.pairwise(edges)]
@@ -211,38 +187,29 @@ def sparkline(values: Sequence[float], *, width: int, blocks: str = BLOCKS) -> s
 
 
 def _factors(args: RAdamTrainingArguments, total: int) -> list[float | None] | None:
-    from hf_radam.names import OptimizerName
     from hf_radam.optim import radam, schedule_free
 
-    thresholds = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}
-    threshold = thresholds.get(OptimizerName(args.optim).value)
+    threshold = {"radam": radam.THRESHOLD, "radam_schedulefree": schedule_free.THRESHOLD}.get(args.optim.value)  # type: ignore[union-attr]
     if threshold is None:
         return None
     return [radam.rectification(n, beta2=args.adam_beta2, threshold=threshold) for n in range(1, total + 1)]
 
 
-def _describe_factors(factors: list[float | None] | None, args: RAdamTrainingArguments) -> str | None:
+def _describe_factors(factors: list[float | None], args: RAdamTrainingArguments) -> str:
     """Say at which step RAdam's factor on the learning rate is what."""
-    if factors is None:
-        return None
     defined = [factor for factor in factors if factor is not None]
-    before = len(factors) - len(defined)
-    options = (args.optimizer_class_and_kwargs() or (None, {}))[1]
-    silent = "none" if options.get("silent_sgd_phase", True) else "plain gradient steps"
-    parts = [f"{'plain momentum' if args.optim == 'radam' else silent} in steps 1-{before}"] if before else []
-    if defined:
-        parts.append(f"{defined[0]:.3f} at step {before + 1}")
+    first = len(factors) - len(defined) + 1
+    parts = [f"undefined in steps 1-{first - 1}"] if first > 1 else []
+    parts += [f"{defined[0]:.3f} at step {first}"] if defined else []
     for level in (0.5, 0.9, 0.99):
-        reached = next((step for step, factor in enumerate(defined, before + 1) if factor >= level), None)
+        reached = next((step for step, factor in enumerate(defined, first) if factor >= level), None)
         parts += [] if reached is None else [f"{level:g} from step {reached}"]
     return f"{', '.join(parts)} (beta2 {args.adam_beta2:g})"
 
 
-def _describe_average(args: RAdamTrainingArguments, total: int) -> str | None:
+def _describe_average(args: RAdamTrainingArguments, total: int) -> str:
     from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 
-    if not args.ewa:
-        return None
     begins = f"from step {args.ewa_start_step + args.ewa_every} on"
     if args.ewa_decay is not None:
         half_life = -math.log(2) / math.log(args.ewa_decay)
