@@ -110,6 +110,36 @@ def trainer(folder: Path, model: nn.Module | None = None, **overrides: Any) -> R
     return RAdamTrainer(model, arguments(folder, **overrides), train_dataset=TRAIN, eval_dataset=EVAL)
 
 
+def trained(
+    folder: Path,
+    model: nn.Module | None = None,
+    *,
+    resume: Path | str | bool | None = None,
+    until: int | None = None,
+    **overrides: Any,
+) -> RAdamTrainer:
+    """Train to the end, or until a step as if interrupted then; returns the trainer."""
+    made = trainer(folder, model, **overrides)
+    if until is not None:
+        made.add_callback(StopAfter(until))
+    made.train(resume_from_checkpoint=str(resume) if isinstance(resume, Path) else resume)
+    return made
+
+
+def state(trainer: RAdamTrainer) -> dict[str, torch.Tensor]:
+    """Everything that training would continue with: weights, state and numbers of the optimizer, average."""
+    optimizer = trainer.optimizer.state_dict()
+    found = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
+    for number, group in enumerate(optimizer["param_groups"]):
+        numbers = {k: v for k, v in group.items() if isinstance(v, (int, float))}
+        found |= {f"group {number}.{k}": torch.tensor(v, dtype=torch.float64) for k, v in numbers.items()}
+    if trainer.average is not None:
+        found |= {f"average.{k}": v for k, v in trainer.average.averaged_state_dict().items()}
+        found |= {f"average: {k}": torch.tensor(v, dtype=torch.float64) for k, v in trainer.average.counters().items()}
+    weights = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
+    return parameters(weights) | {k: torch.as_tensor(v) for k, v in found.items()}
+
+
 def parameters(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 

@@ -361,7 +361,8 @@ class RAdamTrainerMixin(_Base):
 
     def _recalibrate_batch_norm(self) -> None:
         """Recalibrate with the same seeded training batches, for whatever weights the model holds."""
-        batch_size, dataset = self._train_batch_size, self.train_dataset
+        batch_size = self._train_batch_size
+        dataset: Any = self.train_dataset  # which has a length
         generator = torch.Generator().manual_seed(self.args.seed)
         count = self.args.recalibrate_batch_norm_batches * batch_size
         order = torch.randperm(len(dataset), generator=generator)[:count].tolist()

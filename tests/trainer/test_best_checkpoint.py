@@ -55,8 +55,7 @@ def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_th
     trainer.add_callback(Saved())
     trainer.train()
     assert saves == [5, 10, 15, 20]
-    twin = tiny.trainer(tmp_path / "twin", **tiny.METHODS["ewa"], max_steps=15)
-    twin.train()
+    twin = tiny.trained(tmp_path / "twin", **tiny.METHODS["ewa"], max_steps=15)
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-15")
     assert tiny.same(tiny.parameters(trainer.model), twin.average.averaged_state_dict())
 
@@ -80,6 +79,5 @@ def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path,
     options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "greater_is_better": True}
     options |= {"metric_for_best_model": "loss", "save_total_limit": 2}
     tiny.trainer(Path("run"), **options, max_steps=10).train()
-    trainer = tiny.trainer(tmp_path / "run", **options)
-    trainer.train(resume_from_checkpoint=True)
+    tiny.trained(tmp_path / "run", **options, resume=True)
     assert names(tmp_path / "run") == ["checkpoint-20", "checkpoint-5"]

@@ -39,20 +39,9 @@ class Stream(torch.utils.data.IterableDataset):
             yield from tiny.TRAIN
 
 
-def state(trainer):
-    optimizer = trainer.optimizer.state_dict()["state"]
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, entry in optimizer.items() for k, v in entry.items()}
-    average = trainer.average.averaged_state_dict() if trainer.average is not None else {}
-    return (
-        tiny.parameters(trainer._bare_model)
-        | {f"optimizer.{k}": v for k, v in moments.items()}
-        | {f"average.{k}": v for k, v in average.items()}
-    )
-
-
 def run(folder, options, *, until=None, resume=None, data=tiny.TRAIN):
     args = tiny.arguments(folder, **{"save_strategy": "steps", "save_steps": 3} | options)
-    trainer = RAdamTrainer(tiny.llama(), args, train_dataset=data, eval_dataset=tiny.EVAL)
+    trainer = RAdamTrainer(tiny.llama(), args, train_dataset=data)
     if until is not None:
         trainer.add_callback(tiny.StopAfter(until))
     trainer.train(resume_from_checkpoint=resume)
@@ -65,9 +54,7 @@ def assert_twice_resumed_is_the_whole(tmp_path, options, data=tiny.TRAIN):
     run(tmp_path / "parts", options, until=17, resume=True, data=data)
     resumed = run(tmp_path / "parts", options, resume=True, data=data)
     assert resumed.state.global_step == whole.state.global_step
-    assert tiny.same(state(whole), state(resumed))
-    if whole.average is not None:
-        assert whole.average.counters() == resumed.average.counters()
+    assert tiny.same(tiny.state(whole), tiny.state(resumed))
 
 
 @pytest.mark.parametrize("extra", OPTIONS.values(), ids=OPTIONS)

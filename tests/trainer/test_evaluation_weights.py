@@ -31,10 +31,9 @@ def folder_of(options: dict) -> str | None:
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_evaluate_is_what_ships(tmp_path, method):
     options = tiny.METHODS[method]
-    trainer = tiny.trainer(
+    trainer = tiny.trained(
         tmp_path, **options, save_strategy="steps", save_steps=15, eval_strategy="steps", eval_steps=5
     )
-    trainer.train()
     reported = [
         entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 15
     ]
@@ -68,8 +67,7 @@ KINDS = [("ewa", build) for build in (tiny.mixtral, tiny.tied, tiny.bf16, tiny.p
 @pytest.mark.parametrize(("method", "build"), KINDS)
 def test_other_kinds_of_model(tmp_path, method, build):
     options = tiny.METHODS[method] | ({"optim": "adamw_torch"} if build is tiny.bf16 else {})
-    trainer = tiny.trainer(tmp_path, build(), **options, save_strategy="steps", save_steps=10)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, build(), **options, save_strategy="steps", save_steps=10)
     loss = trainer.evaluate()["eval_loss"]
     # bf16 logits of other batch shapes: 3 significant digits
     close = 2e-2 if build is tiny.bf16 else CLOSE
@@ -90,8 +88,7 @@ def test_other_kinds_of_model(tmp_path, method, build):
 @pytest.mark.parametrize("method", ["ewa", "schedule_free_ewa"])
 def test_raw_weights_are_evaluated_beside_the_average(tmp_path, method):
     """Of a schedule-free run they are y."""
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS[method], ewa_eval_raw=True)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, **tiny.METHODS[method], ewa_eval_raw=True)
     metrics = trainer.evaluate()
     assert tiny.loss_of(trainer.model) == pytest.approx(metrics["eval_raw_loss"], abs=CLOSE)
     assert metrics["eval_raw_loss"] != metrics["eval_loss"]
@@ -140,8 +137,7 @@ def test_a_model_of_two_dtypes_ships_as_it_was_evaluated(tmp_path):
         model.model.layers[0].mlp.register_forward_pre_hook(lambda module, args: (args[0].float(),))
         model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: output.bfloat16())
         options = tiny.METHODS[method] | {"optim": "adamw_torch", "save_strategy": "steps", "save_steps": 20}
-        trainer = tiny.trainer(tmp_path / name, model, **options)
-        trainer.train()
+        trainer = tiny.trained(tmp_path / name, model, **options)
         shipped = load_evaluation_model(tmp_path / name / "checkpoint-20")
         with trainer.evaluation_weights():
             evaluated = tiny.parameters(trainer.model)
@@ -155,8 +151,7 @@ def test_a_model_of_two_dtypes_ships_as_it_was_evaluated(tmp_path):
 def finished_run(tmp_path_factory):
     """A finished run with checkpoints after 10 and 20 steps, its model saved; and the loss it reported at the end."""
     folder = tmp_path_factory.mktemp("finished")
-    trainer = tiny.trainer(folder, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10)
-    trainer.train()
+    trainer = tiny.trained(folder, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=10)
     trainer.save_model()
     return folder, trainer.evaluate()["eval_loss"]
 
@@ -229,8 +224,7 @@ def test_manifest_lists_every_file_with_its_hash(finished_run):
 
 
 def test_a_checkpoints_root_is_not_overwritten_with_evaluation_weights(tmp_path):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["schedule_free"], save_strategy="steps", save_steps=20)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, **tiny.METHODS["schedule_free"], save_strategy="steps", save_steps=20)
     with pytest.raises(ValueError, match="would overwrite the training weights of that checkpoint"):
         trainer.save_model(str(tmp_path / "checkpoint-20"))
     root = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-20")
@@ -255,8 +249,7 @@ def test_weights_that_the_class_does_not_save_stay_the_models_own(tmp_path, monk
     model = tiny.llama()
     model.lm_head.requires_grad_(False)
     options = {"eval_strategy": "steps", "eval_steps": 10, "save_strategy": "steps", "save_steps": 10}
-    trainer = tiny.trainer(tmp_path, model, **tiny.METHODS["ewa"], **options, load_best_model_at_end=True)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, model, **tiny.METHODS["ewa"], **options, load_best_model_at_end=True)
     assert torch.equal(model.lm_head.weight, tiny.llama().lm_head.weight)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, abs=CLOSE)
 

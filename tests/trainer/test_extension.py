@@ -20,33 +20,13 @@ BUDGETS = WSD_S | {"budgets": [20]}
 EWA = tiny.METHODS["ewa"]
 
 
-def run(folder, *, until=None, source=None, resume=None, **options):
-    """Train for as long as the arguments say, or be interrupted after step `until`."""
-    if source is not None:
-        options["extend_from"] = str(source)
-    trainer = tiny.trainer(folder, **options)
-    if until is not None:
-        trainer.add_callback(tiny.StopAfter(until))
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
-
-
-def state(trainer):
-    """Everything that training would continue with."""
-    average = trainer.average
-    optimizer = trainer.optimizer.state_dict()
-    moments = {f"{i}.{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
-    return (
-        tiny.parameters(trainer.model),
-        {} if average is None else average.averaged_state_dict() | {k: v for k, v in moments.items()},
-        None if average is None else average.counters(),
-        [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]],
-    )
+def run(folder, *, source=None, **options):
+    extension = {} if source is None else {"extend_from": str(source)}
+    return tiny.trained(folder, **options, **extension)
 
 
 def assert_same(one, other):
-    for a, b in zip(state(one), state(other), strict=True):
-        assert tiny.same(a, b) if isinstance(a, dict) and a and hasattr(next(iter(a.values())), "shape") else a == b
+    assert tiny.same(tiny.state(one), tiny.state(other))
 
 
 @pytest.fixture(scope="module")

@@ -12,29 +12,16 @@ from hf_radam import RAdamTrainer
 from hf_radam.checkpoints.manifest import CheckpointError
 
 
-def finished(folder, build=tiny.llama, resume=None, **options):
-    """Train to the end; returns training weights, averages (or None) and the trainer."""
-    trainer = tiny.trainer(folder, build(), **options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    average = trainer.average.averaged_state_dict() if trainer.average is not None else {}
-    return tiny.parameters(trainer.model), average, trainer
+def assert_same(one, other):
+    assert tiny.same(tiny.state(one), tiny.state(other))
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_evaluating_and_saving_change_nothing(tmp_path, method):
-    options = tiny.METHODS[method]
-    quiet, quiet_average, _ = finished(tmp_path / "quiet", **options)
+    quiet = tiny.trained(tmp_path / "quiet", **tiny.METHODS[method])
     for every in (1, 7):
-        busy, busy_average, _ = finished(
-            tmp_path / str(every),
-            **options,
-            eval_strategy="steps",
-            eval_steps=every,
-            save_strategy="steps",
-            save_steps=every,
-            eval_on_start=True,
-        )
-        assert tiny.same(quiet, busy) and tiny.same(quiet_average, busy_average)
+        busy = {"eval_strategy": "steps", "eval_steps": every, "save_strategy": "steps", "save_steps": every}
+        assert_same(quiet, tiny.trained(tmp_path / str(every), **tiny.METHODS[method], **busy, eval_on_start=True))
 
 
 def test_the_test_above_can_fail(tmp_path):
@@ -53,26 +40,32 @@ def test_the_test_above_can_fail(tmp_path):
 def test_resuming_is_bitwise_in_every_phase(tmp_path, method, accumulation, steps):
     """Warm-up, stable phase, both decays of WSD-S, a budget, between averagings, ends of epochs and of the run."""
     options = tiny.METHODS[method] | {"gradient_accumulation_steps": accumulation, "warmup_steps": 4}
-    weights, average, twin = finished(tmp_path, **options, save_strategy="steps", save_steps=1)
+    twin = tiny.trained(tmp_path, **options, save_strategy="steps", save_steps=1)
     loss = twin.evaluate()["eval_loss"]
     for step in steps:
-        again, average_again, trainer = finished(
-            tmp_path / "resumed", resume=tmp_path / f"checkpoint-{step}", **options
-        )
-        assert tiny.same(weights, again), step
-        assert tiny.same(average, average_again), step
-        assert trainer.state.global_step == 20 and trainer.evaluate()["eval_loss"] == loss
-        if trainer.average is not None:
-            assert trainer.average.counters() == twin.average.counters()
+        again = tiny.trained(tmp_path / "resumed", **options, resume=tmp_path / f"checkpoint-{step}")
+        assert_same(twin, again)
+        assert again.state.global_step == 20 and again.evaluate()["eval_loss"] == loss
 
 
-@pytest.mark.parametrize("build", [tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen, tiny.float64])
+class OfTwo(tiny.LlamaForCausalLM):
+    """A model that is not made from a configuration alone."""
+
+    def __init__(self, config, extra):
+        super().__init__(config)
+        self.extra = extra
+
+
+def of_two():
+    torch.manual_seed(0)
+    return OfTwo(tiny.LlamaConfig(**tiny.SIZES), extra=1)
+
+
+@pytest.mark.parametrize("build", [tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen, tiny.float64, of_two])
 def test_resuming_is_bitwise_for_other_models(tmp_path, build):
     options = {"optim": "adamw_torch", "ewa": True, "ewa_every": 2, "save_strategy": "steps", "save_steps": 7}
-    weights, average, _ = finished(tmp_path, build, **options)
-    shutil.rmtree(tmp_path / "checkpoint-20")
-    again, average_again, _ = finished(tmp_path, build, resume=tmp_path / "checkpoint-7", **options)
-    assert tiny.same(weights, again) and tiny.same(average, average_again)
+    twin = tiny.trained(tmp_path, build(), **options)
+    assert_same(twin, tiny.trained(tmp_path / "again", build(), **options, resume=tmp_path / "checkpoint-7"))
 
 
 def test_with_none_of_our_flags_the_trainer_is_upstreams(tmp_path):
@@ -113,7 +106,7 @@ def runs(tmp_path_factory):
     """The folder of finished runs with checkpoints after 10 and 20 steps."""
     folder = tmp_path_factory.mktemp("runs")
     for name, options in (("ewa", EWA), ("wsd", WSD), ("stock", STOCK), ("warm", EWA | {"warmup_steps": 15})):
-        finished(folder / name, **options)
+        tiny.trained(folder / name, **options)
     return folder
 
 
@@ -138,24 +131,23 @@ REFUSED = [
 @pytest.mark.parametrize(("checkpoint", "options", "message"), REFUSED, ids=[f"{c}: {m}" for c, _, m in REFUSED])
 def test_what_cannot_be_resumed_is_refused(tmp_path, runs, checkpoint, options, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        finished(tmp_path, resume=runs / checkpoint, **options)
+        tiny.trained(tmp_path, resume=runs / checkpoint, **options)
 
 
 def test_a_stock_checkpoint_resumes_and_the_average_starts_there(tmp_path, runs):
     options = STOCK | {"ewa": True, "ewa_decay": 0.9}
-    weights, average, first = finished(tmp_path, resume=runs / "stock/checkpoint-10", **options)
+    first = tiny.trained(tmp_path, resume=runs / "stock/checkpoint-10", **options)
     counters = first.average.counters()
     assert (counters["num_averaged"], counters["last_step"], counters["start_step"]) == (10, 20, 10)
-    assert not tiny.same(weights, average)
+    assert not tiny.same(tiny.parameters(first.model), first.average.averaged_state_dict())
     # and a run resumed from that one continues with it
-    _, again, second = finished(tmp_path, resume=tmp_path / "checkpoint-20", **options)
-    assert tiny.same(again, average) and second.average.start_step == 10
+    assert_same(first, tiny.trained(tmp_path, resume=tmp_path / "checkpoint-20", **options))
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path, runs):
     for sizes in ({"num_hidden_layers": 1}, {"num_hidden_layers": 3}, {"hidden_size": 16}):
         with pytest.raises(CheckpointError, match="does not hold the weights of|cannot be read as a"):
-            finished(tmp_path, lambda sizes=sizes: tiny.llama(**sizes), resume=runs / "ewa/checkpoint-10", **EWA)
+            tiny.trained(tmp_path, tiny.llama(**sizes), resume=runs / "ewa/checkpoint-10", **EWA)
 
 
 @pytest.mark.parametrize(
@@ -170,20 +162,20 @@ def test_incomplete_checkpoints_are_refused(tmp_path, runs, name, message):
     copy = shutil.copytree(runs / "ewa/checkpoint-10", tmp_path / "copy" / "checkpoint-10")
     (copy / name).unlink()
     with pytest.raises(CheckpointError, match=re.escape(message)):
-        finished(tmp_path, resume=copy, **EWA)
+        tiny.trained(tmp_path, resume=copy, **EWA)
 
 
 def test_a_stock_checkpoint_without_an_optimizer_is_refused(tmp_path, runs):
     copy = shutil.copytree(runs / "stock/checkpoint-10", tmp_path / "copy" / "checkpoint-10")
     (copy / "optimizer.pt").unlink()  # as save_only_model leaves it
     with pytest.raises(CheckpointError, match="has no optimizer.pt, so it cannot be resumed"):
-        finished(tmp_path, resume=copy, **STOCK, ewa=True)
+        tiny.trained(tmp_path, resume=copy, **STOCK, ewa=True)
 
 
 def test_a_dropped_or_changed_average_is_logged(tmp_path, runs, caplog):
-    finished(tmp_path / "a", resume=runs / "ewa/checkpoint-10", **EWA, ewa_every=2)
+    tiny.trained(tmp_path / "a", resume=runs / "ewa/checkpoint-10", **EWA, ewa_every=2)
     assert "the average continues with another window (old, new): {'every': (1, 2)}" in caplog.text
-    finished(tmp_path / "b", resume=runs / "ewa/checkpoint-10", optim="radam", lr_scheduler_type="constant")
+    tiny.trained(tmp_path / "b", resume=runs / "ewa/checkpoint-10", optim="radam", lr_scheduler_type="constant")
     assert "has an average, and ewa is off: it ends here" in caplog.text
 
 
@@ -202,35 +194,12 @@ def test_streaming_data_resumes_bitwise_in_its_first_epoch_and_is_refused_later(
         return trainer
 
     whole = streamed(tmp_path)
-    again = streamed(tmp_path / "again", str(tmp_path / "checkpoint-12"))
-    assert tiny.same(tiny.parameters(whole.model), tiny.parameters(again.model))
-    assert tiny.same(whole.average.averaged_state_dict(), again.average.averaged_state_dict())
+    assert_same(whole, streamed(tmp_path / "again", str(tmp_path / "checkpoint-12")))
     with pytest.raises(CheckpointError, match="is in epoch 2 of a train_dataset without a length"):
         streamed(tmp_path / "late", str(tmp_path / "checkpoint-18"))
 
 
-class OfTwo(tiny.LlamaForCausalLM):
-    """A model that is not made from a configuration alone."""
-
-    def __init__(self, config, extra):
-        super().__init__(config)
-        self.extra = extra
-
-
-def test_a_class_that_from_pretrained_cannot_make_resumes_bitwise(tmp_path):
-    def build():
-        torch.manual_seed(0)
-        return OfTwo(tiny.LlamaConfig(**tiny.SIZES), extra=1)
-
-    options = tiny.METHODS["ewa"] | {"save_strategy": "steps", "save_steps": 10}
-    weights, average, _ = finished(tmp_path, build, **options)
-    again, average_again, _ = finished(tmp_path / "again", build, resume=tmp_path / "checkpoint-10", **options)
-    assert tiny.same(weights, again) and tiny.same(average, average_again)
-
-
-def test_more_steps_may_be_asked_for_while_the_schedule_is_stable(tmp_path):
-    options = {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 5}
-    finished(tmp_path / "short", **options, save_strategy="steps", save_steps=10)
-    longer, _, _ = finished(tmp_path / "short", resume=tmp_path / "short/checkpoint-10", **options | {"max_steps": 30})
-    planned, _, _ = finished(tmp_path / "long", **options | {"max_steps": 30})
-    assert tiny.same(longer, planned)
+def test_more_steps_may_be_asked_for_while_the_schedule_is_stable(tmp_path, runs):
+    options = tiny.METHODS["wsd"] | {"max_steps": 30}
+    longer = tiny.trained(tmp_path / "longer", **options, resume=runs / "wsd/checkpoint-10")
+    assert_same(longer, tiny.trained(tmp_path / "planned", **options))

@@ -44,16 +44,14 @@ def options(method):
     ],
 )
 def test_a_request_at_any_moment_of_a_step_is_met_after_it(tmp_path, method, event):
-    twin = tiny.trainer(tmp_path / "twin", **options(method))
-    twin.train()
+    twin = tiny.trained(tmp_path / "twin", **options(method))
     for step in (3, 8):  # 8 is the last of its epoch
         folder = tmp_path / str(step)
         trainer = tiny.trainer(folder, **options(method))
         trainer.add_callback(Request(trainer, step, event))
         trainer.train()
         assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
-        resumed = tiny.trainer(folder, **options(method))
-        resumed.train(resume_from_checkpoint=True)
+        resumed = tiny.trained(folder, **options(method), resume=True)
         assert tiny.same(tiny.parameters(twin.model), tiny.parameters(resumed.model))
         if twin.average is not None:
             assert tiny.same(twin.average.averaged_state_dict(), resumed.average.averaged_state_dict())
@@ -75,8 +73,7 @@ def test_what_is_saved_can_be_resumed_though_other_checkpoints_have_no_optimizer
     )
     trainer.add_callback(Request(trainer, 4, "on_pre_optimizer_step"))
     trainer.train()
-    resumed = tiny.trainer(tmp_path, **options("ewa"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    resumed = tiny.trained(tmp_path, **options("ewa"), resume=tmp_path / "checkpoint-4")
     assert resumed.state.global_step == 20
 
 

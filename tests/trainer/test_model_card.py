@@ -126,8 +126,7 @@ def test_the_code_loads_an_adapter_on_its_base_and_a_class_from_its_module(tmp_p
 def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monkeypatch):
     sent = []
     tiny.spy_on_hub(monkeypatch, lambda folder, path: sent.append((folder / "README.md").read_text("utf-8")))
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], push_to_hub=True, hub_strategy="end")
-    trainer.train()
+    trainer = tiny.trained(tmp_path, **tiny.METHODS["ewa"], push_to_hub=True, hub_strategy="end")
     trainer.push_to_hub(tags=["mine", "wsd"])
     trainer.push_to_hub()
     assert 'AutoModelForCausalLM.from_pretrained("me/run")' in sent[0] and "model of this repository has" in sent[0]
@@ -137,8 +136,7 @@ def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monke
 
 @pytest.mark.parametrize("metadata", ["key: [", "5", "1: 2", "tags: 5"])
 def test_a_card_that_was_damaged_is_only_logged(tmp_path, caplog, metadata):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], max_steps=1)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, **tiny.METHODS["ewa"], max_steps=1)
     damaged = f"---\n{metadata}\n---\n<!-- hf_radam -->\n<!-- hf_radam: end -->\n"
     (tmp_path / "README.md").write_text(damaged)
     trainer.save_model()

@@ -47,8 +47,7 @@ def rates(trainer):
 
 def test_it_trains_pins_resumes_and_extends(tmp_path):
     run = tmp_path / "run"
-    trainer = tiny.trainer(run, **OPTIONS)
-    trainer.train()
+    trainer = tiny.trained(run, **OPTIONS)
     assert rates(trainer) == [1e-2] * 14 + [5e-3] * 6
     manifest = read_manifest(run / "checkpoint-8")
     assert manifest["method"]["lr_scheduler_type"] == "staircase"
@@ -57,16 +56,13 @@ def test_it_trains_pins_resumes_and_extends(tmp_path):
     )
     assert [ref.path.name for ref in list_checkpoints(run) if ref.pinned_in == "_pre_decay"] == ["checkpoint-14"]
 
-    resumed = tiny.trainer(tmp_path / "again", **OPTIONS)
-    resumed.train(resume_from_checkpoint=str(run / "checkpoint-16"))
+    resumed = tiny.trained(tmp_path / "again", **OPTIONS, resume=run / "checkpoint-16")
     assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(resumed.model))
 
     with pytest.raises(CheckpointError, match="--extend_from .*run --max_steps 40"):
         tiny.trainer(tmp_path / "x", **OPTIONS, max_steps=40).train(resume_from_checkpoint=str(run / "checkpoint-16"))
-    extended = tiny.trainer(tmp_path / "longer", **OPTIONS, max_steps=40, extend_from=str(run))
-    extended.train()
-    alone = tiny.trainer(tmp_path / "alone", **OPTIONS, max_steps=40)
-    alone.train()
+    extended = tiny.trained(tmp_path / "longer", **OPTIONS, max_steps=40, extend_from=str(run))
+    alone = tiny.trained(tmp_path / "alone", **OPTIONS, max_steps=40)
     assert tiny.same(tiny.parameters(extended.model), tiny.parameters(alone.model))
     assert rates(extended) == [1e-2] * 34 + [5e-3] * 6
 

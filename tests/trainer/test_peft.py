@@ -42,16 +42,6 @@ def only(weights, names) -> dict[str, torch.Tensor]:
     return {name: weights[name] for name in names}
 
 
-def finished(folder, model, resume=None, **options):
-    """Train; returns what trains, its average, the optimizer's state and the trainer."""
-    trainer = tiny.trainer(folder, model, **options)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
-    states = trainer.optimizer.state_dict()["state"]
-    optimizer = {f"{i}.{key}": torch.as_tensor(value) for i, state in states.items() for key, value in state.items()}
-    average = {} if trainer.average is None else trainer.average.averaged_state_dict()
-    return trained(model), average, optimizer, trainer
-
-
 @pytest.mark.parametrize(
     ("method", "modules"),
     [("ewa", None), ("schedule_free", ["lm_head"]), ("schedule_free_ewa", ["embed_tokens"]), ("wsd", ["lm_head"])],
@@ -59,8 +49,9 @@ def finished(folder, model, resume=None, **options):
 def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, method, modules):
     run, options = tmp_path / "run", tiny.METHODS[method] | SAVING
     model = lora(tmp_path, modules_to_save=modules)
-    *twin, trainer = finished(run, model, **options)
-    weights, averages, loss, checkpoint = twin[0], twin[1], trainer.evaluate()["eval_loss"], run / "checkpoint-20"
+    trainer = tiny.trained(run, model, **options)
+    weights, loss, checkpoint = trained(model), trainer.evaluate()["eval_loss"], run / "checkpoint-20"
+    averages = trainer.average.averaged_state_dict() if trainer.average else {}
     source = {"wsd": None, "schedule_free": "schedule_free"}.get(method, "ewa")
     folder = checkpoint / source / "adapter" if source else checkpoint
     assert read_manifest(checkpoint)["evaluation"]["folder"] == (f"{source}/adapter" if source else None)
@@ -89,9 +80,8 @@ def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, meth
     assert tiny.same(weights, trained(model))
     assert (abs(tiny.loss_of(model) - loss) > 10 * CLOSE) == (source is not None)
     again = lora(tmp_path, modules_to_save=modules)
-    *resumed, second = finished(tmp_path / "again", again, resume=run / "checkpoint-15", **options)
-    assert all(tiny.same(one, other) for one, other in zip(twin, resumed, strict=True))
-    assert trainer.average is None or trainer.average.counters() == second.average.counters()
+    resumed = tiny.trained(tmp_path / "again", again, resume=run / "checkpoint-15", **options)
+    assert tiny.same(tiny.state(trainer), tiny.state(resumed))
 
 
 def bf16_based(folder, kind):
@@ -119,9 +109,9 @@ def test_a_bf16_base(tmp_path, method, kind):
 
     options = tiny.METHODS[method] | SAVING | {"bf16": kind != "all bf16"}
     options |= {"optim": "adamw_torch"} if method == "ewa" else {}
-    *twin, trainer = finished(tmp_path / "run", make(), **options)
-    *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
-    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+    trainer = tiny.trained(tmp_path / "run", make(), **options)
+    again = tiny.trained(tmp_path / "again", make(), **options, resume=tmp_path / "run" / "checkpoint-5")
+    assert tiny.same(tiny.state(trainer), tiny.state(again))
     file = load_file(tmp_path / "run" / "checkpoint-20" / method / "adapter" / "adapter_model.safetensors")
     assert {value.dtype for value in file.values()} == {torch.float32}
     with trainer.evaluation_weights():
@@ -131,9 +121,10 @@ def test_a_bf16_base(tmp_path, method, kind):
     assert tiny.same(shipped, evaluated)
     as_told = load_evaluation_model(tmp_path / "run", dtype=torch.float32)
     assert {p.dtype for p in as_told.parameters()} == {torch.float32}
-    assert only(tiny.parameters(as_told), twin[0]).keys() == twin[0].keys()
     if method == "ewa":  # in float32 nothing of the average is lost
-        assert tiny.same(only(tiny.parameters(as_told), twin[0]), only(twin[1], twin[0]))
+        averages = trainer.average.averaged_state_dict()
+        names = trained(trainer.model)
+        assert tiny.same(only(tiny.parameters(as_told), names), only(averages, names))
 
 
 def test_a_base_of_two_dtypes_comes_back_as_it_was(tmp_path):
@@ -147,8 +138,7 @@ def test_a_base_of_two_dtypes_comes_back_as_it_was(tmp_path):
     for module in model.modules():
         if "Norm" in type(module).__name__:
             module.register_forward_hook(lambda module, args, output: output.bfloat16())
-    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
-    trainer.train()
+    trainer = tiny.trained(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
     shipped = tiny.parameters(load_evaluation_model(tmp_path / "run"))
     assert {p.dtype for n, p in shipped.items() if "q_proj.base" in n} == {torch.bfloat16}
     with trainer.evaluation_weights():
@@ -162,9 +152,9 @@ def test_tied_embeddings_that_train(tmp_path, method):
         return lora(tmp_path, build=tiny.tied, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
 
     options = tiny.METHODS[method] | SAVING
-    *twin, trainer = finished(tmp_path / "run", make(), **options)
-    *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
-    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+    trainer = tiny.trained(tmp_path / "run", make(), **options)
+    again = tiny.trained(tmp_path / "again", make(), **options, resume=tmp_path / "run" / "checkpoint-5")
+    assert tiny.same(tiny.state(trainer), tiny.state(again))
     plain = peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run" / "checkpoint-20" / method / "adapter")
     for shipped in (plain, load_evaluation_model(tmp_path / "run")):
         assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
@@ -176,8 +166,7 @@ def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
     options = tiny.METHODS[method] | {"learning_rate": 3.0, "max_steps": 40, "max_grad_norm": 0.0}
     saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     model = lora(tmp_path, modules_to_save=["lm_head"])
-    trainer = tiny.trainer(tmp_path / "run", model, **options, **saving, load_best_model_at_end=True)
-    trainer.train()
+    trainer = tiny.trained(tmp_path / "run", model, **options, **saving, load_best_model_at_end=True)
     best = trainer.state.best_metric
     reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert best == min(reported) < reported[-1] - 1e-3 and math.isfinite(best)
@@ -204,8 +193,7 @@ class MyLlama(LlamaForCausalLM):
 
 
 def test_the_class_of_the_base_model_may_be_given_or_found_without_a_task(tmp_path):
-    trainer = tiny.trainer(tmp_path / "run", lora(tmp_path, task_type=None), **tiny.METHODS["ewa"], **SAVING)
-    trainer.train()
+    trainer = tiny.trained(tmp_path / "run", lora(tmp_path, task_type=None), **tiny.METHODS["ewa"], **SAVING)
     loss = trainer.evaluate()["eval_loss"]
     for options, expected in (({}, LlamaForCausalLM), ({"model_class": MyLlama}, MyLlama)):
         shipped = load_evaluation_model(tmp_path / "run" / "checkpoint-20", **options)
@@ -237,10 +225,10 @@ def test_embeddings_that_were_resized_and_train_are_kept(tmp_path):
 
     options = tiny.METHODS["ewa"] | SAVING
     with pytest.warns(UserWarning, match="embedding layer has been resized"):
-        *twin, _ = finished(tmp_path / "run", make(), **options)
-        *again, _ = finished(tmp_path / "again", make(), resume=tmp_path / "run" / "checkpoint-5", **options)
-    assert "base_model.model.lm_head.weight" in twin[0]
-    assert all(tiny.same(a, b) for a, b in zip(twin, again, strict=True))
+        trainer = tiny.trained(tmp_path / "run", make(), **options)
+        again = tiny.trained(tmp_path / "again", make(), **options, resume=tmp_path / "run" / "checkpoint-5")
+    assert "base_model.model.lm_head.weight" in trained(trainer.model)
+    assert tiny.same(tiny.state(trainer), tiny.state(again))
 
 
 def unsupported_models():
@@ -276,7 +264,7 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
 @pytest.mark.parametrize("method", ["ewa", "wsd"])
 def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
     options = tiny.METHODS[method] | SAVING
-    finished(tmp_path / "run", lora(tmp_path), **options)
+    tiny.trained(tmp_path / "run", lora(tmp_path), **options)
     checkpoint = tmp_path / "run" / "checkpoint-5"
     for other, message in (
         ({"target_modules": ["q_proj", "k_proj"]}, "missing .*k_proj.* unexpected .*v_proj"),
@@ -285,13 +273,13 @@ def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
         model = lora(tmp_path, **other)
         before = tiny.parameters(model)
         with pytest.raises(CheckpointError, match=message):
-            finished(tmp_path / "again", model, resume=checkpoint, **options)
+            tiny.trained(tmp_path / "again", model, resume=checkpoint, **options)
         assert tiny.same(before, tiny.parameters(model))
     with pytest.raises(CheckpointError):  # nor is it the checkpoint of a whole model
-        finished(tmp_path / "again", tiny.llama(), resume=checkpoint, **options)
+        tiny.trained(tmp_path / "again", tiny.llama(), resume=checkpoint, **options)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="is 9 bytes long, not"):
-        finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
+        tiny.trained(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
     write_manifest(checkpoint, read_manifest(checkpoint))  # as if it had been written so
     with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
-        finished(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
+        tiny.trained(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)

@@ -115,8 +115,7 @@ def test_stock_trainer_continues_and_its_checkpoints_are_stock(tmp_path):
     args = tiny.stock_arguments(tmp_path, **common)
     Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train(resume_from_checkpoint=True)
     assert read_manifest(tmp_path / "checkpoint-10") is not None and read_manifest(tmp_path / "checkpoint-15") is None
-    again = tiny.trainer(tmp_path, **common, ewa=True, max_steps=25)
-    again.train(resume_from_checkpoint=True)
+    again = tiny.trained(tmp_path, **common, ewa=True, max_steps=25, resume=True)
     assert again.average.start_step == 20
 
 
@@ -129,8 +128,7 @@ def test_a_run_that_begins_in_the_folder_of_another_is_logged(tmp_path, caplog):
 
 
 def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_only_model=True)
-    trainer.train()
+    trainer = tiny.trained(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_only_model=True)
     checkpoint = tmp_path / "checkpoint-20"
     assert verify_checkpoint(checkpoint) == {} and not (checkpoint / "optimizer.pt").exists()
     assert tiny.same(tiny.parameters(load_evaluation_model(tmp_path)), trainer.average.averaged_state_dict())
@@ -184,9 +182,7 @@ def test_an_earlier_checkpoint_may_be_resumed_and_later_ones_are_logged(tmp_path
 def test_true_may_be_the_text_that_the_arguments_hold(tmp_path, finished_run):
     run = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(run / "checkpoint-20")
-    trainer = tiny.trainer(run, **tiny.METHODS["ewa"], resume_from_checkpoint="true")
-    trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
-    assert len(trainer.average.averaged_state_dict()) and trainer.state.global_step == 20
+    trainer = tiny.trained(run, **tiny.METHODS["ewa"], resume="true")
     weights = load_evaluation_model(finished_run / "checkpoint-20")
     assert tiny.same(tiny.parameters(weights), trainer.average.averaged_state_dict())
 

@@ -58,15 +58,11 @@ def test_a_pinned_checkpoint_has_its_optimizer_and_the_arguments_as_they_were_gi
         args = torch.load(checkpoint / "training_args.bin", weights_only=False)
         assert args.save_only_model is True and args.hub_strategy == "every_save" and args.save_total_limit is None
     assert (pinned / "optimizer.pt").is_file() and not (tmp_path / "checkpoint-15" / "optimizer.pt").exists()
-    resumed = tiny.trainer(tmp_path / "resumed", **options)
-    resumed.train(resume_from_checkpoint=str(pinned))
-    twin = tiny.trainer(tmp_path / "twin", **options)
-    twin.train()
+    resumed = tiny.trained(tmp_path / "resumed", **options, resume=pinned)
+    twin = tiny.trained(tmp_path / "twin", **options)
     assert tiny.same(tiny.parameters(resumed.model), tiny.parameters(twin.model))
-    extended = tiny.trainer(tmp_path / "longer", **options, extend_from=str(tmp_path), max_steps=30)
-    extended.train()
-    planned = tiny.trainer(tmp_path / "planned", **options, max_steps=30)
-    planned.train()
+    extended = tiny.trained(tmp_path / "longer", **options, extend_from=str(tmp_path), max_steps=30)
+    planned = tiny.trained(tmp_path / "planned", **options, max_steps=30)
     assert tiny.same(tiny.parameters(extended.model), tiny.parameters(planned.model))
 
 
@@ -95,11 +91,9 @@ def test_callback_states_are_restored_without_a_warning_of_our_mark(tmp_path, ca
     options = tiny.METHODS["ewa"] | SAVING | {"restore_callback_states_from_checkpoint": True}
     tiny.trainer(tmp_path, **options, max_steps=10).train()
     caplog.clear()
-    trainer = tiny.trainer(tmp_path, **options)
-    trainer.train(resume_from_checkpoint=True)
+    trainer = tiny.trained(tmp_path, **options, resume=True)
     assert "callbacks not included" not in caplog.text
-    twin = tiny.trainer(tmp_path / "twin", **options)
-    twin.train()
+    twin = tiny.trained(tmp_path / "twin", **options)
     assert tiny.same(twin.average.averaged_state_dict(), trainer.average.averaged_state_dict())
 
 

@@ -134,10 +134,9 @@ def test_the_hub_gets_the_evaluation_weights(tmp_path, monkeypatch, strategy):
         sent.append((path_in_repo, load_file(folder / "model.safetensors"), {p.name for p in folder.iterdir()}))
 
     tiny.spy_on_hub(monkeypatch, keep)
-    trainer = tiny.trainer(
+    trainer = tiny.trained(
         tmp_path, **tiny.METHODS["ewa"], save_strategy="steps", save_steps=20, push_to_hub=True, hub_strategy=strategy
     )
-    trainer.train()
     average = trainer.average.averaged_state_dict()
     models = [weights for path, weights, _ in sent if path is None]
     assert len(models) == 1 and tiny.same(models[0], average)

@@ -12,7 +12,6 @@ import peft
 import pytest
 import sft
 import tiny
-import torch
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
@@ -33,14 +32,6 @@ def lora(folder):
         sft.llama().save_pretrained(folder / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
     return {"model": LlamaForCausalLM.from_pretrained(folder / "base"), "peft_config": config}
-
-
-def state(trainer):
-    """Everything that training would continue with."""
-    optimizer = trainer._bare_optimizer.state_dict()["state"]
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, entry in optimizer.items() for k, v in entry.items()}
-    average = {} if trainer.average is None else trainer.average.averaged_state_dict()
-    return tiny.parameters(trainer._bare_model) | moments | {f"average.{k}": v for k, v in average.items()}
 
 
 def finished(trainer, resume=None):
@@ -75,7 +66,7 @@ def test_what_was_evaluated_ships_and_the_run_resumes_bitwise(tmp_path, method, 
     assert (abs(trained["loss"] - shipped["loss"]) > 10 * CLOSE) == (method != "wsd")
     for folder in [run, *(run / "checkpoint-20").glob("*/")]:
         assert (folder / "tokenizer.json").is_file()
-    assert tiny.same(state(trainer), state(finished(make("again"), resume=run / "checkpoint-5")))
+    assert tiny.same(tiny.state(trainer), tiny.state(finished(make("again"), resume=run / "checkpoint-5")))
 
 
 @pytest.mark.parametrize("method", ["ewa", "schedule_free"])
@@ -93,7 +84,7 @@ def test_an_adapter_made_by_the_trainer(tmp_path, method):
     for one in (shipped, saved):
         assert sft.measured(one)["loss"] == pytest.approx(loss, abs=CLOSE)
     assert read_manifest(tmp_path / "run" / "checkpoint-20")["evaluation"]["folder"] == f"{method}/adapter"
-    assert tiny.same(state(trainer), state(finished(make("again"), resume=tmp_path / "run" / "checkpoint-5")))
+    assert tiny.same(tiny.state(trainer), tiny.state(finished(make("again"), resume=tmp_path / "run" / "checkpoint-5")))
 
 
 def test_metrics_of_both_evaluations_are_apart(tmp_path):
@@ -126,7 +117,7 @@ def test_an_extended_run_is_the_one_planned_longer(tmp_path):
     finished(sft.trainer(tmp_path / "short", **options))
     longer = options | {"max_steps": 40}
     extended = finished(sft.trainer(tmp_path / "extended", **longer, extend_from=str(tmp_path / "short")))
-    assert tiny.same(state(extended), state(finished(sft.trainer(tmp_path / "planned", **longer))))
+    assert tiny.same(tiny.state(extended), tiny.state(finished(sft.trainer(tmp_path / "planned", **longer))))
 
 
 # ---- With none of our flags, and the arguments ----
@@ -269,7 +260,7 @@ def test_preferences(tmp_path):
             assert metrics[f"{prefix}_{name}"] == pytest.approx(alone[f"eval_{name}"], abs=CLOSE)
     assert abs(metrics["eval_raw_loss"] - metrics["eval_loss"]) > 10 * CLOSE
     again = finished(dpo(tmp_path / "again", **options), resume=tmp_path / "run" / "checkpoint-5")
-    assert tiny.same(state(trainer), state(again))
+    assert tiny.same(tiny.state(trainer), tiny.state(again))
 
 
 # ---- The model card ----
