@@ -100,18 +100,6 @@ def test_schedules_that_contradict_the_flags_are_refused(tmp_path):
         trainer.train()
 
 
-def test_bf16_parameters_with_schedule_free_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="Keep float32 parameters and train with bf16=True"):
-        tiny.trainer(tmp_path, tiny.bf16(), optim="radam_schedulefree")
-
-
-def test_fields_set_later_are_checked_before_training(tmp_path):
-    trainer = tiny.trainer(tmp_path, optim="radam")
-    trainer.args.decay_steps = 2.5
-    with pytest.raises(ValueError, match="decay_steps"):
-        trainer.train()
-
-
 def test_a_model_init_starts_over_each_time(tmp_path):
     args = tiny.arguments(tmp_path, **tiny.METHODS["ewa"])
     trainer = RAdamTrainer(args=args, model_init=lambda: tiny.llama(), train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)

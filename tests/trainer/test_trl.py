@@ -15,7 +15,7 @@ import tiny
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from transformers import HfArgumentParser, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaForCausalLM
 
 from hf_radam import RAdamTrainerMixin, RAdamTrainingArguments, load_evaluation_model
 from hf_radam.checkpoints.manifest import read_manifest
@@ -136,29 +136,6 @@ def test_with_none_of_our_flags_the_run_and_its_card_are_of_the_stock_trainer(tm
     ]
     assert timeless[0] == timeless[1] and len(timeless[0]) > 4
     assert cards[0] == cards[1] and b"hf_radam" not in cards[0]
-
-
-@dataclasses.dataclass
-class OtherOrder(trl.SFTConfig, RAdamTrainingArguments):
-    """The bases the other way round."""
-
-
-@pytest.mark.parametrize("kind", [sft.SFTArguments, OtherOrder])
-def test_each_default_is_that_of_the_class_that_declares_it(tmp_path, kind):
-    ours, theirs, upstream, combined = (
-        {field.name: field.default for field in dataclasses.fields(one)}
-        for one in (RAdamTrainingArguments, trl.SFTConfig, TrainingArguments, kind)
-    )
-    changed = {name for name in theirs if name in upstream and theirs[name] is not upstream[name]}
-    assert {"learning_rate", "logging_steps", "bf16"} <= changed and "lr_scheduler_type" not in changed
-    assert combined == theirs | {name: default for name, default in ours.items() if name not in changed}
-    args = kind(str(tmp_path), use_cpu=True, optim="radam", ewa=True)
-    assert (args.learning_rate, args.logging_steps, args.bf16) == (2e-5, 10, True)
-    assert args.lr_scheduler_type == "constant"
-    (parsed,) = HfArgumentParser([kind]).parse_args_into_dataclasses(
-        ["--output_dir", str(tmp_path), "--use_cpu", "--optim", "radam", "--decay_steps", "5", "--packing"]
-    )
-    assert (parsed.learning_rate, parsed.decay_steps, parsed.packing) == (2e-5, 5, True)
 
 
 def test_arguments_that_are_not_of_both_are_refused(tmp_path):
