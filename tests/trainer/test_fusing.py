@@ -5,7 +5,7 @@ import tiny
 import torch
 from test_fused import OPTIONS, make, parameters
 
-from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer
+from hf_radam import RAdam, RAdamScheduleFree
 from hf_radam.optim import fused
 from hf_radam.optim.fused import agree_on_fused
 from hf_radam.sharding import LocalSharding
@@ -52,16 +52,9 @@ def test_what_cannot_be_fused_is_said(given, kind, reason, caplog, monkeypatch):
 @pytest.mark.parametrize("method", ["wsd", "schedule_free_ewa"])
 def test_a_fused_run_resumes_bit_for_bit(method, tmp_path):
     options = tiny.METHODS[method] | {"fused_optimizer": "true", "save_strategy": "steps", "save_steps": 10}
-    runs = {}
-    for name, resume, wanted in (
-        ("whole", None, "true"),
-        ("resumed", str(tmp_path / "whole/checkpoint-10"), "true"),
-        ("unfused", None, "false"),
-    ):
-        arguments = tiny.arguments(tmp_path / name, **options | {"fused_optimizer": wanted})
-        trainer = RAdamTrainer(tiny.llama(), arguments, train_dataset=tiny.TRAIN)
-        trainer.train(resume_from_checkpoint=resume)
-        assert trainer._bare_optimizer.fused == (wanted == "true")
-        runs[name] = tiny.parameters(trainer.model)
-    assert tiny.same(runs["whole"], runs["resumed"])
-    assert not tiny.same(runs["whole"], runs["unfused"])
+    whole = tiny.trained(tmp_path / "whole", **options)
+    resumed = tiny.trained(tmp_path / "resumed", **options, resume=tmp_path / "whole/checkpoint-10")
+    unfused = tiny.trained(tmp_path / "unfused", **options | {"fused_optimizer": "false"})
+    assert [trainer.optimizer.optimizer.fused for trainer in (whole, resumed, unfused)] == [True, True, False]
+    assert tiny.same(tiny.state(whole), tiny.state(resumed))
+    assert not tiny.same(tiny.parameters(whole.model), tiny.parameters(unfused.model))
