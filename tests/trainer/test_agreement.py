@@ -23,11 +23,6 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 # What ranks 0 and 1 are given (a model, data, or keywords), and what the error must say.
 CASES = {
     "learning_rate": ({}, {"learning_rate": 0.02}, "learning_rate: 0.01 on rank 0, 0.02 on rank 1"),
-    "budgets": (
-        {"lr_scheduler_type": "wsd_s", "budgets": [10]},
-        {"lr_scheduler_type": "wsd_s", "budgets": [11]},
-        "budgets: [10] on rank 0, [11] on rank 1",
-    ),
     "nested": (
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 1.0, "lr_end": 0.0}},
         {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2.0, "lr_end": 0.0}},

@@ -112,17 +112,6 @@ def test_the_objective_is_what_it_is_without_the_raw_evaluation(tmp_path):
     assert best.objective > 0  # an objective of the user gets all metrics
 
 
-def test_a_trials_checkpoint_resumes(tmp_path):
-    options = {"ewa": True, "ewa_every": 3} | SAVED
-    choices = {"optim": ["radam_schedulefree", "radam"], "learning_rate": [1e-2], "ewa_decay": [0.8]}
-    tried, _ = search(trainer(tmp_path, **options), choices, hp_name=lambda trial: f"trial {trial.number}")
-    for number, values in tried.items():
-        run = tmp_path / f"trial {number}"
-        again = trainer(tmp_path / "again", **options | values)
-        again.train(resume_from_checkpoint=str(run / "checkpoint-4"))
-        assert same_files(run / "checkpoint-8", tmp_path / "again" / "checkpoint-8")
-
-
 def test_values_that_cannot_be_are_refused_in_the_trial(tmp_path):
     """Those that the arguments refuse when they are made, and a model that does not go with the trial's method."""
     ours = trainer(tmp_path, optim="radam", lr_scheduler_type="wsd")

@@ -12,29 +12,25 @@ from hf_radam.checkpoints.manifest import read_manifest
 
 
 def test_an_optimizer_may_be_passed(tmp_path):
-    model = tiny.llama()
-    optimizer = RAdamScheduleFree(model.parameters(), lr=1e-2, betas=(0.9, 0.95))
-    args = tiny.arguments(tmp_path, lr_scheduler_type="constant", save_strategy="steps", save_steps=20)
-    trainer = RAdamTrainer(model, args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL, optimizers=(optimizer, None))
-    trainer.train()
-    loss = trainer.evaluate()["eval_loss"]
-    shipped = tiny.llama()
-    shipped.load_state_dict(load_file(tmp_path / "checkpoint-20" / "schedule_free" / "model.safetensors"))
-    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=2e-6)
-    assert abs(tiny.loss_of(model) - loss) > 1e-4
+    """With a tensor as its learning rate; resumed in the middle of a warm-up."""
 
-
-def test_a_tensor_learning_rate_resumes_in_the_middle_of_a_warm_up(tmp_path):
     def run(folder, resume=None):
         model = tiny.llama()
         optimizer = RAdamScheduleFree(model.parameters(), lr=torch.tensor(0.01), betas=(0.9, 0.95))
         options = {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 7}
         args = tiny.arguments(folder, **options, save_strategy="steps", save_steps=5)
-        trainer = RAdamTrainer(model, args, train_dataset=tiny.TRAIN, optimizers=(optimizer, None))
+        data = {"train_dataset": tiny.TRAIN, "eval_dataset": tiny.EVAL}
+        trainer = RAdamTrainer(model, args, **data, optimizers=(optimizer, None))
         trainer.train(resume_from_checkpoint=resume)
-        return tiny.parameters(model)
+        return trainer
 
-    assert tiny.same(run(tmp_path), run(tmp_path / "again", str(tmp_path / "checkpoint-5")))
+    trainer = run(tmp_path)
+    loss = trainer.evaluate()["eval_loss"]
+    shipped = tiny.llama()
+    shipped.load_state_dict(load_file(tmp_path / "checkpoint-20" / "schedule_free" / "model.safetensors"))
+    assert tiny.loss_of(shipped) == pytest.approx(loss, abs=2e-6)
+    assert abs(tiny.loss_of(trainer.model) - loss) > 1e-4
+    assert tiny.same(tiny.state(trainer), tiny.state(run(tmp_path / "again", str(tmp_path / "checkpoint-5"))))
 
 
 def test_the_class_of_an_optimizer_may_be_passed(tmp_path):
