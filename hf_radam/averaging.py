@@ -1,7 +1,7 @@
 """Keep an exponentially weighted average (EWA), an exponential moving average (EMA), of a model's weights.
 
-The idea: at a constant learning rate the weights wander around a good point; their average is closer to it than any
-single iterate (Zhang et al. 2025, arXiv:2410.21676). Every average here follows one rule,
+At a constant learning rate the weights wander around a good point; their average is closer to it (Zhang et al. 2025,
+arXiv:2410.21676). Every average here follows one rule,
 
     average += a_n * (theta_n - average),        a_1 = 1,
 
@@ -28,15 +28,12 @@ DEFAULT_HALF_LIFE_RATIO = 0.0625
 """Half-life of the growing window, as a ratio of the steps since averaging began."""
 
 
-# ---- Windows ----
-
-
 def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> float:
     """Return the step size of the bias-corrected EWA with a fixed decay per step.
 
     The newest point has weight 1 and the older ones sum to `decay**every * weight_sum` (0 before the first averaging),
-    so the n-th step size is `(1 - decay**every) / (1 - decay**(every * n))`: `every`, the steps between two averagings,
-    does not change the length of the window. Source: Zhang et al. 2025, arXiv:2410.21676; Adam's bias correction.
+    so the n-th step size is `(1 - decay**every) / (1 - decay**(every * n))`. `every`, the steps between two averagings,
+    does not change the window.
     """
     return 1.0 / (1.0 + decay**every * weight_sum)
 
@@ -44,28 +41,15 @@ def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> flo
 def growing_window_step_size(elapsed: int, *, half_life_ratio: float, every: int) -> float:
     """Return the step size of an EWA whose half-life is `half_life_ratio` of the `elapsed` steps of averaging.
 
-    `1 - 0.5**(every / (half_life_ratio * elapsed))`: needs no horizon, as the window grows with the run. It does not
-    depend on `every` while `every` is small against `half_life_ratio * elapsed`.
+    `1 - 0.5**(every / (half_life_ratio * elapsed))`: the window grows with the run, so no horizon is needed.
     """
     return -math.expm1(-math.log(2.0) * every / (half_life_ratio * elapsed))
-
-
-def half_life_of(step_size: float, *, every: int) -> float:
-    """Return the steps over which an average with a step size in (0, 1] forgets half of what it holds, 0 for a copy.
-
-    In the growing window `half_life_ratio * elapsed`; in a fixed one it rises towards `ln 2 / -ln(decay)`.
-
-    Example:
-        >>> half_life_of(growing_window_step_size(160, half_life_ratio=0.0625, every=4), every=4)
-        10.0
-    """
-    return 0.0 if step_size == 1.0 else -every * math.log(2.0) / math.log1p(-step_size)
 
 
 def check_averaging(
     *, decay: float | None, half_life_ratio: float | None, every: int, start_step: int, prefix: str = ""
 ) -> None:
-    """Raise `ValueError` for options that no average can follow; `prefix` goes before the option's name."""
+    """Raise `ValueError` for options that no average can follow; `prefix` goes before their names."""
     ratio = f"{prefix}half_life_ratio={half_life_ratio}"
     if decay is not None and half_life_ratio is not None:
         raise ValueError(f"{prefix}decay={decay} and {ratio} are two windows for one average. Set one of them.")
@@ -78,27 +62,24 @@ def check_averaging(
             raise ValueError(f"{prefix}{name}={value} must be a whole number of steps, {least} or more.")
 
 
-# ---- Moving averages ----
-
-
 @torch.no_grad()
 def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], size: float) -> None:
     """Move float32 averages by `size` of their distance towards weights of the same shapes, in place."""
-    alike: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = {}
+    alike: tuple[list[Tensor], list[Tensor]] = ([], [])
     bf16: tuple[list[Tensor], list[Tensor]] = ([], [])
     for average, weight in zip(averages, weights, strict=True):
         kinds = (average.dtype, average.device.type, weight.dtype, weight.device.type)
         if average.dtype is weight.dtype and average.device == weight.device:
-            pair = alike.setdefault(weight.device, ([], []))
+            pair = alike
         elif kinds == (torch.float32, "cpu", torch.bfloat16, "cpu") and fused.can_average_bf16(average, weight):
             pair = bf16
         else:
-            average.lerp_(weight.to(device=average.device, dtype=average.dtype), size)
+            average.lerp_(weight.to(average), size)
             continue
         pair[0].append(average)
         pair[1].append(weight)
-    for pair in alike.values():
-        torch._foreach_lerp_(*pair, size)
+    if alike[0]:
+        torch._foreach_lerp_(*alike, size)
     if bf16[0]:
         fused.call("average_bfloat16", bf16, [size], written=bf16[0])
 
@@ -114,7 +95,7 @@ class HostCopies:
         self._arrived = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
 
     def start(self, weights: Sequence[Tensor]) -> None:
-        """Begin to copy the weights as they are after all that the GPU was asked so far."""
+        """Begin to copy the weights as the work submitted so far leaves them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for weight, buffer in zip(weights, self.buffers, strict=True):
@@ -122,8 +103,8 @@ class HostCopies:
                 weight.record_stream(self._stream)  # its memory is not reused before it was read
         self._arrived.record(self._stream)
 
-    def hold_back(self) -> None:
-        """Have the GPU finish the copies before anything that it is asked from now on."""
+    def block_stream(self) -> None:
+        """Have the GPU finish the copies before any work submitted from now on."""
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
 
     def wait(self) -> None:
@@ -132,7 +113,7 @@ class HostCopies:
 
 
 def host_copies(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> HostCopies | None:
-    """Return room for copies where weights are on one GPU and their averages in host memory, else None."""
+    """Return buffers for weights on one GPU with averages in host memory, else None."""
     on_one_gpu = weights[0].is_cuda and len({weight.device for weight in weights}) == 1
     return HostCopies(weights) if on_one_gpu and all(average.is_cpu for average in averages) else None
 
@@ -146,8 +127,8 @@ class WeightAverage:
         decay: decay per step for a fixed window, in (0, 1).
         half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began; 0.0625 when
             neither is given.
-        every: average at each `every`-th step. Saves time; does not change the window.
-        start_step: number of steps to skip: averaging begins with step `start_step + every`.
+        every: average at each `every`-th step; does not change the window.
+        start_step: steps to skip: averaging begins with step `start_step + every`.
         device: where the fp32 averages are kept; the parameter's own device when not given.
 
     Raises:
@@ -175,10 +156,8 @@ class WeightAverage:
         if decay is None and half_life_ratio is None:
             half_life_ratio = DEFAULT_HALF_LIFE_RATIO
         check_averaging(decay=decay, half_life_ratio=half_life_ratio, every=every, start_step=start_step)
-        self.decay = decay
-        self.half_life_ratio = half_life_ratio
-        self.every = every
-        self.start_step = start_step
+        self.decay, self.half_life_ratio = decay, half_life_ratio
+        self.every, self.start_step = every, start_step
         self.device = None if device is None else torch.device(device)
         self.num_averaged = 0
         self.last_step = 0  # that `update` was called with
@@ -188,13 +167,10 @@ class WeightAverage:
         else:
             self.sharding = local = LocalSharding(named_parameters)
             if local.is_sharded:  # FSDP2 keeps some gathered after a forward pass, which is not seen from here
-                raise ValueError(
-                    "The parameters are sharded (DTensors). Pass find_sharding(model), from hf_radam.sharding, instead."
-                )
-        self._trained = self.sharding.trained
-        if not self._trained:
+                raise ValueError("The parameters are sharded. Pass find_sharding(model), from hf_radam.sharding.")
+        if not self.sharding.trained:
             raise ValueError("There is no trainable parameter to average: every one has requires_grad=False.")
-        for name in self._trained:
+        for name in self.sharding.trained:
             if self.sharding.dtype(name).is_complex:
                 raise ValueError(f"Parameter {name} is complex, and an average is kept in float32. Freeze it.")
         self._averages: dict[str, Tensor] = {}
@@ -208,38 +184,30 @@ class WeightAverage:
         """Whether there is an average: False before the first averaging."""
         return self.num_averaged > 0
 
-    def step_size(self, step: int) -> float:
-        """Return the weight that the parameters get if they are averaged at `step` (1 for the first)."""
-        if not self.started:
-            return 1.0
-        if self.decay is not None:
-            return fixed_decay_step_size(self.weight_sum, decay=self.decay, every=self.every)
-        assert self.half_life_ratio is not None
-        return growing_window_step_size(step - self.start_step, half_life_ratio=self.half_life_ratio, every=self.every)
-
     @property
     def half_life(self) -> float:
-        """Half-life of the average as of the last averaging, in steps; 0 for a copy. Raises before the first."""
+        """Steps over which the last averaging halves older points: 0 at the first averaging, an error before it."""
         self._check_started()
-        return half_life_of(1.0 / self.weight_sum, every=self.every)
+        size = 1.0 / self.weight_sum
+        return 0.0 if size == 1.0 else -self.every * math.log(2.0) / math.log1p(-size)
 
     @torch.no_grad()
     def update(self, step: int, *, overlap: bool = False) -> bool:
-        """Average the weights after a step; call it after every step.
+        """Average the weights after a step (1 for the first); call it after every step.
 
         Args:
-            step: number of the step, 1 for the first.
-            overlap: where the average is in host memory and the weights are on a GPU, let that go on computing while
-                the weights are copied; then call `wait_for_copies()` before anything writes to them.
+            step: number of the step.
+            overlap: for an average in host memory, let a GPU compute on while the weights are copied; then call
+                `wait_for_copies()` before anything writes to them.
 
         Returns:
-            Whether the average moves at this step: `step - start_step` is positive and divisible by `every`.
+            Whether the average moves: `step - start_step` is positive and divisible by `every`.
         """
         if self._applied:
             raise RuntimeError("update() inside applied() would average the average. Leave the context first.")
         if step <= self.last_step:
             raise ValueError(f"update({step}) after update({self.last_step}): the number of the step must grow.")
-        trained = set(self._trained)
+        trained = {*self.sharding.trained}
         thawed = [name for name in self.sharding.parameters if name not in trained and self.sharding.trains(name)]
         if thawed:
             raise RuntimeError(f"{thawed[0]} was frozen when the average was made and trains now. Make a new one.")
@@ -247,17 +215,24 @@ class WeightAverage:
         elapsed = step - self.start_step
         if elapsed <= 0 or elapsed % self.every:
             return False
-        size = self.step_size(step)
         if self.started:
+            size = self._step_size(elapsed)
             self._move(size)
             if not overlap:
                 self.wait_for_copies()
         else:
-            shards = {name: self.sharding.optimizer_shard(name) for name in self._trained}
+            size = 1.0
+            shards = {name: self.sharding.optimizer_shard(name) for name in self.sharding.trained}
             self._averages = {name: self._average_of(name, shard) for name, shard in shards.items()}
         self.weight_sum = 1.0 / size
         self.num_averaged += 1
         return True
+
+    def _step_size(self, elapsed: int) -> float:
+        if self.decay is not None:
+            return fixed_decay_step_size(self.weight_sum, decay=self.decay, every=self.every)
+        assert self.half_life_ratio is not None
+        return growing_window_step_size(elapsed, half_life_ratio=self.half_life_ratio, every=self.every)
 
     @cached_property
     def _copies(self) -> HostCopies | None:
@@ -265,7 +240,7 @@ class WeightAverage:
         return host_copies(weights, [*self._averages.values()])
 
     def _move(self, size: float) -> None:
-        """Move the averages; in host memory that goes on after the return until `finish()`."""
+        """Move the averages; copies in host memory are awaited by `finish()`."""
         self.finish()
         averages, copies = [*self._averages.values()], self._copies
         weights = [self.sharding.optimizer_shard(name).detach() for name in self._averages]
@@ -287,13 +262,14 @@ class WeightAverage:
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
     def wait_for_copies(self) -> None:
-        """Have a GPU copy the weights before anything that it is asked from now on; see `update(overlap=True)`.
+        """Have a GPU copy the weights before any work submitted from now on; see `update(overlap=True)`.
 
-        Raises `RuntimeError` if something has written to them already (writes to `p.data` are not noticed).
+        Raises:
+            RuntimeError: if something has written to them already; writes to `p.data` are not noticed.
         """
         versions, self._versions = self._versions, {}
         if versions and self._copies is not None:
-            self._copies.hold_back()
+            self._copies.block_stream()
         written = [name for name, version in versions.items() if self.sharding.parameters[name]._version != version]
         if written:
             raise RuntimeError(
@@ -310,14 +286,13 @@ class WeightAverage:
 
     @contextmanager
     def applied(self, *, exchange: bool = False) -> Iterator[None]:
-        """Context in which the parameters hold the average; the training weights are restored bit for bit.
+        """Open a context in which the parameters hold the average; the training weights come back bit for bit.
 
-        The average is cast to each parameter's dtype. Parameters are copied meanwhile, and what is written into them
-        is lost at the end.
+        The average is cast to each parameter's dtype. Values written into the parameters are lost at the end.
 
         Args:
-            exchange: swap averages and float32 parameters on the same device instead of copying them. Then nothing may
-                be written into the parameters: that raises `RuntimeError` at the end.
+            exchange: swap averages and float32 parameters on the same device instead of copying them. Then writing to
+                the parameters raises `RuntimeError` at the end.
 
         Raises:
             RuntimeError: before the first averaging (see `started`), or inside another `applied()`.
@@ -327,22 +302,17 @@ class WeightAverage:
             raise RuntimeError("The average is in the parameters already: applied() cannot be nested.")
         self.finish()
         self._applied = True
+        swap = self.sharding.exchanging(self._averages) if exchange else self.sharding.holding(self._averages.items)
         try:
-            if exchange:
-                with self.sharding.exchanging(self._averages) as self._exchanged:
-                    yield
-            else:
-                with self.sharding.holding(self._averages.items):
-                    yield
+            with swap as self._exchanged:
+                yield
         finally:
             self._applied, self._exchanged = False, None
 
     def _check_started(self) -> None:
         if not self.started:
-            raise RuntimeError(
-                f"There is no average yet: the first comes with step {self.start_step + self.every}, the last one seen "
-                f"is {self.last_step}. Ask `started` first."
-            )
+            first = self.start_step + self.every
+            raise RuntimeError(f"There is no average yet: the first comes with step {first}. Ask `started` first.")
 
     @property
     def averages(self) -> dict[str, Tensor]:
@@ -354,38 +324,34 @@ class WeightAverage:
         """Return copies of the average by the parameters' names, frozen parameters as they are; collective."""
         self._check_started()
         gathered = {name: self.sharding.gather(name, average) for name, average in self.averages.items()}
-        frozen = [name for name in self.sharding.parameters if name not in gathered]
-        gathered |= {name: self.sharding.gather_model(name) for name in frozen}
+        gathered |= {
+            name: self.sharding.gather_model(name) for name in self.sharding.parameters if name not in gathered
+        }
         return {name: value.clone() for name, value in gathered.items()}
 
     def counters(self) -> dict[str, Any]:
-        """Return every number that the next `update` depends on, besides the averages, as plain values for JSON."""
+        """Return the numbers that the next `update` depends on, for JSON."""
         return {name: getattr(self, name) for name in ("num_averaged", "last_step", "start_step", "weight_sum")}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return counters and this rank's averages: `{"num_averaged": int, ..., "averages": {name: float32 tensor}}`.
-
-        The tensors are no copies: `update` and the end of `applied(exchange=True)` write to them.
-        """
+        """Return the counters and, under `averages`, this rank's float32 averages by name, without copying them."""
         return self.counters() | {"averages": dict(self.averages)}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Load a `state_dict()` of this rank, or of full parameters; the window and `every` stay as they are.
 
-        Raises `ValueError` for other names or shapes than the parameters'; nothing is changed then.
+        Raises:
+            ValueError: for other names or shapes than those of the parameters.
         """
         self.finish()
-        missing_counters = sorted(set(self.counters()) - set(state))
-        if missing_counters:
-            raise ValueError(f"The state has no {', '.join(missing_counters)}: it is not a WeightAverage's.")
-        averages: dict[str, Tensor] = state.get("averages", {}) if state["num_averaged"] > 0 else {}
-        missing, extra = sorted(set(self._trained) - set(averages)), sorted(set(averages) - set(self._trained))
-        if state["num_averaged"] > 0 and (missing or extra):
-            raise ValueError(f"The state is of other parameters: missing {missing[:5]}, unknown {extra[:5]}.")
-        self._averages = {
-            name: self._average_of(name, self._shard(name, averages[name])) for name in self._trained if averages
-        }
+        if not {*self.counters(), "averages"} <= {*state}:
+            raise ValueError(f"A state with the keys {[*state]} is not that of a WeightAverage.")
+        averages, trained = state["averages"], self.sharding.trained if state["num_averaged"] else []
+        wrong = {*averages} ^ {*trained}
+        if wrong:
+            raise ValueError(f"The state is of other parameters: {min(wrong)} is only in one of the two.")
+        self._averages = {name: self._average_of(name, self._shard(name, averages[name])) for name in trained}
         for counter in self.counters():
             setattr(self, counter, state[counter])
 
@@ -395,13 +361,5 @@ class WeightAverage:
         if value.shape == full:
             return self.sharding.local_shard(name, value)
         if value.shape != shard:
-            raise ValueError(
-                f"The state has {name} of shape {tuple(value.shape)}, the parameter has {tuple(full)}, of which "
-                f"{tuple(shard)} on this rank."
-            )
+            raise ValueError(f"The state has {name} of shape {tuple(value.shape)}, the parameter has {tuple(full)}.")
         return value
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what `copy.deepcopy` and pickle take over: no threads, nothing in progress."""
-        self.finish()
-        return {name: value for name, value in self.__dict__.items() if name != "_copies"}

@@ -1,6 +1,5 @@
 """`WeightAverage` against explicit weighted sums in float64, a closed form, and misuse."""
 
-import copy
 import itertools
 import math
 import re
@@ -18,7 +17,7 @@ STEPS = 60
 
 
 def walk(steps: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """A seeded random walk, (steps, 3): row t is the parameter after update t + 1."""
+    """A seeded random walk, (steps, 3): row t is the parameter after step t + 1."""
     generator = torch.Generator().manual_seed(0)
     return torch.randn(steps, 3, generator=generator).cumsum(0).to(dtype)
 
@@ -78,15 +77,6 @@ def test_an_average_moves_as_lerp_does(dtype, size):
         torch.testing.assert_close(average.double(), exact, rtol=2e-7, atol=3e-7)
 
 
-@pytest.mark.parametrize("every", [1, 3, 10])
-def test_weights_on_a_line_have_a_closed_form(every):
-    n, r = 60 // every, 0.9**every
-    average, _ = run(torch.arange(1.0, 61.0)[:, None], decay=0.9, every=every)
-    # sum r^i (n - i) / sum r^i, i = 0 .. n - 1, in units of `every`
-    lag = r * (1 - n * r ** (n - 1) + (n - 1) * r**n) / ((1 - r) * (1 - r**n))
-    assert average.averaged_state_dict()["w"].item() == pytest.approx(every * (n - lag), rel=1e-6)
-
-
 def test_every_does_not_change_the_window():
     path = torch.arange(1.0, 2001.0)[:, None]
     for options in ({"decay": 0.99}, {"half_life_ratio": 0.1}):
@@ -121,17 +111,6 @@ def test_half_life_is_that_with_which_the_first_point_fades(window, every, start
         assert nominal * 0.98 < average.half_life < nominal
 
 
-def test_a_bf16_parameter_has_an_average_that_moves():
-    """With decay 0.9999 a bf16 accumulator would stay at 1.0 for ever (half a unit in the last place is 2^-9)."""
-    parameter = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
-    average = WeightAverage([("w", parameter)], decay=0.9999)
-    for step in range(1, 2001):
-        parameter.data.fill_(2.0 if step > 1 else 1.0)
-        average.update(step)
-    first = 0.9999**1999 * (1 - 0.9999) / (1 - 0.9999**2000)
-    assert average.averaged_state_dict()["w"].item() == pytest.approx(2 - first, abs=1e-5)
-
-
 def test_applied_swaps_and_restores_bit_for_bit_even_if_evaluation_raises():
     average, parameter = run(walk(20, torch.bfloat16), decay=0.9)
     before = parameter.detach().clone()
@@ -162,10 +141,10 @@ def values(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("stretch", [7, 2**20])
-def test_exchanged_for_the_average_weights_and_average_come_back(stretch, monkeypatch):
+@pytest.mark.parametrize("block", [7, 2**20])
+def test_exchanged_for_the_average_weights_and_average_come_back(block, monkeypatch):
     """Oracle: `applied()` with its copies."""
-    monkeypatch.setattr(base, "BLOCK", stretch)
+    monkeypatch.setattr(base, "BLOCK", block)
     model, average = mixed_model()
     before, kept = values(model), average.averaged_state_dict()
     with average.applied():
@@ -210,7 +189,7 @@ def test_weights_that_share_their_memory_come_back():
 
 @pytest.mark.parametrize("operation", range(40))
 def test_an_exchange_that_is_broken_off_anywhere_is_undone(operation, monkeypatch):
-    """As by running out of memory or by Ctrl-C: at every single copy of 5 stretches, before and after it."""
+    """As by running out of memory or by Ctrl-C: at every single copy of 5 blocks, before and after it."""
     monkeypatch.setattr(base, "BLOCK", 3)
     ones, others = torch.arange(14.0), torch.arange(100.0, 114.0)
     pairs = [(ones[:8], others[:8]), (ones[8:], others[8:])]
@@ -259,7 +238,7 @@ def test_tied_weights_once_frozen_ones_kept_and_named():
         average.update(step)
     result = average.averaged_state_dict()
     assert set(result) == {"0.weight", "0.bias", "1.bias", "2.weight", "2.bias"}
-    assert result["0.weight"][0, 0].item() == pytest.approx((0.5 * 1 + 2) / 1.5)  # averaged once per update, not twice
+    assert result["0.weight"][0, 0].item() == pytest.approx((0.5 * 1 + 2) / 1.5)  # averaged once per step, not twice
     assert torch.equal(result["1.bias"], frozen)
     with average.applied():  # what is written inside is complete: tied names, frozen parameters, buffers
         written = {name: value.clone() for name, value in model.state_dict().items()}
@@ -273,7 +252,7 @@ def test_tied_weights_once_frozen_ones_kept_and_named():
 def test_state_goes_on_bit_for_bit(options, stop):
     path = walk(STEPS)
     options = options | {"every": 3, "start_step": 4}
-    whole, _ = run(path, **options)
+    complete, _ = run(path, **options)
     half, _ = run(path[:stop], **options)
     parameter = nn.Parameter(torch.zeros(3))
     resumed = WeightAverage([("w", parameter)], **options)
@@ -281,8 +260,8 @@ def test_state_goes_on_bit_for_bit(options, stop):
     for step in range(stop + 1, STEPS + 1):
         parameter.data.copy_(path[step - 1])
         resumed.update(step)
-    assert torch.equal(resumed.averaged_state_dict()["w"], whole.averaged_state_dict()["w"])
-    assert resumed.counters() == whole.counters()
+    assert torch.equal(resumed.averaged_state_dict()["w"], complete.averaged_state_dict()["w"])
+    assert resumed.counters() == complete.counters()
 
 
 def test_a_decay_changed_on_the_way_stays_a_weighted_mean():
@@ -339,8 +318,8 @@ def test_misuse_is_refused_and_changes_nothing():
         with pytest.raises(RuntimeError, match="cannot be nested"), average.applied():
             pass
     for state, message in (
-        ({"averages": {}}, "it is not a WeightAverage's"),
-        (average.state_dict() | {"averages": {"v": torch.zeros(1)}}, r"missing \['w'\], unknown \['v'\]"),
+        ({"averages": {}}, "is not that of a WeightAverage"),
+        (average.state_dict() | {"averages": {"v": torch.zeros(1)}}, "of other parameters: v is only in one"),
         (average.state_dict() | {"averages": {"w": torch.zeros(2)}}, r"shape \(2,\), the parameter has \(1,\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -349,10 +328,3 @@ def test_misuse_is_refused_and_changes_nothing():
     frozen.requires_grad_(True)
     with pytest.raises(RuntimeError, match="f was frozen when the average was made"):
         average.update(5)
-
-
-def test_a_copy_of_an_average_goes_on_by_itself():
-    model, average = mixed_model()
-    other = copy.deepcopy(average)
-    average.update(5)
-    assert other.last_step == 4 and not torch.equal(other.averages["0.bias"], average.averages["0.bias"])

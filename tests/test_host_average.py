@@ -30,7 +30,7 @@ class LateCopies:
         self.started += 1
         self.pending = [*zip(weights, self.buffers, strict=True)]
 
-    def hold_back(self):
+    def block_stream(self):
         for weight, buffer in self.pending:
             buffer.copy_(weight)
         self.pending = []
@@ -59,7 +59,7 @@ def model_of(dtype):
 
 
 def walk(model, average, *, overlap, steps=range(1, STEPS + 1)):
-    """Updates that write to the weights only after the average was told."""
+    """Take steps that write to the weights only after `wait_for_copies()`."""
     for step in steps:
         average.wait_for_copies()
         generator = torch.Generator().manual_seed(step)
@@ -128,12 +128,8 @@ def test_what_fails_in_the_thread_is_raised(late):
 
 def test_a_training_is_the_same(late, monkeypatch, tmp_path):
     """Evaluating and saving in between; oracle: the training whose average moves at once."""
-    options = tiny.METHODS["ewa"] | {
-        "ewa_every": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "save_strategy": "steps",
-    }
+    options = tiny.METHODS["ewa"] | {"ewa_every": 1}
+    options |= {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
     ends = []
     for name in ("late", "at once"):
         trainer = tiny.trainer(tmp_path / name, **options)
@@ -156,7 +152,7 @@ class Halves(TrainerCallback):
     on_pre_optimizer_step = on_optimizer_step = halve
 
 
-def test_a_callback_may_write_around_the_update(late, monkeypatch, tmp_path):
+def test_a_callback_may_write_around_the_step(late, monkeypatch, tmp_path):
     ends = []
     for name in ("late", "at once"):
         trainer = tiny.trainer(tmp_path / name, **tiny.METHODS["ewa"] | {"ewa_every": 1})
@@ -170,7 +166,7 @@ def test_a_callback_may_write_around_the_update(late, monkeypatch, tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_on_a_gpu(dtype):
-    """Exact, and without a byte on the GPU between updates."""
+    """Exact, and without a byte on the GPU between steps."""
     model = model_of(dtype).cuda()
     average = WeightAverage(model.named_parameters(), decay=0.9, device="cpu")
     before = torch.cuda.memory_allocated()
