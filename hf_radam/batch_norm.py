@@ -1,8 +1,6 @@
-"""Recompute BatchNorm statistics for weights that were never trained with, such as an average.
+"""Recompute BatchNorm statistics for averaged weights, from a few dozen training batches.
 
-Running means and variances belong to the weights that produced them. Averaged weights (EWA, or the x of a
-schedule-free optimizer) see other activations, so their statistics are recomputed from a few dozen training batches
-(Izmailov et al. 2018, arXiv:1803.05407, section 3.2).
+Running means and variances belong to the weights that produced them (Izmailov et al. 2018, arXiv:1803.05407, 3.2).
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ def statistics(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def load_statistics(model: nn.Module, values: list[Tensor]) -> None:
-    """Load what `statistics(model)` returned into the layers, bit for bit."""
+    """Load the result of `statistics(model)` into the layers, bit for bit."""
     buffers = [buffer for m in batch_norm_modules(model) for buffer in m.buffers(recurse=False)]
     for buffer, value in zip(buffers, values, strict=True):
         buffer.copy_(value)
@@ -36,7 +34,7 @@ def load_statistics(model: nn.Module, values: list[Tensor]) -> None:
 
 @contextmanager
 def statistics_restored(model: nn.Module) -> Iterator[None]:
-    """Context at whose end the running statistics are what they were at its start."""
+    """Open a context at whose end the running statistics are restored."""
     values = statistics(model)
     try:
         yield
@@ -59,21 +57,20 @@ def recalibrate_batch_norm(
 ) -> int:
     """Replace the running statistics of every BatchNorm layer by the mean over `batches`, with the present weights.
 
-    Only BatchNorm layers run in training mode, so dropout stays off. Each batch counts the same (cumulative average):
-    after n batches the running mean is the mean of the n batch means, the running variance the mean of the n unbiased
-    batch variances. Modes and momenta are restored afterwards; the new statistics stay in the model. A layer that no
-    batch reaches keeps the statistics it had, and so do all if anything is raised.
+    Only BatchNorm layers run in training mode, so dropout stays off. The running mean becomes the mean of the batch
+    means, the running variance the mean of the unbiased batch variances. A layer that no batch reaches keeps its
+    statistics, and so do all if anything is raised; modes and momenta are restored.
 
     Args:
-        model: any module. Without a BatchNorm layer nothing is done and no batch is drawn.
-        batches: what `forward` takes; about 50 training batches are enough.
-        forward: called as `forward(model, batch)`; its result is thrown away.
+        model: any module. Without a BatchNorm layer no batch is drawn.
+        batches: arguments of `forward`; about 50 training batches are enough.
+        forward: called as `forward(model, batch)`.
 
     Returns:
         Number of batches used.
 
     Raises:
-        ValueError: if there are BatchNorm layers but no batch; the statistics are left as they were.
+        ValueError: if there are BatchNorm layers but no batch.
     """
     layers = batch_norm_modules(model)
     if not layers:

@@ -4,9 +4,7 @@ Oracles: the step in numpy's float32, one operation after another; torch's own o
 processes with a cache of their own, as a machine's first run has it.
 """
 
-import hashlib
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -133,37 +131,19 @@ def test_it_is_built_once_and_cached(tmp_path):
     (library,) = built(tmp_path)
     before = library.stat()
     assert library.suffix == ".so" and stat.S_IMODE(library.parent.stat().st_mode) == 0o700
-    # The compiler can still be asked for its version, but builds nothing.
-    compiler = shutil.which("g++") or shutil.which("c++")
-    wrapper = tmp_path / "wrapper"
-    asked = f'#!/bin/sh\n[ "$1" = --version ] && exec {compiler} --version\n'
-    wrapper.write_text(asked + f'[ -z "$BUILDS" ] && exit 7\nexec {compiler} "$@"\n')
-    wrapper.chmod(0o755)
-    assert ask(tmp_path, CXX=str(wrapper), BUILDS="1") == "loaded"
-    both = built(tmp_path)
-    assert len(both) == 2  # another command
-    assert ask(tmp_path, CXX=str(wrapper)) == "loaded" and built(tmp_path) == both
-    assert "wrapper fails: " in ask(tmp_path / "other", CXX=str(wrapper))
-    assert library.stat().st_mtime_ns == before.st_mtime_ns and library.stat().st_ino == before.st_ino
+    assert ask(tmp_path) == "loaded"
+    assert (library.stat().st_ino, library.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     changed = tmp_path / "changed.cpp"
     changed.write_text(fused.SOURCE.read_text() + "// changed\n")
-    assert ask(tmp_path, source=changed) == "loaded" and len(built(tmp_path)) == 3
+    assert ask(tmp_path, source=changed) == "loaded" and len(built(tmp_path)) == 2
+    changed.write_text("no C++")
+    assert "+ fails: " in ask(tmp_path, source=changed)
 
 
 def test_many_processes_at_once(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: ask(tmp_path), range(4)))
     assert set(answers) == {"loaded"} and len(built(tmp_path)) == 1
-
-
-def test_one_that_was_cut_short_is_built_anew(tmp_path):
-    ask(tmp_path)
-    (library,) = built(tmp_path)
-    complete = library.read_bytes()
-    for length in (0, 40, 4000, -1):
-        library.write_bytes(complete[:length])
-        assert ask(tmp_path) == "loaded"
-        assert built(tmp_path) == [library] and library.read_bytes() == complete
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
@@ -175,9 +155,7 @@ def test_what_others_could_have_written_is_not_run(tmp_path, whose):
     fatal = tmp_path / "fatal.cpp"
     fatal.write_text("#include <cstdlib>\n__attribute__((constructor)) void planted() { _Exit(42); }\n")
     subprocess.run(["c++", "-shared", "-fPIC", "-o", str(library), str(fatal)], check=True)
-    content = library.read_bytes()
-    library.write_bytes(content + hashlib.sha256(content).digest())
-    assert ask(tmp_path) == 42  # of our own it is run
+    assert ask(tmp_path) == 42  # it runs if only this user can have written it
     if whose == "mode":
         library.parent.chmod(0o777)
     else:
@@ -191,13 +169,9 @@ def test_a_cache_that_cannot_be_written_to(tmp_path):
     assert answer == "loaded" and [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_compilers_that_do_not_work_and_strange_ones(tmp_path):
+def test_compilers_that_do_not_work(tmp_path):
     none = ask(tmp_path, PATH=str(tmp_path), CXX="")
     assert none == "there is no C++ compiler (g++, c++, clang++, or one that $CXX names)"
     for command, problem in (("/no/such/compiler", "No such file"), ("g++ 'x", "No closing quotation")):
         answer = ask(tmp_path, CXX=command)
         assert answer.startswith("the C++ kernels cannot be built or loaded (") and problem in answer
-    compiler = tmp_path / "compiler"
-    compiler.write_bytes(b'#!/bin/sh\n[ "$2" = --version ] && printf "\\377 1.0" && exit 0\nshift\nexec c++ "$@"\n')
-    compiler.chmod(0o755)
-    assert ask(tmp_path, CXX=f"{compiler} first") == "loaded" and len(built(tmp_path)) == 1

@@ -34,23 +34,23 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_radam_is_torch_radam_with_decoupled_decay_step_by_step():
-    ours, batches = problem()
-    theirs = copy.deepcopy(ours)
+    own, batches = problem()
+    theirs = copy.deepcopy(own)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    a = RAdam(ours.parameters(), fused=False, **options)
+    a = RAdam(own.parameters(), fused=False, **options)
     b = torch.optim.RAdam(theirs.parameters(), decoupled_weight_decay=True, **options)
     for batch in batches:
-        for model, optimizer in ((ours, a), (theirs, b)):
+        for model, optimizer in ((own, a), (theirs, b)):
             backward(model, batch)
             optimizer.step()
-        assert tiny.same(weights(ours), weights(theirs))
+        assert tiny.same(weights(own), weights(theirs))
     b.load_state_dict(a.state_dict())  # and the state is torch's
 
 
 def reference(p, grads, *, lr, betas, eps, decay, r=0.0, power=2.0, silent=True):
     """RAdamScheduleFree in float64, written from the three sequences, keeping x: methods section 2.
 
-    Yields (y, x) after each update.
+    Yields (y, x) after each step.
     """
     b1, b2 = betas
     z, x, v = p.double().clone(), p.double().clone(), torch.zeros_like(p, dtype=torch.float64)
@@ -111,29 +111,29 @@ def test_schedule_free_follows_the_reference_step_by_step(options, fused):
         grad = model["w"].grad.clone()
         optimizer.step()
         assert torch.equal(model["w"].grad, grad)  # read, not overwritten
-        # fp32 against float64 over 40 updates of size 0.02: 40 roundings of 6e-8 on values of size 1, and margin.
+        # fp32 against float64 over 40 steps of size 0.02: 40 roundings of 6e-8 on values of size 1, and margin.
         torch.testing.assert_close(model["w"].detach().double(), y, rtol=0, atol=5e-6)
         torch.testing.assert_close(schedule_free_x(model, optimizer)["w"].double(), x, rtol=0, atol=5e-6)
 
 
 def test_schedule_free_is_schedulefree_bit_for_bit_and_states_are_exchanged():
-    ours, batches = problem()
-    theirs = copy.deepcopy(ours)
+    own, batches = problem()
+    theirs = copy.deepcopy(own)
     options = {"lr": 0.01, "betas": (0.9, 0.95), "weight_decay": 0.1}
-    a = RAdamScheduleFree(ours.parameters(), fused=False, **options)
+    a = RAdamScheduleFree(own.parameters(), fused=False, **options)
     b = schedulefree.RAdamScheduleFree(theirs.parameters(), **options)
     for n, batch in enumerate(batches):
         if n == STEPS // 2:  # each goes on from the other's state
             state_of_a, state_of_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
             a.load_state_dict(state_of_b)
             b.load_state_dict(state_of_a)
-        for model, optimizer in ((ours, a), (theirs, b)):
+        for model, optimizer in ((own, a), (theirs, b)):
             optimizer.train()
             backward(model, batch)
             optimizer.step()
-        assert tiny.same(weights(ours), weights(theirs))
+        assert tiny.same(weights(own), weights(theirs))
     a.eval(), b.eval()
-    assert tiny.same(weights(ours), weights(theirs))
+    assert tiny.same(weights(own), weights(theirs))
 
 
 def trained() -> tuple[nn.Module, RAdamScheduleFree]:
@@ -203,28 +203,7 @@ def test_evaluating_restores_weights_and_modes_whatever_happens_inside():
     assert tiny.same(weights(model), y) and all(g["train_mode"] for g in optimizer.param_groups)
 
 
-@pytest.mark.parametrize(
-    "enter", [lambda o: o.eval(), lambda o: o.evaluating().__enter__()], ids=["eval", "evaluating"]
-)
-def test_running_out_of_memory_on_the_way_to_x_leaves_y(monkeypatch, enter):
-    from hf_radam.optim import schedule_free
-
-    model, optimizer = trained()
-    y, calls = weights(model), []
-
-    def fails_at_the_third(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise MemoryError
-        return torch.lerp(args[0], args[1], 1 - 1 / args[2])
-
-    monkeypatch.setattr(schedule_free, "x_from_y", fails_at_the_third)
-    with pytest.raises(MemoryError):
-        enter(optimizer)
-    assert tiny.same(weights(model), y) and all(group["train_mode"] for group in optimizer.param_groups)
-
-
-def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
+def test_x_before_any_step_and_of_frozen_parameters_is_the_weights():
     model, _ = problem()
     model[2].requires_grad_(False)
     optimizer = RAdamScheduleFree([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -239,15 +218,6 @@ def test_x_before_any_update_and_of_frozen_parameters_is_the_weights():
     changed = dict(x_shards(sharding, optimizer))
     assert changed.keys() == trained < weights(model).keys()
     assert tiny.same(changed, {name: schedule_free_x(model, optimizer)[name] for name in trained})
-
-
-def test_tensor_learning_rate_gives_no_nan_in_the_silent_phase():
-    p = nn.Parameter(torch.ones(2))
-    optimizer = RAdamScheduleFree([p], lr=torch.tensor(0.1))
-    optimizer.train()
-    p.grad = torch.ones(2)
-    optimizer.step()
-    assert torch.equal(p, torch.ones(2))  # silent: rho_1 <= 4
 
 
 SHARED = [
@@ -290,9 +260,9 @@ def test_low_precision_parameters():
 
 
 def test_how_long_radam_replaces_a_warm_up():
-    """The README's table: first update at which the rectification reaches 0.9."""
+    """First step at which the rectification reaches 0.9."""
     from hf_radam.optim.radam import rectification
 
-    for beta2, updates in ((0.95, 58), (0.98, 140), (0.99, 277), (0.995, 550), (0.999, 2737)):
-        values = [rectification(t, beta2=beta2, threshold=4.0) for t in (updates - 1, updates)]
+    for beta2, steps in ((0.95, 58), (0.98, 140), (0.99, 277), (0.995, 550), (0.999, 2737)):
+        values = [rectification(t, beta2=beta2, threshold=4.0) for t in (steps - 1, steps)]
         assert values[0] < 0.9 <= values[1]

@@ -1,8 +1,7 @@
 """Decide whether optimizers take their steps in one pass over memory, and call the kernels for that.
 
-A fused step makes seven streams of memory, operations one after another some 25. RAdam's is torch's fused AdamW with
-other numbers (`radam.py`). The schedule-free step has C++ kernels on CPUs (`schedule_free.cpp`, where averages of bf16
-weights are moved, too), built once with the machine's compiler and cached, and one made by `torch.compile` on GPUs.
+RAdam's fused step is torch's fused AdamW (`radam.py`). The schedule-free step has C++ kernels on CPUs, for averages
+of bf16 weights, too (`schedule_free.cpp`, built when first needed and cached), and one made by `torch.compile` on GPUs.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,24 +34,24 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("schedule_free.cpp")
 COMPILERS = ("g++", "c++", "clang++")  # GCC first: its OpenMP is the one that torch brings
-# Without contraction of products and sums results do not depend on what is vectorized; without errno and the exceptions
-# of a square root it can be vectorized.
+# Uncontracted, results do not depend on what is vectorized; square roots are only without errno and exceptions.
 OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 DEVICES = ("cpu", "cuda")
 MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size
-TENSORS_PER_CALL = 4  # of the compiled kernel: between two calls Python costs what a megabyte does
+TENSORS_PER_CALL = 4  # of the compiled kernel
 Entry = tuple[Tensor, ...]
 """A parameter, its gradient, its two states, and whatever else belongs to them."""
 Kernel = Callable[[Sequence[list[Tensor]], list[float]], None]
 
 
 class FusedMixin:
-    """The option `fused` of both optimizers: True or an error, False never, None (the default) wherever possible."""
+    """The option `fused` of both optimizers: True (or an error), False, or None for wherever possible."""
 
     fused: bool | None = None
     own_kernels = False  # whether fused steps need kernels of this package
     _fuses: bool | None = None
+    _master_weights = False
     param_groups: list[dict[str, Any]]
 
     def _decide_fused(self) -> bool:
@@ -67,6 +67,11 @@ class FusedMixin:
                 logger.warning("%s takes unfused steps, which are slower: %s.", type(self).__name__, reason)
             self._fuses = reason is None
         return self._fuses
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state for `copy.deepcopy` and pickle."""
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]  # that of the optimizer
+        return state | {"fused": self.fused, "_master_weights": self._master_weights}
 
 
 def unsupported_reason(parameters: Iterable[Tensor], *, own_kernels: bool) -> str | None:
@@ -94,9 +99,12 @@ def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool
 
     Args:
         optimizer: without wrappers; one of another package is left alone.
-        wanted: `auto`, `true` (`ValueError` if it is not possible) or `false`.
+        wanted: `auto`, `true` or `false`.
         sharding: of the parameters that train.
         log: whether this rank logs the decision.
+
+    Raises:
+        ValueError: for `true`, if it is not possible.
     """
     if not isinstance(optimizer, FusedMixin):
         return
@@ -114,16 +122,13 @@ def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool
         logger.info("The optimizer's steps are fused.")
 
 
-# ---- Tensors that kernels take ----
-
-
 def local(tensor: Tensor) -> Tensor:
     """Return the shard of a DTensor on this rank, another tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Return whether tensors are nothing but their elements in memory, in order: kernels see addresses alone."""
+    """Return whether the memory of tensors holds their elements in order: kernels see addresses alone."""
     return all(
         type(t) in (Tensor, nn.Parameter, nn.Buffer)
         and t.is_contiguous()
@@ -134,16 +139,20 @@ def are_plain(*tensors: Tensor) -> bool:
 
 
 def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
-    """Group entries by what one call of a kernel takes, one dtype and device; return the groups and the rest.
+    """Group entries by dtype and device, as one call of a kernel takes them; return the groups and the rest.
 
-    The rest are what no kernel takes, and parameters that share memory, whose steps must come one after another.
+    The rest are what no kernel takes, and parameters that begin at one address, whose steps must follow one another.
     """
-    fitting = [n for n, entry in enumerate(entries) if _fits(entry[:4])]
-    together = {*fitting} - {fitting[n] for n in aliased([local(entries[n][0]) for n in fitting])}
+    fits = [_fits(entry[:4]) for entry in entries]
+    addresses = Counter(local(entry[0]).data_ptr() for entry, fit in zip(entries, fits, strict=True) if fit)
     groups: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
-    for n in sorted(together):
-        groups.setdefault((entries[n][0].dtype, entries[n][0].device), []).append(entries[n])
-    return [*groups.values()], [entry for n, entry in enumerate(entries) if n not in together]
+    rest: list[Entry] = []
+    for entry, fit in zip(entries, fits, strict=True):
+        if fit and addresses[local(entry[0]).data_ptr()] == 1:
+            groups.setdefault((entry[0].dtype, entry[0].device), []).append(entry)
+        else:
+            rest.append(entry)
+    return [*groups.values()], rest
 
 
 def _fits(tensors: Sequence[Tensor]) -> bool:
@@ -153,25 +162,8 @@ def _fits(tensors: Sequence[Tensor]) -> bool:
         return False
     if any(isinstance(t, DTensor) for t in tensors):
         layouts = {(t.device_mesh, t.placements) if isinstance(t, DTensor) else None for t in tensors}
-        partial = isinstance(first, DTensor) and any(placement.is_partial() for placement in first.placements)
-        return len(layouts) == 1 and not partial and _fits([*map(local, tensors)])
+        return len(layouts) == 1 and _fits([*map(local, tensors)])
     return are_plain(*tensors) and (first.is_cpu or first.numel() >= MIN_NUMEL)
-
-
-def aliased(tensors: Sequence[Tensor]) -> set[int]:
-    """Return the places in the list of contiguous tensors that share memory with another one."""
-    spans = sorted((t.data_ptr(), t.data_ptr() + t.nbytes, n) for n, t in enumerate(tensors) if t.numel())
-    found: set[int] = set()
-    farthest, last = 0, -1
-    for begin, end, n in spans:
-        if begin < farthest:
-            found |= {n, last}
-        if end > farthest:
-            farthest, last = end, n
-    return found
-
-
-# ---- Calls ----
 
 
 def schedule_free_step(columns: Sequence[list[Tensor]], scalars: list[float]) -> None:
@@ -207,7 +199,7 @@ def call(name: str, columns: Sequence[list[Tensor]], scalars: list[float], *, wr
         *[(ctypes.c_void_p * count)(*[t.data_ptr() for t in column]) for column in columns],
         (ctypes.c_double * len(scalars))(*scalars),
     )
-    # Autograd must notice that a graph is older than the weights, as with any operation of torch.
+    # So that autograd notices graphs that are older than the weights.
     torch.autograd.graph.increment_version(written)
 
 
@@ -244,21 +236,15 @@ def compiled_kernel(dtype: torch.dtype, device: torch.device) -> Kernel:
                 kernel(*[[*some, *rest[len(some) :]] for some, rest in zip(chunk, fill, strict=True)], given)
 
     with torch.no_grad():
-        # What is alike now (sizes, numbers, being a view) would have to be alike ever after: so all sizes differ and
-        # scalars are tensors. Large enough to be split among threads.
+        # Sizes and numbers that are alike now would be compiled in: so all sizes differ and scalars are tensors. Large
+        # enough to be split among threads.
         kernel(*zeros(2**17), [torch.tensor(0.5, dtype=dtype, device="cpu") for _ in range(8)])
     return step
 
 
-# ---- The C++ library ----
-
-
 @functools.cache
 def load_library() -> ctypes.CDLL | str:
-    """Load the C++ kernels, built unless they are in the cache; return why if that fails.
-
-    A library in the cache is named after a hash of all that it was built from, and ends with its own hash.
-    """
+    """Load the C++ kernels, built unless the cache has them under a hash of their inputs; return why if that fails."""
     try:
         compiler = shlex.split(os.environ.get("CXX", "")) or [path for path in map(shutil.which, COMPILERS) if path][:1]
         if os.name != "posix" or not compiler:
@@ -268,18 +254,21 @@ def load_library() -> ctypes.CDLL | str:
         command = [*compiler, *(["-mavx2", "-mfma"] if wide else []), *OPTIONS]
         inputs = [SOURCE.read_text("utf-8"), _run([*compiler, "--version"]), platform.machine(), *command]
         key = hashlib.sha256("\0".join(inputs).encode(errors="surrogateescape")).hexdigest()[:20]
-        cached = _cache() / f"schedule_free-{key}.so"
-        if _is_intact(cached):
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hf_radam")
+        with contextlib.suppress(OSError):
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        cached = cache / f"schedule_free-{key}.so"
+        if _is_private(cache) and _is_private(cached):
             return ctypes.CDLL(str(cached))
-        folder = cached.parent if _is_private(cached.parent) and os.access(cached.parent, os.W_OK) else None
+        folder = cache if _is_private(cache) and os.access(cache, os.W_OK) else None
         with tempfile.TemporaryDirectory(prefix="hf_radam-", dir=folder, ignore_cleanup_errors=True) as building:
             built = Path(building, cached.name)
             _run([*command, "-o", str(built), str(SOURCE)])
-            content = built.read_bytes()
-            built.write_bytes(content + hashlib.sha256(content).digest())  # which a loader passes over
             built.chmod(0o700)
             library = ctypes.CDLL(str(built))
             if folder is not None:
+                with built.open("rb") as file:
+                    os.fsync(file.fileno())  # so that no crash leaves a part of it in the cache
                 built.replace(cached)  # atomic: other processes may be doing the same
             return library
     except subprocess.CalledProcessError as error:
@@ -293,23 +282,9 @@ def _run(command: list[str]) -> str:
     return done.stdout
 
 
-def _cache() -> Path:
-    """Return `$XDG_CACHE_HOME/hf_radam` (`~/.cache/hf_radam`), made if it can be."""
-    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    folder = (given if given.is_absolute() else Path.home() / ".cache") / "hf_radam"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
-
-
 def _is_private(path: Path) -> bool:
-    """Return whether nobody but this user can have written a path, which is there: what is loaded is run."""
+    """Return whether a path exists and only this user can have written it: a library that is loaded runs."""
     with contextlib.suppress(OSError):
         about = path.lstat()
         return about.st_uid == os.geteuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return False
-
-
-def _is_intact(library: Path) -> bool:
-    content = library.read_bytes() if _is_private(library.parent) and _is_private(library) else b""
-    return len(content) > 32 and hashlib.sha256(content[:-32]).digest() == content[-32:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def rectification(step: int, *, beta2: float, threshold: float) -> float | None:
 
 
 def check_hyperparameters(*, lr: float | Tensor, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
-    """Raise `ValueError` for a value with which no step is defined, NaN included."""
+    """Raise `ValueError` for a value out of range, NaN included."""
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr is a tensor of {lr.numel()} elements. Pass one number.")
     for name, beta in zip(("beta1", "beta2"), betas, strict=True):
@@ -46,18 +46,16 @@ def check_hyperparameters(*, lr: float | Tensor, betas: tuple[float, float], eps
             raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
 
 
-def low_precision(params: list[Any]) -> Iterator[Tensor]:
-    """Yield the parameters whose dtype has fewer bits than float32."""
-    for param in params:
-        if isinstance(param, Tensor) and param.is_floating_point() and torch.finfo(param.dtype).bits < 32:
-            yield param
+def low_precision(params: list[Tensor]) -> torch.dtype | None:
+    """Return the dtype of a parameter that has fewer bits than float32, None if there is none."""
+    return next((p.dtype for p in params if p.is_floating_point() and torch.finfo(p.dtype).bits < 32), None)
 
 
 class RAdam(FusedMixin, torch.optim.RAdam):
     """`torch.optim.RAdam` with `decoupled_weight_decay=True`, always; same arithmetic, same state.
 
-    RAdam replaces the warm-up of Adam by a factor that grows with the number of steps and depends on `beta2` alone:
-    it reaches 0.9 after 58 steps at 0.95, 277 at 0.99 and 2737 at 0.999.
+    A factor that depends on `beta2` alone replaces a warm-up: it reaches 0.9 after 58 steps at 0.95, 277 at 0.99 and
+    2737 at 0.999.
 
     Args:
         params: parameters or parameter groups.
@@ -66,18 +64,15 @@ class RAdam(FusedMixin, torch.optim.RAdam):
         eps: added to the root of the second moment.
         weight_decay: decoupled decay: each step multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels for steps that are not fused; torch decides when not given.
-        fused: take rectified steps in one pass over memory, by torch's fused AdamW with other numbers: None wherever
-            that is possible, True or raise `ValueError` at the first of them. It rounds differently from unfused steps,
-            in the last bit of each operation.
-        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed:
-            then their own dtype does not matter.
+        fused: take rectified steps in one pass over memory, by torch's fused AdamW: None wherever that is possible,
+            True or raise `ValueError` at the first of them. It differs from unfused steps by roundings.
+        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed.
 
     Raises:
         ValueError: for a value out of range, NaN included.
 
     Warns:
-        UserWarning: if a parameter is bf16 or fp16. The second moment is kept in the parameter's dtype, where it
-            stalls: in bf16 with beta2 0.999 it never moves from 1.0 although it should fall to 0.017.
+        UserWarning: if a parameter is bf16 or fp16, the dtype of its second moment, which stalls there.
 
     Source:
         Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam` (rho_t > 5).
@@ -105,13 +100,13 @@ class RAdam(FusedMixin, torch.optim.RAdam):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, and warn of parameters whose optimizer state would stall."""
         super().add_param_group(param_group)
-        for param in [] if self._master_weights else low_precision(self.param_groups[-1]["params"]):
+        dtype = None if self._master_weights else low_precision(self.param_groups[-1]["params"])
+        if dtype is not None:
             warnings.warn(
-                f"RAdam keeps its state in the parameters' dtype, and some are {param.dtype}: the second moment "
-                "stalls there. Keep float32 parameters and train with bf16=True (autocast) instead.",
+                f"RAdam keeps its state in the parameters' dtype, and some are {dtype}: the second moment stalls "
+                "there. Keep float32 parameters and train with bf16=True (autocast) instead.",
                 stacklevel=3,
             )
-            break
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]  # overloads
@@ -151,10 +146,6 @@ class RAdam(FusedMixin, torch.optim.RAdam):
                 fused_step(chosen, group, step=step, factor=factor)
         return rest
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what `copy.deepcopy` and pickle take over."""
-        return super().__getstate__() | {"fused": self.fused, "_master_weights": self._master_weights}
-
 
 def fused_step(entries: list[Entry], group: dict[str, Any], *, step: int, factor: float) -> None:
     """Take a rectified step with torch's fused AdamW, given one group of `group_for_fusing`.
@@ -180,5 +171,5 @@ def fused_step(entries: list[Entry], group: dict[str, Any], *, step: int, factor
         amsgrad=False,
         maximize=False,
     )
-    # Torch's kernel does not, so autograd would not notice that a graph is older than the weights.
+    # So that autograd notices graphs that are older than the weights: torch's kernel does not tell it.
     torch.autograd.graph.increment_version([*parameters, *first, *second])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import schedulefree
@@ -32,15 +32,14 @@ def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
 
 
 class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
-    """`schedulefree.RAdamScheduleFree` with its gaps closed: same update rule, same state, so either loads the other's.
+    """`schedulefree.RAdamScheduleFree` with the same update rule and state, so either loads the state of the other.
 
-    What differs: options are checked; a tensor `lr` works; `step()` leaves `p.grad` alone; `eval()` keeps y, so
-    `train()` brings it back bit for bit (also as the context `evaluating()`).
+    Options are checked; a tensor `lr` works; `step()` leaves `p.grad` alone; `eval()` keeps y, so `train()` brings it
+    back bit for bit (also as the context `evaluating()`).
 
     Args:
         params: parameters or parameter groups, in float32 or float64.
-        lr: learning rate; a good start is 1 to 10 times AdamW's. Constant: a decaying one would not lower the weight
-            of later iterates in x, only stop them from moving.
+        lr: learning rate, constant; a good start is 1 to 10 times that of AdamW.
         betas: beta1 interpolates between z and x (0.9; 0.95 to 0.98 for long runs); beta2 is the decay rate of the
             second moment and sets how long RAdam warms up (0.99 for language models).
         eps: added to the root of the second moment.
@@ -48,14 +47,12 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         r: power of the step's number in the averaging weights.
         weight_lr_power: power of the largest learning rate so far in the averaging weights.
         foreach: use torch's multi-tensor kernels for steps that are not fused; not on CPUs, where they are loops.
-        silent_sgd_phase: while RAdam's rectification is undefined (the first few steps) only update the second
-            moment; False takes plain SGD steps there.
+        silent_sgd_phase: only move the second moment while RAdam's rectification is undefined (the first few steps);
+            False takes plain SGD steps there.
         fused: take rectified steps in one pass over memory, with C++ kernels on CPUs (built when first needed, and
             cached) or one from `torch.compile` on GPUs: None wherever that is possible, True or raise `ValueError` at
-            the first of them. It rounds differently from unfused steps, in the last bit of each operation, so all ranks
-            of a run must do the same (`RAdamTrainer` sees to that).
-        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed:
-            then their own dtype does not matter.
+            the first of them. It differs from unfused steps by roundings, so all ranks of a run must do the same.
+        master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed.
 
     Raises:
         ValueError: for a value out of range, NaN included: beta1 = 0 (x would be undefined), beta2 <= 0.6 (the
@@ -66,6 +63,8 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
     """
 
     own_kernels = True
+    steps_by_parts = False
+    """Whether one step comes as several calls of `step()`, each with other parameters of a group (ZeRO-3)."""
 
     def __init__(
         self,
@@ -95,8 +94,6 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
                 raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
         self._master_weights = master_weights
         self._y: dict[nn.Parameter, Tensor] = {}
-        self.steps_by_parts = False
-        """Whether one step comes as several calls of `step()`, each with other parameters of a group (ZeRO-3)."""
         self._stepped: list[set[int]] = []
         super().__init__(
             params,
@@ -113,11 +110,12 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; refuse parameters whose state would lose small changes."""
         super().add_param_group(param_group)
-        for param in [] if self._master_weights else low_precision(self.param_groups[-1]["params"]):
+        dtype = None if self._master_weights else low_precision(self.param_groups[-1]["params"])
+        if dtype is not None:
             self.param_groups.pop()
             raise ValueError(
-                f"RAdamScheduleFree keeps its state in the parameters' dtype, and {param.dtype} loses every small "
-                "change there. Keep float32 parameters and train with bf16=True (autocast)."
+                f"RAdamScheduleFree keeps its state in the parameters' dtype, and {dtype} loses every small change. "
+                "Keep float32 parameters and train with bf16=True (autocast)."
             )
 
     @torch.no_grad()
@@ -125,8 +123,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         """Move y and z; `p.grad` is only read.
 
         Raises:
-            RuntimeError: in evaluation mode, where the parameters hold x (call `train()` first), and for sparse
-                gradients.
+            RuntimeError: in evaluation mode, where the parameters hold x, and for sparse gradients.
             ValueError: if `fused` is True and that is not possible.
         """
         if not all(group["train_mode"] for group in self.param_groups):
@@ -146,7 +143,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return loss
 
     def _continues(self, index: int, group: dict[str, Any]) -> bool:
-        """Return whether the group is in the middle of a step, in which none of its present parameters has moved."""
+        """Return whether a step of the group is under way in which none of its present parameters has moved."""
         self._stepped += [set() for _ in range(index + 1 - len(self._stepped))]
         now, stepped = {id(p) for p in group["params"]}, self._stepped[index]
         continues = bool(stepped) and not now & stepped
@@ -154,7 +151,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return continues
 
     def _step_group(self, group: dict[str, Any], *, continues: bool = False) -> None:
-        """Count the step, unless it continues with further parameters, and move the parameters that are there."""
+        """Count the step, unless it continues with further parameters, and move the present parameters."""
         step = group["k"] + (not continues)
         rectified = rectification(step, beta2=group["betas"][1], threshold=THRESHOLD)
         adaptive = rectified is not None
@@ -176,14 +173,13 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
         if fuses:
             params = self._move_fused(params, group, lr=lr, c=c)
-        # One parameter at a time is the same arithmetic with less memory for temporaries; and on a CPU as fast, as the
-        # multi-tensor kernels are loops there.
+        # One parameter at a time needs less memory, and is as fast on a CPU, where multi-tensor kernels are loops.
         at_once = group["foreach"] and not all(p.is_cpu for p in params)
         for chunk in [params] if at_once else [[p] for p in params]:
             self._move(chunk, group, lr=lr, c=c, adaptive=adaptive)
 
     def _move_fused(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float) -> list[Tensor]:
-        """Update what a kernel can take; return the rest of `ys`."""
+        """Move the parameters that a kernel takes; return the rest of `ys`."""
         beta1, beta2 = group["betas"]
         correction, y_rate = 1 / (1 - beta2 ** group["k"]), lr * (beta1 * (1 - c) - 1)
         scalars = [beta2, 1 - beta2, correction, group["eps"], group["weight_decay"], c, y_rate, lr]
@@ -194,7 +190,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return [entry[0] for entry in rest]
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
-        """Update the second moments, then y and z, with torch's multi-tensor operations."""
+        """Move the second moments, then y and z, with torch's multi-tensor operations."""
         beta1, beta2 = group["betas"]
         grads = [p.grad for p in ys if p.grad is not None]
         zs = [self.state[p]["z"] for p in ys]
@@ -222,22 +218,17 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         for group in self.param_groups:
             if not group["train_mode"]:
                 continue
-            with ExitStack() as undo:
-                undo.callback(self._restore, group)  # out of memory half-way: all of the group holds y again
-                for p in group["params"]:
-                    if "z" in self.state.get(p, {}):
-                        y, x = p.detach().clone(), x_from_y(p, self.state[p]["z"], group["betas"][0])
-                        self._y[p] = y
-                        p.copy_(x)
-                undo.pop_all()
+            for p in group["params"]:
+                if "z" in self.state.get(p, {}):
+                    self._y[p] = p.detach().clone()
+                    p.copy_(x_from_y(p, self.state[p]["z"], group["betas"][0]))
             group["train_mode"] = False
 
     @torch.no_grad()
     def train(self) -> None:
         """Write y back into the parameters: bit for bit, unless the weights were changed meanwhile.
 
-        After a change (or after loading a state saved in evaluation mode) the parameters are taken for x, as
-        `schedulefree` does: y = beta1 x + (1 - beta1) z.
+        Changed parameters, or those of a state saved in evaluation mode, are x, as in `schedulefree`.
         """
         for group in self.param_groups:
             if group["train_mode"]:
@@ -255,10 +246,10 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
 
     @contextmanager
     def evaluating(self, *, write_x: bool = True) -> Iterator[None]:
-        """Context in evaluation mode; the weights and the mode before it come back bit for bit.
+        """Open a context in evaluation mode; the weights and the mode before it come back bit for bit.
 
         Args:
-            write_x: False only changes the mode: for other weights that are in the parameters already.
+            write_x: False only changes the mode, where the parameters hold other weights.
         """
         modes = [group["train_mode"] for group in self.param_groups]
         try:
@@ -275,7 +266,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
 
     @torch.no_grad()
     def _restore(self, group: dict[str, Any]) -> None:
-        """Write the y kept by `eval()` back, whatever is in the parameters now."""
+        """Write the y kept by `eval()` back."""
         for p in group["params"]:
             if p in self._y:
                 p.copy_(self._y.pop(p))
@@ -286,25 +277,16 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         for group in self.param_groups:
             group["train_mode"] = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what `copy.deepcopy` and pickle take over."""
-        return super().__getstate__() | {
-            "fused": self.fused,
-            "steps_by_parts": self.steps_by_parts,
-            "_master_weights": self._master_weights,
-        }
-
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over a state (`load_state_dict`, `copy.deepcopy`); a y kept by `eval()` is not part of it."""
+        """Set a state (`load_state_dict`, `copy.deepcopy`); a y kept by `eval()` is not part of it."""
         super().__setstate__(state)
         self._y, self._stepped = {}, []
 
 
 def x_shard(sharding: Sharding, optimizer: RAdamScheduleFree) -> Callable[[str], Tensor | None]:
-    """Return a function from a parameter's name to this rank's shard of x, in the form of `Sharding.optimizer_shard`.
+    """Return a function from a parameter's name to this rank's shard of x, shaped as `Sharding.optimizer_shard`.
 
-    It returns None where the parameter holds x: the optimizer does not train it, has taken no step yet, or is in
-    evaluation mode.
+    It returns None where the parameter holds x: untrained, before the first step, or in evaluation mode.
     """
     groups = sharding.groups(optimizer)
 
@@ -322,8 +304,7 @@ def x_shards(sharding: Sharding, optimizer: RAdamScheduleFree) -> Iterator[tuple
     """Yield name and shard of x of every parameter that does not hold x, computed one after another."""
     shard = x_shard(sharding, optimizer)
     for name in sharding.parameters:
-        x = shard(name)
-        if x is not None:
+        if (x := shard(name)) is not None:
             yield name, x
 
 
@@ -331,8 +312,7 @@ def schedule_free_x(model: nn.Module, optimizer: RAdamScheduleFree) -> dict[str,
     """Compute the evaluation weights x of `model` without touching model or optimizer.
 
     Returns:
-        Copies by parameter name (tied parameters once): x, or the parameter itself where it holds x already (see
-        `x_shard`).
+        Copies by parameter name (tied parameters once) of x, or of a parameter that holds x already.
     """
     sharding = find_sharding(model)
     x = {name: sharding.gather(name, shard) for name, shard in x_shards(sharding, optimizer)}

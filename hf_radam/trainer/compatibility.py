@@ -135,9 +135,10 @@ def check_supported(trainer: Any) -> None:
 
 
 def _check_precision(trainer: Any) -> None:
-    for parameter in low_precision([p for p in trainer.model.parameters() if p.requires_grad]):
+    dtype = low_precision([p for p in trainer.model.parameters() if p.requires_grad])
+    if dtype is not None:
         raise ValueError(
-            f"The model has {parameter.dtype} parameters, in which radam_schedulefree would lose every small step. "
+            f"The model has {dtype} parameters, in which radam_schedulefree would lose every small step. "
             "Keep float32 parameters and train with bf16=True (autocast)."
         )
 

@@ -13,7 +13,7 @@ from hf_radam.sharding import LocalSharding
 pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=str(fused.load_library()))
 
 
-def agreed(caplog, given, wanted, kind=RAdamScheduleFree):
+def decided(caplog, given, wanted, kind=RAdamScheduleFree):
     """Return the decision and what was logged."""
     optimizer = make(kind, given)
     sharding = LocalSharding((str(number), p) for number, p in enumerate(given))
@@ -25,9 +25,9 @@ def agreed(caplog, given, wanted, kind=RAdamScheduleFree):
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_auto_fuses_what_it_can_and_says_so(kind, caplog):
-    assert agreed(caplog, parameters(), "auto", kind) == (True, "The optimizer's steps are fused.")
-    assert agreed(caplog, parameters(), "true", kind)[0]
-    assert agreed(caplog, parameters(), "false", kind) == (False, "")
+    assert decided(caplog, parameters(), "auto", kind) == (True, "The optimizer's steps are fused.")
+    assert decided(caplog, parameters(), "true", kind)[0]
+    assert decided(caplog, parameters(), "false", kind) == (False, "")
 
 
 @pytest.mark.parametrize(
@@ -41,12 +41,12 @@ def test_auto_fuses_what_it_can_and_says_so(kind, caplog):
 def test_what_cannot_be_fused_is_said(given, kind, reason, caplog, monkeypatch):
     monkeypatch.setattr(fused, "load_library", lambda: "there is no compiler")
     p = [torch.nn.Parameter(given)]
-    assert agreed(caplog, p, "auto", kind) == (
+    assert decided(caplog, p, "auto", kind) == (
         False,
         f"The optimizer's steps are not fused (fused_optimizer=auto): {reason}.",
     )
     with pytest.raises(ValueError, match=f"fused_optimizer=true is not possible: {reason}. Leave it out"):
-        agreed(caplog, p, "true", kind)
+        decided(caplog, p, "true", kind)
 
 
 @pytest.mark.parametrize("method", ["wsd", "schedule_free_ewa"])
