@@ -25,7 +25,6 @@ from hf_radam.optim import fused
 from hf_radam.sharding import LocalSharding, Sharding
 
 DEFAULT_HALF_LIFE_RATIO = 0.0625
-"""Half-life of the growing window, as a ratio of the steps since averaging began."""
 
 
 def fixed_decay_step_size(weight_sum: float, *, decay: float, every: int) -> float:
@@ -84,7 +83,7 @@ def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], size: f
         fused.call("average_bfloat16", bf16, [size], written=bf16[0])
 
 
-class HostCopies:
+class _HostCopies:
     """Copies of weights on a GPU in pinned host memory, made on a stream of their own while the GPU computes on."""
 
     def __init__(self, weights: Sequence[Tensor]):
@@ -95,7 +94,6 @@ class HostCopies:
         self._arrived = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
 
     def start(self, weights: Sequence[Tensor]) -> None:
-        """Begin to copy the weights as the work submitted so far leaves them."""
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for weight, buffer in zip(weights, self.buffers, strict=True):
@@ -103,19 +101,17 @@ class HostCopies:
                 weight.record_stream(self._stream)  # its memory is not reused before it was read
         self._arrived.record(self._stream)
 
-    def block_stream(self) -> None:
-        """Have the GPU finish the copies before any work submitted from now on."""
+    def block_stream(self) -> None:  # no work submitted from now on starts before the copies are made
         torch.cuda.current_stream(self._device).wait_event(self._arrived)
 
     def wait(self) -> None:
-        """Wait until the copies are in host memory."""
         self._arrived.synchronize()
 
 
-def host_copies(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> HostCopies | None:
+def host_copies(weights: Sequence[Tensor], averages: Sequence[Tensor]) -> _HostCopies | None:
     """Return buffers for weights on one GPU with averages in host memory, else None."""
     on_one_gpu = weights[0].is_cuda and len({weight.device for weight in weights}) == 1
-    return HostCopies(weights) if on_one_gpu and all(average.is_cpu for average in averages) else None
+    return _HostCopies(weights) if on_one_gpu and all(average.is_cpu for average in averages) else None
 
 
 class WeightAverage:
@@ -125,22 +121,13 @@ class WeightAverage:
         named_parameters: `model.named_parameters()`; tied weights are averaged once, under their first name, frozen
             parameters left out. Or a `Sharding`: then all ranks must make the same calls.
         decay: decay per step for a fixed window, in (0, 1).
-        half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began; 0.0625 when
-            neither is given.
+        half_life_ratio: half-life of a growing window, as a ratio of the steps since averaging began (0.0625).
         every: average at each `every`-th step; does not change the window.
         start_step: steps to skip: averaging begins with step `start_step + every`.
         device: where the fp32 averages are kept; the parameter's own device when not given.
 
     Raises:
         ValueError: for both windows at once, a value out of range, a complex parameter, or nothing to average.
-
-    Example:
-        >>> model = torch.nn.Linear(2, 1)
-        >>> average = WeightAverage(model.named_parameters(), decay=0.99)
-        >>> average.update(1)
-        True
-        >>> with average.applied():
-        ...     loss = model(torch.ones(1, 2))
     """
 
     def __init__(
@@ -181,7 +168,7 @@ class WeightAverage:
 
     @property
     def started(self) -> bool:
-        """Whether there is an average: False before the first averaging."""
+        """Whether there is an average."""
         return self.num_averaged > 0
 
     @property
@@ -193,12 +180,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int, *, overlap: bool = False) -> bool:
-        """Average the weights after a step (1 for the first); call it after every step.
+        """Average the weights after step number `step` (1 for the first); call it after every step.
 
-        Args:
-            step: number of the step.
-            overlap: for an average in host memory, let a GPU compute on while the weights are copied; then call
-                `wait_for_copies()` before anything writes to them.
+        With `overlap` and an average in host memory, a GPU computes on while the weights are copied; then call
+        `wait_for_copies()` before anything writes to them.
 
         Returns:
             Whether the average moves: `step - start_step` is positive and divisible by `every`.
@@ -235,18 +220,15 @@ class WeightAverage:
         return growing_window_step_size(elapsed, half_life_ratio=self.half_life_ratio, every=self.every)
 
     @cached_property
-    def _copies(self) -> HostCopies | None:
-        weights = [self.sharding.optimizer_shard(name) for name in self._averages]
-        return host_copies(weights, [*self._averages.values()])
+    def _copies(self) -> _HostCopies | None:
+        return host_copies([*map(self.sharding.optimizer_shard, self._averages)], [*self._averages.values()])
 
     def _move(self, size: float) -> None:
-        """Move the averages; copies in host memory are awaited by `finish()`."""
         self.finish()
         averages, copies = [*self._averages.values()], self._copies
         weights = [self.sharding.optimizer_shard(name).detach() for name in self._averages]
         if copies is None:
-            move_averages(averages, weights, size)
-            return
+            return move_averages(averages, weights, size)
         self._versions = {name: self.sharding.parameters[name]._version for name in self._averages}
         copies.start(weights)
 
@@ -257,7 +239,6 @@ class WeightAverage:
         self._job = copies.thread.submit(move)
 
     def _average_of(self, name: str, value: Tensor) -> Tensor:
-        """Return a float32 copy of a value where the parameter's average is kept."""
         device = self.sharding.optimizer_shard(name).device if self.device is None else self.device
         return value.detach().to(device=device, dtype=torch.float32, copy=True)
 
@@ -278,7 +259,7 @@ class WeightAverage:
             )
 
     def finish(self) -> None:
-        """Wait until an average in host memory has moved; whatever reads the average does this by itself."""
+        """Wait until an average in host memory has moved; methods that read the average do this."""
         self.wait_for_copies()
         job, self._job = self._job, None
         if job is not None:
@@ -356,7 +337,6 @@ class WeightAverage:
             setattr(self, counter, state[counter])
 
     def _shard(self, name: str, value: Tensor) -> Tensor:
-        """Return this rank's shard of a value, which may be that shard already."""
         full, shard = self.sharding.shape(name), self.sharding.optimizer_shard(name).shape
         if value.shape == full:
             return self.sharding.local_shard(name, value)

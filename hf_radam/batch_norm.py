@@ -76,27 +76,25 @@ def recalibrate_batch_norm(
     if not layers:
         return 0
     modes = {module: module.training for module in model.modules()}
-    before = {layer: (layer.momentum, [b.detach().clone() for b in layer.buffers(recurse=False)]) for layer in layers}
+    momenta, before = [layer.momentum for layer in layers], statistics(model)
     used = 0
-    reached: set[_BatchNorm] = set()
     try:
         model.eval()
         for layer in layers:
-            layer.reset_running_stats()
-            layer.momentum = None
+            layer.num_batches_tracked.zero_()  # so that the first batch replaces the old statistics
+            layer.momentum = None  # a cumulative average
             layer.train()
         for batch in batches:
             forward(model, batch)
             used += 1
         if not used:
             raise ValueError("`batches` is empty. BatchNorm statistics need at least one batch.")
-        reached = {layer for layer in layers if layer.num_batches_tracked}
+    except BaseException:
+        load_statistics(model, before)
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
-        for layer, (momentum, buffers) in before.items():
+        for layer, momentum in zip(layers, momenta, strict=True):
             layer.momentum = momentum
-            if layer not in reached:
-                for buffer, value in zip(layer.buffers(recurse=False), buffers, strict=True):
-                    buffer.copy_(value)
     return used

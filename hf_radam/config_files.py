@@ -1,8 +1,7 @@
 """Command lines of dataclass fields, with defaults from a YAML or JSON file.
 
-The text of every value in the file goes through the same converter as the text of the flag with that name. So
-`learning_rate: 1e-3` is a number although YAML itself calls it a string, `eval_strategy: no` is the word "no", and
-`max_steps: many` is refused in the same words as `--max_steps many`.
+The text of every value in the file goes through the converter of its flag. So `learning_rate: 1e-3` is a number,
+although YAML calls it a string, and `eval_strategy: no` is the word "no".
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
-
-MISSPELT = 0.85  # similarity (`difflib`, 1 for equal) to a known key from which a key is refused as misspelt
 
 
 def one_sentence(error: BaseException) -> str:
@@ -66,12 +63,7 @@ class ConfigArgumentParser(HfArgumentParser):
         self._refuse(f"{self._source}{' '.join(message.split())}")
 
     def parse(self, argv: Sequence[str] | None = None, **instead: Any) -> tuple[Any, ...]:
-        """Return one instance of each dataclass, from `[FILE] [--flag value ...]`.
-
-        Args:
-            argv: The command line; by default that of the process.
-            **instead: Values of fields, whatever the command line says.
-        """
+        """Return one instance of each dataclass, from `[FILE] [--flag value ...]`; fields in `instead` win over it."""
         argv = list(sys.argv[1:] if argv is None else argv)
         tokens = self._file_tokens(argv.pop(0)) if argv and not argv[0].startswith("-") else []
         namespace, rest = self.parse_known_args(tokens + argv)
@@ -98,7 +90,8 @@ class ConfigArgumentParser(HfArgumentParser):
         for key, text, value in self._entries(path):
             if key not in self._flags:
                 known = [*self._flags]
-                if not self._allow_other_keys or difflib.get_close_matches(str(key), known, cutoff=MISSPELT):
+                misspelt = difflib.get_close_matches(str(key), known, cutoff=0.85)
+                if misspelt or not self._allow_other_keys:
                     self.error(f"unknown key {key!r}: {close_matches(str(key), known)}")
                 self.other_keys.append(str(key))
             elif value is not None:  # null asks for the default

@@ -117,7 +117,7 @@ class Schedule(ABC):
         return "A decay of 1 step has no effect: its only step is still at the peak. Use 2 steps or more."
 
     def describe(self) -> str:
-        """Return one line that says what the schedule does from the first step to the last."""
+        """Describe the schedule in one line."""
         phases = (f"{phase.name} over steps {phase.start}-{phase.end}" for phase in self.phases())
         return f"{self.name}, {self.total_steps} steps: {', '.join(phases)}"
 

@@ -19,7 +19,6 @@ from hf_radam.names import CONSTANT_SCHEDULES, OPTIMIZERS, OptimizerName, Schedu
 from hf_radam.schedules import SCHEDULE_FLAGS, Schedule, SchedulePast, check_decay, count_from_ratio
 
 UPSTREAM_DEFAULT_SCHEDULE = TrainingArguments.__dataclass_fields__["lr_scheduler_type"].default
-EWA_FLAGS = ("half_life_ratio", "decay", "every", "start_step", "device", "eval_raw")
 
 
 def _flag(default: Any, text: str) -> Any:
@@ -169,11 +168,7 @@ class RAdamTrainingArguments(TrainingArguments):
             raise HorizonError(str(error)) from error
 
     def resolve_warmup_steps(self, total_steps: int, past: SchedulePast | None = None) -> int:
-        """Return the length of the warm-up in steps; an extended run keeps its own, whatever the ratio would give now.
-
-        Raises:
-            HorizonError: If another warm-up is asked for than the extended run had.
-        """
+        """Return the length of the warm-up in steps; an extended run keeps its own, or raises `HorizonError`."""
         if past is None or past.warmup_steps is None:
             return self.get_warmup_steps(total_steps)
         if self.warmup_steps >= 1 and self.warmup_steps != past.warmup_steps:
@@ -183,11 +178,7 @@ class RAdamTrainingArguments(TrainingArguments):
         return past.warmup_steps
 
     def optimizer_class_and_kwargs(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]] | None:
-        """Return class and options of the optimizer; None for those of transformers.
-
-        Raises:
-            ValueError: If `optim_args` has an option that the optimizer does not know, or a value of another type.
-        """
+        """Return class and options of the optimizer, None for those of transformers; `ValueError` for wrong ones."""
         if self.optim not in OPTIMIZERS:
             return None
         name_of_optimizer = OptimizerName(self.optim).value
@@ -211,12 +202,10 @@ class RAdamTrainingArguments(TrainingArguments):
         return optimizer, kwargs
 
     def _changed(self, names: Collection[str]) -> str | None:
-        """Return the first of the fields `names` that is not at its default, as text."""
         defaults = {one.name: one.default for one in dataclasses.fields(self)}
         return next((f"{name}={getattr(self, name)}" for name in names if getattr(self, name) != defaults[name]), None)
 
     def _check_names(self) -> None:
-        """Refuse optimizers and schedules that do not go together, and flags that would have no effect."""
         optim, schedule = OptimizerName(self.optim).value, SchedulerName(self.lr_scheduler_type).value
         if optim in ("schedule_free_adamw", "schedule_free_sgd"):
             raise ValueError(
@@ -248,8 +237,7 @@ class RAdamTrainingArguments(TrainingArguments):
             )
 
     def _check_fused(self) -> None:
-        """Check `fused_optimizer`, which a YAML file may give as a boolean, and write it as a word."""
-        wanted = str(self.fused_optimizer).lower()
+        wanted = str(self.fused_optimizer).lower()  # a YAML file may give a boolean
         if wanted not in ("auto", "true", "false"):
             raise ValueError(f"fused_optimizer={self.fused_optimizer!r} is not known. Use auto, true or false.")
         name = OptimizerName(self.optim).value
@@ -260,7 +248,6 @@ class RAdamTrainingArguments(TrainingArguments):
         self.fused_optimizer = wanted
 
     def _check_schedule(self) -> None:
-        """Check what can be before the length of the run is known."""
         if self.recalibrate_batch_norm_batches < 0:
             raise ValueError(
                 f"recalibrate_batch_norm_batches={self.recalibrate_batch_norm_batches} is negative. Use 0 or more."
@@ -271,9 +258,8 @@ class RAdamTrainingArguments(TrainingArguments):
                 count_from_ratio(value, 10**6, name=name)  # any length: only to ask whether it is a count or a ratio
 
     def _check_ewa(self) -> None:
-        """Check the flags of the average, and refuse them without one."""
         if not self.ewa:
-            unused = self._changed([f"ewa_{name}" for name in EWA_FLAGS])
+            unused = self._changed([one.name for one in dataclasses.fields(self) if one.name.startswith("ewa_")])
             if unused:
                 raise ValueError(f"{unused} has no effect without ewa. Set --ewa.")
             return
@@ -288,7 +274,6 @@ class RAdamTrainingArguments(TrainingArguments):
             raise ValueError(f"ewa_device={self.ewa_device!r} is not known. Use cpu, or leave it out.")
 
     def _check_extension(self) -> None:
-        """Check the flags of an extension, and that there is a run to extend."""
         if self.extend_from is None:
             return
         schedule = SchedulerName(self.lr_scheduler_type).value
@@ -308,7 +293,6 @@ class RAdamTrainingArguments(TrainingArguments):
             )
 
     def _check_numbers(self) -> None:
-        """Check numbers that transformers takes as they come; the optimizer checks its own."""
         for name in ("learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not 0.0 <= value < math.inf:
@@ -341,10 +325,9 @@ def check_combinations(args: RAdamTrainingArguments) -> None:
             )
 
 
-# ---- Defaults of a dataclass with several bases: those that a plain class would have ----
-# A field that several bases have is, to `dataclasses`, that of the first of them, and a base has every field that it
-# inherits: of `(RAdamTrainingArguments, SFTConfig)` the learning rate would be that of `TrainingArguments`, although
-# `SFTConfig` has another; in the other order the schedule would be, although `RAdamTrainingArguments` has another.
+# `dataclasses` takes a field that several bases have from the first, and a base has all fields that it inherits:
+# `(RAdamTrainingArguments, SFTConfig)` would have the learning rate of `TrainingArguments`, not of `SFTConfig`.
+# The functions below take each default from the class that declares it, as a plain class does.
 
 
 def _keep_declared_fields(cls: type) -> None:

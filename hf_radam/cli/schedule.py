@@ -34,8 +34,7 @@ def add(commands: Any) -> None:
         "schedule",
         run,
         usage="hf-radam schedule [CONFIG] [--png FILE] [--flag value ...]",
-        description="Print the phases of a schedule with their steps and learning rates, the checkpoints that are "
-        "pinned, and the curve in one line. For every scheduler that does not follow the losses of the training.\n\n"
+        description="Print the phases of a schedule, the checkpoints that are pinned, and the curve in one line.\n\n"
         "CONFIG is a file as examples/run_clm.py takes it (.yaml, .yml, .json; keys for model and data are ignored), "
         "and the flags after it are those of RAdamTrainingArguments: they win over the file.",
         examples=[
@@ -196,7 +195,6 @@ def _factors(args: RAdamTrainingArguments, total: int) -> list[float | None] | N
 
 
 def _describe_factors(factors: list[float | None], args: RAdamTrainingArguments) -> str:
-    """Say at which step RAdam's factor on the learning rate is what."""
     defined = [factor for factor in factors if factor is not None]
     first = len(factors) - len(defined) + 1
     parts = [f"undefined in steps 1-{first - 1}"] if first > 1 else []

@@ -36,12 +36,10 @@ SOURCE = Path(__file__).with_name("schedule_free.cpp")
 COMPILERS = ("g++", "c++", "clang++")  # GCC first: its OpenMP is the one that torch brings
 # Uncontracted, results do not depend on what is vectorized; square roots are only without errno and exceptions.
 OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
-DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-DEVICES = ("cpu", "cuda")
+DTYPES, DEVICES = {torch.float32: "float32", torch.float64: "float64"}, ("cpu", "cuda")
 MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size
 TENSORS_PER_CALL = 4  # of the compiled kernel
-Entry = tuple[Tensor, ...]
-"""A parameter, its gradient, its two states, and whatever else belongs to them."""
+Entry = tuple[Tensor, ...]  # a parameter, its gradient and its states
 Kernel = Callable[[Sequence[list[Tensor]], list[float]], None]
 
 
@@ -55,7 +53,7 @@ class FusedMixin:
     param_groups: list[dict[str, Any]]
 
     def _decide_fused(self) -> bool:
-        """Return whether rectified steps are fused; the first call decides, and builds what they need."""
+        """Return whether rectified steps are fused; the first call decides, and builds their kernels."""
         if self.fused is False:
             return False
         if self._fuses is None:
@@ -95,16 +93,9 @@ def unsupported_reason(parameters: Iterable[Tensor], *, own_kernels: bool) -> st
 
 
 def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool) -> None:
-    """Decide `fused` alike on all ranks, as replicas whose kernels round otherwise would drift apart; collective.
+    """Decide `fused` alike on all ranks, as replicas that round differently would drift apart; collective.
 
-    Args:
-        optimizer: without wrappers; one of another package is left alone.
-        wanted: `auto`, `true` or `false`.
-        sharding: of the parameters that train.
-        log: whether this rank logs the decision.
-
-    Raises:
-        ValueError: for `true`, if it is not possible.
+    `wanted` is `auto`, `true` (or a `ValueError`) or `false`. Optimizers of other packages are left alone.
     """
     if not isinstance(optimizer, FusedMixin):
         return
@@ -157,7 +148,7 @@ def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[
 
 def _fits(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
-    alike = {(t.dtype, t.device, t.shape) for t in tensors} == {(first.dtype, first.device, first.shape)}
+    alike = len({(t.dtype, t.device, t.shape) for t in tensors}) == 1
     if not alike or first.dtype not in DTYPES or first.device.type not in DEVICES:
         return False
     if any(isinstance(t, DTensor) for t in tensors):

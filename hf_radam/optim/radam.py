@@ -54,8 +54,7 @@ def low_precision(params: list[Tensor]) -> torch.dtype | None:
 class RAdam(FusedMixin, torch.optim.RAdam):
     """`torch.optim.RAdam` with `decoupled_weight_decay=True`, always; same arithmetic, same state.
 
-    A factor that depends on `beta2` alone replaces a warm-up: it reaches 0.9 after 58 steps at 0.95, 277 at 0.99 and
-    2737 at 0.999.
+    A factor replaces a warm-up: it reaches 0.9 after 58 steps for a `beta2` of 0.95, 277 for 0.99 and 2737 for 0.999.
 
     Args:
         params: parameters or parameter groups.
@@ -74,8 +73,7 @@ class RAdam(FusedMixin, torch.optim.RAdam):
     Warns:
         UserWarning: if a parameter is bf16 or fp16, the dtype of its second moment, which stalls there.
 
-    Source:
-        Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam` (rho_t > 5).
+    Source: Liu et al. 2020, arXiv:1908.03265, algorithm 2, with the threshold of `torch.optim.RAdam` (rho_t > 5).
     """
 
     def __init__(
@@ -130,7 +128,6 @@ class RAdam(FusedMixin, torch.optim.RAdam):
         return loss
 
     def _step_fused(self, entries: list[Entry], group: dict[str, Any]) -> list[Entry]:
-        """Take the rectified steps that can be fused; return the other entries."""
         by_step: dict[int, list[Entry]] = {}
         for entry in entries:
             by_step.setdefault(int(entry[-1]) + 1, []).append(entry)

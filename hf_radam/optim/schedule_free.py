@@ -23,7 +23,6 @@ from hf_radam.sharding import Sharding, find_sharding
 
 THRESHOLD = 4.0
 """As `schedulefree`; see `rectification`."""
-SMALLEST_BETA2 = 0.6  # up to it rho_t never exceeds 4
 
 
 def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
@@ -34,8 +33,7 @@ def x_from_y(y: Tensor, z: Tensor, beta1: float) -> Tensor:
 class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
     """`schedulefree.RAdamScheduleFree` with the same update rule and state, so either loads the state of the other.
 
-    Options are checked; a tensor `lr` works; `step()` leaves `p.grad` alone; `eval()` keeps y, so `train()` brings it
-    back bit for bit (also as the context `evaluating()`).
+    `step()` leaves `p.grad` alone; `eval()` keeps y, so `train()` brings it back bit for bit.
 
     Args:
         params: parameters or parameter groups, in float32 or float64.
@@ -58,8 +56,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         ValueError: for a value out of range, NaN included: beta1 = 0 (x would be undefined), beta2 <= 0.6 (the
             silent phase would never end), or a bf16 or fp16 parameter (the state would lose every small change).
 
-    Source:
-        Defazio et al. 2024, arXiv:2405.15682; `schedulefree` 1.4, `RAdamScheduleFree`.
+    Source: Defazio et al. 2024, arXiv:2405.15682; `schedulefree` 1.4, `RAdamScheduleFree`.
     """
 
     own_kernels = True
@@ -85,27 +82,15 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         if betas[0] == 0.0:
             raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1). Take 0.9 to 0.98.")
-        if betas[1] <= SMALLEST_BETA2:
-            raise ValueError(
-                f"beta2={betas[1]} never leaves RAdam's silent phase, which needs beta2 > {SMALLEST_BETA2}. Take 0.99."
-            )
+        if betas[1] <= 0.6:  # up to it rho_t never exceeds 4
+            raise ValueError(f"beta2={betas[1]} never leaves RAdam's silent phase. Take one above 0.6, such as 0.99.")
         for name, value in (("r", r), ("weight_lr_power", weight_lr_power)):
             if not 0.0 <= value < math.inf:
                 raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
         self._master_weights = master_weights
         self._y: dict[nn.Parameter, Tensor] = {}
         self._stepped: list[set[int]] = []
-        super().__init__(
-            params,
-            lr=lr,
-            betas=betas,
-            eps=eps,
-            weight_decay=weight_decay,
-            r=r,
-            weight_lr_power=weight_lr_power,
-            foreach=foreach,
-            silent_sgd_phase=silent_sgd_phase,
-        )
+        super().__init__(params, lr, betas, eps, weight_decay, r, weight_lr_power, foreach, silent_sgd_phase)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; refuse parameters whose state would lose small changes."""
@@ -143,7 +128,6 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return loss
 
     def _continues(self, index: int, group: dict[str, Any]) -> bool:
-        """Return whether a step of the group is under way in which none of its present parameters has moved."""
         self._stepped += [set() for _ in range(index + 1 - len(self._stepped))]
         now, stepped = {id(p) for p in group["params"]}, self._stepped[index]
         continues = bool(stepped) and not now & stepped
@@ -179,7 +163,6 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
             self._move(chunk, group, lr=lr, c=c, adaptive=adaptive)
 
     def _move_fused(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float) -> list[Tensor]:
-        """Move the parameters that a kernel takes; return the rest of `ys`."""
         beta1, beta2 = group["betas"]
         correction, y_rate = 1 / (1 - beta2 ** group["k"]), lr * (beta1 * (1 - c) - 1)
         scalars = [beta2, 1 - beta2, correction, group["eps"], group["weight_decay"], c, y_rate, lr]
@@ -190,7 +173,6 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         return [entry[0] for entry in rest]
 
     def _move(self, ys: list[Tensor], group: dict[str, Any], *, lr: float, c: float, adaptive: bool) -> None:
-        """Move the second moments, then y and z, with torch's multi-tensor operations."""
         beta1, beta2 = group["betas"]
         grads = [p.grad for p in ys if p.grad is not None]
         zs = [self.state[p]["z"] for p in ys]
@@ -214,7 +196,7 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
 
     @torch.no_grad()
     def eval(self) -> None:
-        """Write x into the parameters, keeping y; nothing if they hold x already."""
+        """Write x into the parameters, keeping y, unless they hold x already."""
         for group in self.param_groups:
             if not group["train_mode"]:
                 continue
@@ -260,16 +242,10 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
             yield
         finally:
             for group, mode in zip(self.param_groups, modes, strict=True):
-                if write_x and mode:
-                    self._restore(group)
                 group["train_mode"] = mode
-
-    @torch.no_grad()
-    def _restore(self, group: dict[str, Any]) -> None:
-        """Write the y kept by `eval()` back."""
-        for p in group["params"]:
-            if p in self._y:
-                p.copy_(self._y.pop(p))
+                kept = [p for p in group["params"] if p in self._y] if write_x and mode else []
+                for p in kept:
+                    p.detach().copy_(self._y.pop(p))
 
     def forget_training_weights(self) -> None:
         """Enter evaluation mode with the present parameters as x, and no y to restore."""
