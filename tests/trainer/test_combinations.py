@@ -72,7 +72,7 @@ def loss_with(build, weights) -> float:
 
 
 def check_best(trainer, oracle, build, load=AutoModelForCausalLM, **tolerance) -> None:
-    """Compare the model, what was logged, saved and shipped with the oracle."""
+    """Compare the model, its logged losses, and the models saved and shipped with the oracle."""
     tolerance = {"abs": 5e-6} | tolerance
     best = trainer.state.best_global_step
     losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
@@ -149,7 +149,7 @@ def t5() -> nn.Module:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_seq2seq_with_generation(tmp_path, method):
-    """What is predicted is generated again by the model that ships."""
+    """The model that ships generates the predictions again."""
     oracle = Oracle(method)
     options = tiny.arguments(tmp_path, **METHODS[method] | OPTIONS | {"max_steps": 32, "learning_rate": 0.3}).to_dict()
     args = Arguments(**options, predict_with_generate=True, generation_max_length=6, generation_num_beams=1)

@@ -44,7 +44,7 @@ def test_evaluate_is_what_ships(tmp_path, method):
     assert read_manifest(checkpoint)["evaluation"]["folder"] == folder_of(options)
     assert (checkpoint / "ewa").is_dir() == ("ewa" in options)
     assert (checkpoint / "schedule_free").is_dir() == (options["optim"] == "radam_schedulefree")
-    # A user's save_model(), the run's folder as a whole, and predict()
+    # save_model(), the folder of the run, and predict()
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(loss, abs=CLOSE)

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(isinstance(fused.load_library(), str), reason=st
 
 
 def decided(caplog, given, wanted, kind=RAdamScheduleFree):
-    """Return the decision and what was logged."""
+    """Return the decision and the log."""
     optimizer = make(kind, given)
     sharding = LocalSharding((str(number), p) for number, p in enumerate(given))
     caplog.clear()

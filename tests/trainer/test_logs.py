@@ -1,4 +1,4 @@
-"""What is logged of the average and of the training weights (`ewa_eval_raw`), and the names that are refused.
+"""Logs of the average and of the training weights (`ewa_eval_raw`), and the names that are refused.
 
 Oracles: the formulas of the two windows, upstream's rule for the best model.
 """

@@ -275,7 +275,7 @@ def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
         with pytest.raises(CheckpointError, match=message):
             tiny.trained(tmp_path / "again", model, resume=checkpoint, **options)
         assert tiny.same(before, tiny.parameters(model))
-    with pytest.raises(CheckpointError):  # nor is it the checkpoint of a whole model
+    with pytest.raises(CheckpointError):  # nor is it the checkpoint of a full model
         tiny.trained(tmp_path / "again", tiny.llama(), resume=checkpoint, **options)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"cut short")
     with pytest.raises(CheckpointError, match="is 9 bytes long, not"):

@@ -102,7 +102,7 @@ def test_what_is_being_uploaded_is_not_rotated_away(tmp_path, monkeypatch):
 
 
 def test_stock_trainer_continues_and_its_checkpoints_are_stock(tmp_path):
-    """Stock `Trainer` keeps the mark of this package in the state, which must not make its checkpoints ours."""
+    """Stock `Trainer` keeps the mark of this package in the state, which must not mark its checkpoints."""
     common = {"optim": "adamw_torch", "lr_scheduler_type": "constant"} | SAVING
     tiny.trainer(tmp_path, **common, ewa=True, max_steps=10).train()
     args = tiny.stock_arguments(tmp_path, **common)

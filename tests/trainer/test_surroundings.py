@@ -1,4 +1,4 @@
-"""Optimizers and schedules that are passed, refusals, `model_init`, and what is pushed to the hub."""
+"""Optimizers and schedules that are passed, refusals, `model_init`, and pushes to the hub."""
 
 import pytest
 import schedulefree

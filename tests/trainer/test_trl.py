@@ -151,7 +151,7 @@ def test_arguments_that_are_not_of_both_are_refused(tmp_path):
 
 
 def test_our_names_are_not_those_of_trls_trainers():
-    """TRL's trainers set attributes of themselves, which must not be names of ours."""
+    """TRL's trainers set attributes of themselves, which must not be names of the mixin."""
     ours = set()
     for base in RAdamTrainerMixin.__mro__:
         if base.__module__.startswith("hf_radam"):
