@@ -1,7 +1,7 @@
 """Checkpoints that hf_radam 0.1.0 wrote (format 2) resume, extend, load and verify.
 
-`tests/data/format_2.tar.xz` has two of its runs, of 20 steps with checkpoints at 10 and 20. The oracle is what it trained
-and evaluated itself; another processor rounds otherwise, hence the tolerance.
+`tests/data/format_2.tar.xz` has two of its runs, of 20 steps with checkpoints at 10 and 20. The oracle is what it
+trained and evaluated itself; another processor rounds otherwise, hence the tolerance.
 """
 
 import tarfile
