@@ -81,7 +81,8 @@ def recalibrate_batch_norm(
     try:
         model.eval()
         for layer in layers:
-            layer.num_batches_tracked.zero_()  # so that the first batch replaces the old statistics
+            # So that the first batch replaces the old statistics.
+            layer.num_batches_tracked.zero_()  # type: ignore[union-attr]
             layer.momentum = None  # a cumulative average
             layer.train()
         for batch in batches:

@@ -109,8 +109,8 @@ class ConfigArgumentParser(HfArgumentParser):
             if path.endswith(".json"):  # YAML would make two characters of an escaped one beyond the BMP
                 texts, values = json.loads(text, parse_int=str, parse_float=str), json.loads(text)
             else:
-                texts, values = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text)
-                keys = [key.value for key, _ in yaml.compose(text).value] if isinstance(values, dict) else []
+                texts, values, node = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), yaml.compose(text)
+                keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
         except OSError as error:
             self.error(f"cannot be read: {error.strerror}")
         except (yaml.YAMLError, ValueError) as error:

@@ -14,7 +14,6 @@ import limits
 import pytest
 import schedulefree
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from hf_radam import RAdam, RAdamScheduleFree
 from hf_radam.optim import fused
@@ -263,13 +262,3 @@ def test_sparse_gradients_are_refused_before_anything_changes(kind):
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
     assert all(bool((p == 1).all()) for p in given) and optimizer.param_groups[0].get("k", 0) == 0
-
-
-@both_optimizers
-def test_inside_modes_that_watch_operations(kind):
-    def run(optimizer, given):
-        train(optimizer, given, range(10))
-        with FlopCounterMode(display=False), torch.autocast("cpu", dtype=torch.bfloat16):
-            train(optimizer, given, range(10, 20))
-
-    assert_close(*unfused_and_fused(kind, run))

@@ -7,12 +7,10 @@ processes with a cache of their own, as a machine's first run has it.
 import os
 import stat
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import limits
 import numpy as np
 import pytest
 import torch
@@ -63,25 +61,6 @@ def test_neither_threads_nor_places_matter(monkeypatch):
         for other in ends[1:]:
             assert all(torch.equal(a, b) for a, b in zip(column, other[number], strict=True))
         assert all(torch.equal(a[3:], b) for a, b in zip(column, shifted[number], strict=True))
-
-
-FLUSHING = """
-import torch
-from hf_radam.averaging import move_averages
-tiny = torch.full((400_000,), 1e-40)
-torch.set_num_threads(2)
-for flush in (True, False):
-    torch.set_flush_denormal(flush)
-    for _ in range(5):
-        average = tiny.clone()
-        move_averages([average], [tiny.bfloat16()], 0.25)
-        assert bool(average.view(torch.int32).any()) != flush and bool(average.view(torch.int32).all()) != flush
-"""
-
-
-def test_every_thread_treats_denormals_as_the_calling_one():
-    done = limits.run([sys.executable, "-c", FLUSHING], cwd=ROOT)
-    assert done.returncode == 0, done.stderr
 
 
 def test_one_compiled_kernel_serves_every_size_and_number():

@@ -68,8 +68,8 @@ class FusedMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the state for `copy.deepcopy` and pickle."""
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]  # that of the optimizer
-        return state | {"fused": self.fused, "_master_weights": self._master_weights}
+        state: Any = super().__getstate__()
+        return {**state, "fused": self.fused, "_master_weights": self._master_weights}
 
 
 def unsupported_reason(parameters: Iterable[Tensor], *, own_kernels: bool) -> str | None:

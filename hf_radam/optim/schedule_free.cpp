@@ -6,7 +6,6 @@
 // vectors begin.
 
 #include <algorithm>
-#include <cfenv>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -17,27 +16,17 @@ namespace {
 constexpr int64_t CHUNK = 1 << 14;  // elements; seven streams of it fit into a core's cache
 constexpr int64_t SERIAL = 16;      // chunks up to which waking other threads takes longer
 
-// Calls f(tensor, begin, end) for chunks that cover all tensors once. All threads treat denormal numbers as the calling
-// thread does (torch.set_flush_denormal).
+// Calls f(tensor, begin, end) for chunks that cover all tensors once.
 template <class F>
 void for_all(int64_t count, const int64_t* sizes, int threads, F f) {
     std::vector<int64_t> first(count + 1, 0);
     for (int64_t t = 0; t < count; ++t) first[t + 1] = first[t] + (sizes[t] + CHUNK - 1) / CHUNK;
     const int64_t chunks = first[count];
-    std::fenv_t callers;
-    std::fegetenv(&callers);
-#pragma omp parallel num_threads(threads) if (chunks > SERIAL && threads > 1)
-    {
-        std::fenv_t own;
-        std::fegetenv(&own);
-        std::fesetenv(&callers);
-#pragma omp for schedule(dynamic, 16)
-        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-            const int64_t t = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
-            const int64_t begin = (chunk - first[t]) * CHUNK;
-            f(t, begin, std::min(begin + CHUNK, sizes[t]));
-        }
-        std::fesetenv(&own);
+#pragma omp parallel for schedule(dynamic, 16) num_threads(threads) if (chunks > SERIAL && threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const int64_t t = std::upper_bound(first.begin(), first.end(), chunk) - first.begin() - 1;
+        const int64_t begin = (chunk - first[t]) * CHUNK;
+        f(t, begin, std::min(begin + CHUNK, sizes[t]));
     }
 }
 

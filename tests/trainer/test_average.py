@@ -54,15 +54,3 @@ def test_against_the_weighted_sum_of_recorded_weights(tmp_path, options, build):
         torch.testing.assert_close(average.double(), expected, rtol=0, atol=1e-6)
         if written is not None:
             assert torch.equal(written[name], average)
-
-
-def test_the_tolerance_above_would_show_a_step_too_early(tmp_path):
-    recorder = Recorder()
-    args = tiny.arguments(tmp_path, optim="adamw_torch", ewa=True, ewa_decay=0.98)
-    trainer = RAdamTrainer(tiny.llama(), args, train_dataset=tiny.TRAIN, callbacks=[recorder])
-    trainer.train()
-    weights = [0.98**i for i in range(19, -1, -1)]
-    before = [{n: p.detach().double() for n, p in tiny.llama().named_parameters()}, *recorder.path[:-1]]
-    shifted = {n: sum(w * p[n] for w, p in zip(weights, before, strict=True)) / sum(weights) for n in before[0]}
-    averages = trainer.average.averaged_state_dict()
-    assert max((averages[n].double() - shifted[n]).abs().max() for n in shifted) > 1e-4
