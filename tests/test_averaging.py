@@ -152,13 +152,12 @@ def test_exchanged_for_the_average_weights_and_average_come_back(block, monkeypa
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == addresses
 
 
-@pytest.mark.parametrize("write", [lambda p: p.zero_(), lambda p: p.data.clamp_(-0.01, 0.01)])
-def test_what_writes_to_exchanged_weights_is_told_so(write):
+def test_writing_to_exchanged_weights_is_an_error():
     model, average = mixed_model()
     before = values(model)
     with pytest.raises(RuntimeError, match="Something wrote to 0.bias while it held other weights"):
-        with average.applied(exchange=True), torch.no_grad():
-            write(model[0].bias)
+        with average.applied(exchange=True):
+            model[0].bias.data.clamp_(-0.01, 0.01)
     assert tiny.same(values(model), before)
 
 
