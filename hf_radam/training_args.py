@@ -77,7 +77,7 @@ class RAdamTrainingArguments(TrainingArguments):
     ewa_start_step: int = _flag(0, "Completed steps before averaging begins. 0 averages from the first step on.")
     ewa_device: str | None = _flag(
         None,
-        "`cpu` keeps the average in host memory and updates it there while a GPU computes on. By default it is kept "
+        "`cpu` keeps the average in host memory and moves it there while a GPU computes on. By default it is kept "
         "on the device of the model.",
     )
     ewa_eval_raw: bool = _flag(False, "Evaluate the training weights too, and report their loss as `eval_raw_loss`.")

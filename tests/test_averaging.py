@@ -81,7 +81,7 @@ def test_an_average_moves_as_lerp_does(dtype, size):
 @pytest.mark.parametrize("every", [1, 4])
 @pytest.mark.parametrize("window", [{"decay": 0.9}, {"half_life_ratio": 0.0625}, {"half_life_ratio": 1.0}])
 def test_half_life_is_that_with_which_the_first_point_fades(window, every, start_step):
-    """Weights that are 1 at the first averaging and 0 from then on: the average is what is left of that point."""
+    """Weights that are 1 at the first averaging and 0 from then on: the average is the rest of that point."""
     parameter = nn.Parameter(torch.ones(1))
     average = WeightAverage([("w", parameter)], every=every, start_step=start_step, **window)
     left = None
@@ -97,7 +97,7 @@ def test_half_life_is_that_with_which_the_first_point_fades(window, every, start
         assert average.half_life == pytest.approx(faded, rel=1e-5)  # of a float32 product
         if "half_life_ratio" in window:
             assert average.half_life == pytest.approx(window["half_life_ratio"] * (step - start_step), rel=1e-12)
-    if "decay" in window:  # within what is left of the bias correction
+    if "decay" in window:  # but for the rest of the bias correction
         nominal = math.log(2) / -math.log(0.9)
         assert nominal * 0.98 < average.half_life < nominal
 
@@ -230,7 +230,7 @@ def test_tied_weights_once_frozen_ones_kept_and_named():
     assert set(result) == {"0.weight", "0.bias", "1.bias", "2.weight", "2.bias"}
     assert result["0.weight"][0, 0].item() == pytest.approx((0.5 * 1 + 2) / 1.5)  # averaged once per step, not twice
     assert torch.equal(result["1.bias"], frozen)
-    with average.applied():  # what is written inside is complete: tied names, frozen parameters, buffers
+    with average.applied():  # a state dict inside is complete: tied names, frozen parameters, buffers
         written = {name: value.clone() for name, value in model.state_dict().items()}
     assert torch.equal(written["0.weight"], written["1.weight"])
     assert torch.equal(written["0.weight"], result["0.weight"])

@@ -123,7 +123,7 @@ def test_schedule_free_is_schedulefree_bit_for_bit_and_states_are_exchanged():
     a = RAdamScheduleFree(own.parameters(), fused=False, **options)
     b = schedulefree.RAdamScheduleFree(theirs.parameters(), **options)
     for n, batch in enumerate(batches):
-        if n == STEPS // 2:  # each goes on from the other's state
+        if n == STEPS // 2:  # each continues with the state of the other
             state_of_a, state_of_b = copy.deepcopy(a.state_dict()), copy.deepcopy(b.state_dict())
             a.load_state_dict(state_of_b)
             b.load_state_dict(state_of_a)

@@ -1,4 +1,4 @@
-"""`RAdamTrainingArguments`: what `auto` means, which names work, what is refused and with which words."""
+"""`RAdamTrainingArguments`: the meaning of `auto`, names that work, and errors."""
 
 import dataclasses
 import math

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("schedule_free.cpp")
 COMPILERS = ("g++", "c++", "clang++")  # GCC first: its OpenMP is the one that torch brings
-# Uncontracted, results do not depend on what is vectorized; square roots are only without errno and exceptions.
+# Without contraction, results do not depend on vectorization; square roots vectorize only without errno and traps.
 OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math".split()
 DTYPES, DEVICES = {torch.float32: "float32", torch.float64: "float64"}, ("cpu", "cuda")
 MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size

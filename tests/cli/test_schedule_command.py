@@ -1,4 +1,4 @@
-"""`hf-radam schedule`: the learning rates and phases of a run before it, what is printed and drawn, what is refused.
+"""`hf-radam schedule`: the learning rates and phases of a run before it, output, figure and errors.
 
 Oracles: the learning rates in the optimizer at each step of real tiny runs; phases and curves written down by hand.
 """

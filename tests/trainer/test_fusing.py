@@ -52,9 +52,9 @@ def test_what_cannot_be_fused_is_said(given, kind, reason, caplog, monkeypatch):
 @pytest.mark.parametrize("method", ["wsd", "schedule_free_ewa"])
 def test_a_fused_run_resumes_bit_for_bit(method, tmp_path):
     options = tiny.METHODS[method] | {"fused_optimizer": "true", "save_strategy": "steps", "save_steps": 10}
-    whole = tiny.trained(tmp_path / "whole", **options)
-    resumed = tiny.trained(tmp_path / "resumed", **options, resume=tmp_path / "whole/checkpoint-10")
+    straight = tiny.trained(tmp_path / "straight", **options)
+    resumed = tiny.trained(tmp_path / "resumed", **options, resume=tmp_path / "straight/checkpoint-10")
     unfused = tiny.trained(tmp_path / "unfused", **options | {"fused_optimizer": "false"})
-    assert [trainer.optimizer.optimizer.fused for trainer in (whole, resumed, unfused)] == [True, True, False]
-    assert tiny.same(tiny.state(whole), tiny.state(resumed))
-    assert not tiny.same(tiny.parameters(whole.model), tiny.parameters(unfused.model))
+    assert [trainer.optimizer.optimizer.fused for trainer in (straight, resumed, unfused)] == [True, True, False]
+    assert tiny.same(tiny.state(straight), tiny.state(resumed))
+    assert not tiny.same(tiny.parameters(straight.model), tiny.parameters(unfused.model))
