@@ -32,16 +32,17 @@ from hf_radam.training_args import RAdamTrainingArguments, check_combinations
 logger = logging.get_logger(__name__)
 
 DEFAULT_DDP_TIMEOUT = TrainingArguments.__dataclass_fields__["ddp_timeout"].default
-ZERO_REFUSED = {
+ZERO_REFUSED = (
     # DeepSpeed 0.19 then keeps float32 weights in an order that its own `safe_get_full_fp32_param` does not follow.
-    "round_robin_gradients": False,
+    "round_robin_gradients",
     # The forward pass then gathers other weights than those that are kept.
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_hpz_partition_size": 1,
-    "mics_shard_size": -1,
-}
-"""Options of ZeRO that are refused, with their defaults."""
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_hpz_partition_size",
+    "mics_shard_size",
+)
+"""Options of ZeRO that are refused if they are true, or above 1."""
+
 
 
 # ---- Optimizers ----
@@ -252,8 +253,9 @@ def _check_deepspeed(trainer: Any) -> None:
     for section in ("offload_optimizer", "offload_param"):
         if zero.get(section, {}).get("device") == "nvme":
             raise ValueError(f"{section} to nvme is not supported. Use device: cpu.")
-    for name, default in ZERO_REFUSED.items():
-        if zero.get(name, default) not in (default, False, 1):
+    for name in ZERO_REFUSED:
+        value = zero.get(name, False)
+        if value is True or value > 1:
             raise ValueError(f"{name}={zero[name]} is not supported. Remove it from the DeepSpeed configuration.")
     if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise ValueError("tensor_parallel.autotp_size above 1 is not supported. Remove it from the configuration.")
@@ -324,5 +326,8 @@ def check_prepared(trainer: Any, optimizer: Any, model: nn.Module) -> None:
         # ZeRO-3 calls the optimizer once for each sub-group of the parameters.
         optimizer.steps_by_parts = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     if trainer.args.ddp_timeout != DEFAULT_DDP_TIMEOUT and dist.is_available() and dist.is_initialized():
-        # Upstream applies ddp_timeout on GPUs only. Torch has no public function for it (2.13).
-        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=trainer.args.ddp_timeout), dist.group.WORLD)
+        # Upstream applies ddp_timeout on GPUs only, and DeepSpeed not to its own group. Torch has no public function.
+        zero = getattr(trainer.deepspeed, "optimizer", None) if trainer.is_deepspeed_enabled else None
+        for group in (dist.group.WORLD, getattr(zero, "dp_process_group", None)):
+            if group is not None:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=trainer.args.ddp_timeout), group)

@@ -17,10 +17,14 @@ import os, sys, time
 from pathlib import Path
 from hf_radam.checkpoints.storage import run_lock
 with run_lock(Path(sys.argv[1])):
+    started, tell = os.pipe()
     child = os.fork() if sys.argv[2] == "fork" else -1
     if child == 0:
         os.close(1)
+        os.write(tell, b"1")
         time.sleep(60)
+    if child > 0:
+        os.read(started, 1)
     print(os.getpid(), child, flush=True)
     sys.stdin.readline()
 """

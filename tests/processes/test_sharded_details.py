@@ -40,9 +40,9 @@ def options(backend, **more):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the size of the largest tensor that any operation makes."""
+    """Records the size of the largest tensor that any operation makes, and of all together."""
 
-    largest = 0
+    largest = total = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -50,6 +50,7 @@ class LargestTensor(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.data_ptr() not in given:
                 self.largest = max(self.largest, leaf.numel())
+                self.total += leaf.numel()
         return result
 
 
@@ -226,7 +227,7 @@ def optimizer_under_offload(folder, force):
 def test_the_optimizer_stays_under_offload(tmp_path):
     assert harness.run(optimizer_under_offload, tmp_path, None, backend="zero2") == [("RAdamScheduleFree", 6)] * 2
     forced = harness.run(optimizer_under_offload, tmp_path, True, backend="zero2", check=False)
-    assert all("zero_force_ds_cpu_optimizer=true would put DeepSpeed's CPU Adam" in o.error for o in forced)
+    assert all("zero_force_ds_cpu_optimizer=true would replace the optimizer by DeepSpeed's CPU Adam" in o.error for o in forced)
 
 
 # ---- An adapter under DDP ----
@@ -289,8 +290,8 @@ def refusals(folder, backend, changes):
 @needs["zero2"]
 def test_deepspeed_configurations_that_are_refused(tmp_path):
     cases = {
-        "optimizer.*remove that section": {"deepspeed/optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
-        "scheduler.*remove that section": {"deepspeed/scheduler": {"type": "WarmupLR", "params": {}}},
+        "section 'optimizer'.*Remove it": {"deepspeed/optimizer": {"type": "AdamW", "params": {"lr": "auto"}}},
+        "section 'scheduler'.*Remove it": {"deepspeed/scheduler": {"type": "WarmupLR", "params": {}}},
         "stage to 1, 2 or 3": {"deepspeed/zero_optimization/stage": 0},
         "nvme is not supported": {
             "deepspeed/zero_optimization/offload_optimizer": {"device": "nvme", "nvme_path": "/x"}
@@ -298,9 +299,9 @@ def test_deepspeed_configurations_that_are_refused(tmp_path):
         "zero_hpz_partition_size=2": {"deepspeed/zero_optimization/zero_hpz_partition_size": 2},
         "mics_shard_size=2": {"deepspeed/zero_optimization/mics_shard_size": 2},
         "autotp_size above 1": {"deepspeed/tensor_parallel": {"autotp_size": 2}},
-        "round_robin_gradients=true": {"deepspeed/zero_optimization/round_robin_gradients": True},
-        "zero_quantized_weights=true": {"deepspeed/zero_optimization/zero_quantized_weights": True},
-        "zero_quantized_nontrainable_weights=true": {
+        "round_robin_gradients=True": {"deepspeed/zero_optimization/round_robin_gradients": True},
+        "zero_quantized_weights=True": {"deepspeed/zero_optimization/zero_quantized_weights": True},
+        "zero_quantized_nontrainable_weights=True": {
             "deepspeed/zero_optimization/zero_quantized_nontrainable_weights": True
         },
     }
