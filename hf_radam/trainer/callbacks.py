@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+from hf_radam.trainer import reporting
 
 
 class FirstCallback(TrainerCallback):
@@ -37,7 +38,8 @@ class FirstCallback(TrainerCallback):
         """Complete the average, and show loggers that upload the final model the evaluation weights."""
         if self.trainer.average is not None:
             self.trainer.average.finish()
-        self.trainer._enter_final_upload()
+        if reporting.uploads_final_model(self.trainer):
+            self.trainer._final_upload.enter_context(self.trainer._evaluation.applied(exchange=True))
 
 
 class LastCallback(TrainerCallback):
@@ -127,11 +129,3 @@ def install_callbacks(trainer: Any) -> None:
     if last is not None:
         callbacks.remove(last)
     callbacks.append(last or LastCallback(trainer))
-
-
-def final_upload(trainer: Any, uploads: bool) -> ExitStack:
-    """Enter the evaluation weights if a logger is about to upload the final model; to be closed afterwards."""
-    stack = ExitStack()
-    if uploads:
-        stack.enter_context(trainer._evaluation.applied(exchange=True))
-    return stack

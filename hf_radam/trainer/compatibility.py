@@ -44,7 +44,6 @@ ZERO_REFUSED = (
 """Options of ZeRO that are refused if they are true, or above 1."""
 
 
-
 # ---- Optimizers ----
 
 

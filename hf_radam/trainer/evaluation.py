@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.batch_norm import load_statistics, statistics, statistics_restored
+from hf_radam.batch_norm import batch_norm_modules, load_statistics, statistics, statistics_restored
 from hf_radam.optim import RAdamScheduleFree, x_shard, x_shards
 from hf_radam.random_state import preserved_random_state
 from hf_radam.sharding import Sharding, Weights, find_sharding
@@ -136,6 +136,24 @@ class EvaluationWeights:
             else:
                 assert self.optimizer is not None
                 yield Weights(self.sharding, x_shard(self.sharding, self.optimizer))
+
+
+def must_recalibrate(trainer: Any) -> bool:
+    """Return whether BatchNorm is recalibrated for the evaluation weights.
+
+    Raises:
+        ValueError: if the data has no length.
+    """
+    if not trainer.args.recalibrate_batch_norm_batches or not batch_norm_modules(trainer._bare_model):
+        return False
+    if trainer.average is None and trainer._schedule_free is None:
+        return False
+    if not has_length(trainer.train_dataset):
+        raise ValueError(
+            "Recalibrating BatchNorm needs a train_dataset with a length, to draw the same batches each time. Set "
+            "recalibrate_batch_norm_batches=0 to evaluate with the statistics of the training weights."
+        )
+    return True
 
 
 # ---- Evaluation of both kinds of weights (`ewa_eval_raw`) ----

@@ -24,7 +24,7 @@ from hf_radam.checkpoints.peft import is_peft
 from hf_radam.checkpoints.runs import PREFIX, list_checkpoints
 from hf_radam.names import SchedulerName
 from hf_radam.schedules import describe_schedule
-from hf_radam.trainer.compatibility import is_sharded_in_forward
+from hf_radam.trainer.compatibility import is_sharded_in_forward, optimizer_name
 from hf_radam.trainer.evaluation import metric_prefixes, raw_twins
 
 logger = logging.get_logger(__name__)
@@ -63,7 +63,7 @@ def write_card_section(trainer: Any, *, only_if_present: bool = False) -> None:
         if only_if_present and not (file.is_file() and BEGIN in file.read_text(encoding="utf-8")):
             return
         card = ModelCard.load(file, ignore_metadata_errors=True)
-        methods = [trainer._optimizer_name, SchedulerName(trainer.args.lr_scheduler_type).value]
+        methods = [optimizer_name(trainer), SchedulerName(trainer.args.lr_scheduler_type).value]
         methods += ["ewa"] if trainer.args.ewa else []
         # Upstream takes over the tags of an earlier card, which may be of another method.
         tags = [tag for tag in card.data.tags or [] if tag not in (TAG, *TAGS.values())]
@@ -92,7 +92,7 @@ def _section(trainer: Any) -> str:
     schedule = describe_schedule(trainer._schedule, name=name, total_steps=total if total > 0 else None)
     parts = [
         f"## Training method\n\nTrained with `{TAG}` {__version__} for {state.global_step} steps.\n\n"
-        f"- Optimizer: `{trainer._optimizer_name}`\n- Schedule: {schedule}\n- Averaging: {_averaging(trainer)}\n",
+        f"- Optimizer: `{optimizer_name(trainer)}`\n- Schedule: {schedule}\n- Averaging: {_averaging(trainer)}\n",
         _evaluation(trainer),
         _weights(trainer),
     ]

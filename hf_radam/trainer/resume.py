@@ -46,7 +46,7 @@ from hf_radam.checkpoints.weights import load_model_shards, load_weights, read_o
 from hf_radam.names import OptimizerName
 from hf_radam.sharding import find_sharding
 from hf_radam.sharding.base import rank
-from hf_radam.trainer.compatibility import is_sharded, zero_stage
+from hf_radam.trainer.compatibility import is_sharded, optimizer_name, zero_stage
 from hf_radam.trainer.ranks import decide_on_rank0
 
 logger = logging.get_logger(__name__)
@@ -98,6 +98,8 @@ def load_best_weights(trainer: Any) -> None:
         load_model_shards(folder, trainer._bare_model, trainer._evaluation.sharding)
     else:
         load_weights(trainer._bare_model, folder)
+    if trainer._schedule_free is not None:
+        trainer._schedule_free.forget_training_weights()
 
 
 def _fsdp_reads(trainer: Any, layout: Layout) -> AbstractContextManager[None]:
@@ -166,11 +168,11 @@ def hyperparameters(param_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _check_same_optimizer(trainer: Any, optimizer: Any, checkpoint: str, manifest: Mapping[str, Any] | None) -> None:
-    names = {trainer._optimizer_name, OptimizerName(trainer.args.optim).value}  # format 2 once had only the second
+    names = {optimizer_name(trainer), OptimizerName(trainer.args.optim).value}  # format 2 once had only the second
     if manifest is not None and manifest["method"]["optim"] not in names:
         raise CheckpointError(
             f"{checkpoint} was trained with optim={manifest['method']['optim']}, the arguments say "
-            f"{trainer._optimizer_name}. Resume with the same, or start a new run from its weights."
+            f"{optimizer_name(trainer)}. Resume with the same, or start a new run from its weights."
         )
     # DeepSpeed has loaded its state by now. Else the file is read: torch fills gaps in what it loads with defaults.
     saved = optimizer.param_groups if layout_of(checkpoint) is DEEPSPEED else read_groups(checkpoint)
@@ -290,6 +292,21 @@ def warn_of_changes(plan: ResumePlan, *, processes: int, ewa: bool) -> None:
 
 
 # ---- Average, best checkpoint, pins ----
+
+
+def restore(trainer: Any, plan: ResumePlan, run: Path) -> None:
+    """Restore the average of a checkpoint, its place in the data and what is found by its folder; collective."""
+    args, state = trainer.args, trainer.state
+    if not args.ignore_data_skip and state.global_step < state.max_steps:
+        accumulation, dataloader = args.gradient_accumulation_steps, trainer.callback_handler.train_dataloader
+        check_place_in_data(state, dataloader, accumulation=accumulation, checkpoint=plan.checkpoint)
+    warn_of_changes(plan, processes=args.world_size, ewa=args.ewa)
+    if trainer.average is not None:
+        restore_average(trainer.average, trainer._bare_model, plan, step=state.global_step)
+    find_moved_best(state, plan.checkpoint)
+    pinned_in = trainer._schedule.pinned_at(trainer._scheduled_steps) if trainer._schedule else None
+    if pinned_in is not None:
+        pin_resumed(plan.checkpoint, run, pinned_in, state.global_step)
 
 
 def restore_average(average: WeightAverage, model: nn.Module, plan: ResumePlan, *, step: int) -> None:

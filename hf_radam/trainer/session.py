@@ -24,7 +24,7 @@ from hf_radam.names import SchedulerName
 from hf_radam.sharding import Weights
 from hf_radam.sharding.base import all_gather_object, rank, world_size
 from hf_radam.trainer import reporting
-from hf_radam.trainer.compatibility import gathers_weights, is_sharded
+from hf_radam.trainer.compatibility import gathers_weights, is_sharded, optimizer_name
 from hf_radam.trainer.resume import describe_average
 
 
@@ -160,6 +160,24 @@ def _is_disk_failure(error: BaseException) -> bool:
 # ---- A checkpoint of a trainer ----
 
 
+def save_what_is_missing(trainer: Any, save: Callable[[], None]) -> None:
+    """Save the state after a step if it is pinned, a new best model, or the last before a SIGTERM ends the run."""
+    step, saved = trainer.state.global_step, trainer._session.last_saved
+    if trainer._sigterm is not None and trainer._sigterm.is_requested(trainer.args):
+        trainer.control.should_training_stop = True
+        if saved != (step, True) or trainer.args.save_only_model:  # which leaves out the optimizer
+            with saving(trainer, at_root=True, resumable=True):
+                save()
+    elif trainer.args.load_best_model_at_end and trainer.state.best_global_step == step and saved != (step, True):
+        # Evaluated more often than saved: the best model would have no checkpoint to be loaded from.
+        with saving(trainer, at_root=True):
+            save()
+        trainer.control = trainer.callback_handler.on_save(trainer.args, trainer.state, trainer.control)
+    elif trainer._pinned_in is not None and (saved is None or saved[0] != step):
+        with saving(trainer, at_root=False):
+            save()
+
+
 @contextmanager
 def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[None]:
     """Open a context in which upstream writes a checkpoint, which is completed and committed at its end.
@@ -211,7 +229,7 @@ def _manifest(trainer: Any) -> dict[str, Any]:
     source, scheduler = trainer._evaluation.source, SchedulerName(args.lr_scheduler_type).value
     return {
         "hf_radam_version": __version__,
-        "method": {"optim": trainer._optimizer_name, "lr_scheduler_type": scheduler, "ewa": args.ewa},
+        "method": {"optim": optimizer_name(trainer), "lr_scheduler_type": scheduler, "ewa": args.ewa},
         "global_step": state.global_step,
         "max_steps": state.max_steps,
         "learning_rate": args.learning_rate,

@@ -3,11 +3,7 @@
 What is evaluated is what ships, and the root of a checkpoint holds the training weights. With none of our methods on,
 every override steps aside and the trainer is upstream's.
 
-Private methods of upstream that are overridden, each with pass-through arguments: `_save_checkpoint`,
-`_get_output_dir`, `_maybe_log_save_evaluate`, `_load_from_checkpoint`, `_load_optimizer_and_scheduler`,
-`_load_best_model`. Private ones that are called: `_save_optimizer_and_scheduler`, `_save_scaler`, `_save_rng_state`,
-`_get_collator_with_removed_columns`, `_prepare_inputs`, and the attributes `_train_batch_size`,
-`_created_lr_scheduler`. `tests/trainer/test_contract.py` checks them against the installed version.
+`tests/trainer/test_contract.py` lists every private name of upstream that is overridden or called.
 """
 
 from __future__ import annotations
@@ -25,11 +21,11 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, default_compute_objective, has_length
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy, TrainOutput, default_compute_objective
 from transformers.utils import logging
 
 from hf_radam.averaging import WeightAverage
-from hf_radam.batch_norm import batch_norm_modules, recalibrate_batch_norm
+from hf_radam.batch_norm import recalibrate_batch_norm
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.extend import ResumePlan, plan_resume
 from hf_radam.optim import RAdamScheduleFree
@@ -76,7 +72,7 @@ class RAdamTrainerMixin(_Base):
     _planned: list[dict[str, Any]] = []
     """Hyper-parameters of each parameter group as the arguments made them."""
     _sigterm: callbacks.SigtermCallback | None = None
-    _final_upload = ExitStack()
+    _final_upload: ExitStack
     _trial_of_run: Any = None
     _best_model_loaded = False
     _refused = False
@@ -90,6 +86,7 @@ class RAdamTrainerMixin(_Base):
             compatibility.check_trl_arguments(self, error)
             raise
         compatibility.check_arguments(self)
+        self._final_upload = ExitStack()
         self._passed_optimizer = compatibility.given_optimizer_class(self)
         self._evaluation = evaluation.EvaluationWeights(self._bare_model)
         compatibility.check_supported(self)
@@ -120,10 +117,6 @@ class RAdamTrainerMixin(_Base):
     def _schedule_free(self) -> RAdamScheduleFree | None:
         optimizer = self._bare_optimizer
         return optimizer if isinstance(optimizer, RAdamScheduleFree) else None
-
-    @property
-    def _optimizer_name(self) -> str:
-        return compatibility.optimizer_name(self)
 
     @property
     def _scheduled_steps(self) -> int:
@@ -258,32 +251,18 @@ class RAdamTrainerMixin(_Base):
                 device=args.ewa_device,
             )
         if self._plan is not None:
-            self._restore(self._plan, run)
+            resume.restore(self, self._plan, run)
         self._evaluation = evaluation.EvaluationWeights(
             model,
             sharding=sharding,
             average=self.average,
             optimizer=self._schedule_free,
-            recalibrate=self._recalibrate_batch_norm if self._must_recalibrate() else None,
+            recalibrate=self._recalibrate_batch_norm if evaluation.must_recalibrate(self) else None,
         )
         self._was_finished = self.state.global_step >= self.state.max_steps
         if self._was_finished:
             logger.warning(f"The run has completed its {self.state.max_steps} steps: there is nothing left to train.")
         self._refused = False
-
-    def _restore(self, plan: ResumePlan, run: Path) -> None:
-        """Restore the average of a checkpoint, its place in the data and what is found by its folder."""
-        step = self.state.global_step
-        if not self.args.ignore_data_skip and step < self.state.max_steps:
-            accumulation, dataloader = self.args.gradient_accumulation_steps, self.callback_handler.train_dataloader
-            resume.check_place_in_data(self.state, dataloader, accumulation=accumulation, checkpoint=plan.checkpoint)
-        resume.warn_of_changes(plan, processes=self.args.world_size, ewa=self.args.ewa)
-        if self.average is not None:
-            resume.restore_average(self.average, self._bare_model, plan, step=step)
-        resume.find_moved_best(self.state, plan.checkpoint)
-        pinned_in = self._schedule.pinned_at(self._scheduled_steps) if self._schedule else None
-        if pinned_in is not None:
-            resume.pin_resumed(plan.checkpoint, run, pinned_in, step)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """Return no batches if the run was finished when it was resumed: upstream takes one step more."""
@@ -316,10 +295,7 @@ class RAdamTrainerMixin(_Base):
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Open a context in which `trainer.model` holds the evaluation weights.
-
-        The training weights come back bit for bit.
-        """
+        """Open a context in which the model holds the evaluation weights; the training weights come back bit for bit."""
         with self._evaluation.applied():
             yield
 
@@ -346,18 +322,6 @@ class RAdamTrainerMixin(_Base):
             logger.warning("The model holds the evaluation weights here: the training weights are not evaluated.")
             with_raw = False
         return evaluation.evaluate_weights(self, super().evaluation_loop, *args, with_raw=with_raw, **kwargs)
-
-    def _must_recalibrate(self) -> bool:
-        if not self.args.recalibrate_batch_norm_batches or not batch_norm_modules(self._bare_model):
-            return False
-        if self.average is None and self._schedule_free is None:
-            return False
-        if not has_length(self.train_dataset):
-            raise ValueError(
-                "Recalibrating BatchNorm needs a train_dataset with a length, to draw the same batches each time. Set "
-                "recalibrate_batch_norm_batches=0 to evaluate with the statistics of the training weights."
-            )
-        return True
 
     def _recalibrate_batch_norm(self) -> None:
         """Recalibrate with the same seeded training batches, for whatever weights the model holds."""
@@ -418,25 +382,8 @@ class RAdamTrainerMixin(_Base):
         """Save what `save_strategy` does not know of: pins, a new best model, and the state after a SIGTERM."""
         super()._maybe_log_save_evaluate(*args, **kwargs)
         if self._active:
-            self._save_what_is_missing()
-
-    def _save_what_is_missing(self) -> None:
-        assert self._session is not None
-        step, saved = self.state.global_step, self._session.last_saved
-        save = functools.partial(super()._save_checkpoint, self.model_wrapped, self._trial_of_run)
-        if self._sigterm is not None and self._sigterm.is_requested(self.args):
-            self.control.should_training_stop = True
-            if saved != (step, True) or self.args.save_only_model:  # which leaves out the optimizer
-                with session.saving(self, at_root=True, resumable=True):
-                    save()
-        elif self.args.load_best_model_at_end and self.state.best_global_step == step and saved != (step, True):
-            # Evaluated more often than saved: the best model would have no checkpoint to be loaded from.
-            with session.saving(self, at_root=True):
-                save()
-            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        elif self._pinned_in is not None and (saved is None or saved[0] != step):
-            with session.saving(self, at_root=False):
-                save()
+            save = functools.partial(super()._save_checkpoint, self.model_wrapped, self._trial_of_run)
+            session.save_what_is_missing(self, save)
 
     def _save_training_state(self, folder: Path) -> None:
         """Write optimizer, schedule, loss scale and random states, as upstream does without `save_only_model`."""
@@ -475,15 +422,8 @@ class RAdamTrainerMixin(_Base):
             super()._load_best_model(*args, **kwargs)
             return
         resume.load_best_weights(self)
-        self._drop_training_state()
-
-    def _drop_training_state(self) -> None:
-        """Take the weights in the model for the evaluation weights from now on."""
-        if self._schedule_free is not None:
-            self._schedule_free.forget_training_weights()
-        self.average = None
+        self.average, self._best_model_loaded = None, True
         self._evaluation = evaluation.EvaluationWeights(self._bare_model, sharding=self._evaluation.sharding)
-        self._best_model_loaded = True
 
     # ---- Reporting ----
 
@@ -498,9 +438,6 @@ class RAdamTrainerMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self._active:
             reporting.write_card_section(self)
-
-    def _enter_final_upload(self) -> None:
-        self._final_upload = callbacks.final_upload(self, reporting.uploads_final_model(self))
 
 
 class RAdamTrainer(RAdamTrainerMixin, Trainer):
