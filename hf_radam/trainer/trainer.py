@@ -295,7 +295,7 @@ class RAdamTrainerMixin(_Base):
 
     @contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Open a context in which the model holds the evaluation weights; the training weights come back bit for bit."""
+        """Open a context in which the model holds the evaluation weights; its own come back bit for bit."""
         with self._evaluation.applied():
             yield
 
