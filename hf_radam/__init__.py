@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from hf_radam.trainer import RAdamTrainer, RAdamTrainerMixin
     from hf_radam.training_args import RAdamTrainingArguments
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "RAdam",

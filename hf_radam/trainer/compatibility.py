@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from hf_radam.batch_norm import batch_norm_modules
@@ -88,6 +89,12 @@ def check_schedule_of_optimizer(trainer: Any) -> None:
 
 
 # ---- When a trainer is made ----
+
+
+def check_search(trainer: Any, trial: Any) -> None:
+    """Raise `ValueError` for a trial of Ray Tune, which saves checkpoints of its own without the evaluation weights."""
+    if trial is not None and trainer.hp_search_backend == HPSearchBackend.RAY:
+        raise ValueError('hyperparameter_search with backend="ray" is not supported. Use backend="optuna".')
 
 
 def check_arguments(trainer: Any) -> None:

@@ -194,6 +194,7 @@ class RAdamTrainerMixin(_Base):
         if not self._active and trial is None:  # a trial of a search may turn a method on
             self._plan = None
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)
+        compatibility.check_search(self, trial)
         ranks.check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
         if self._refused and self.model_init is None:
             raise RuntimeError(

@@ -227,7 +227,10 @@ def optimizer_under_offload(folder, force):
 def test_the_optimizer_stays_under_offload(tmp_path):
     assert harness.run(optimizer_under_offload, tmp_path, None, backend="zero2") == [("RAdamScheduleFree", 6)] * 2
     forced = harness.run(optimizer_under_offload, tmp_path, True, backend="zero2", check=False)
-    assert all("zero_force_ds_cpu_optimizer=true would replace the optimizer by DeepSpeed's CPU Adam" in o.error for o in forced)
+    assert all(
+        "zero_force_ds_cpu_optimizer=true would replace the optimizer by DeepSpeed's CPU Adam" in o.error
+        for o in forced
+    )
 
 
 # ---- An adapter under DDP ----

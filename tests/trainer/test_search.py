@@ -10,6 +10,7 @@ from pathlib import Path
 import optuna
 import pytest
 import tiny
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_radam import RAdamTrainer
 from hf_radam.checkpoints.manifest import read_manifest
@@ -147,3 +148,11 @@ def test_pruned_trials(tmp_path):
     for number in whole:
         trainer(tmp_path / "alone" / str(number), **options | tried[number]).train()
         assert same_files(tmp_path / f"run-{number}/checkpoint-8", tmp_path / f"alone/{number}/checkpoint-8")
+
+
+def test_a_trial_of_ray_is_refused(tmp_path):
+    """Ray need not be installed: the trainer is as upstream's search leaves it before a trial."""
+    ours = trainer(tmp_path, optim="radam", ewa=True)
+    ours.hp_search_backend = HPSearchBackend.RAY
+    with pytest.raises(ValueError, match='backend="ray" is not supported. Use backend="optuna"'):
+        ours.train(trial={"learning_rate": 1e-3})
