@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import shlex
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,11 @@ from hf_radam.schedules import DECAY, STABLE, WARM_UP, Schedule, describe_schedu
 Facts = dict[str, Any]
 CONSTANT = ("constant", "constant_with_warmup")
 FINISHED = "finished"
-WEIGHTS = {"ewa": "the averaged weights (EWA), in float32", "schedule_free": "x, the schedule-free average"}
+WEIGHTS = {
+    "ewa": "the averaged weights (EWA), in float32",
+    "schedule_free": "x, the schedule-free average; the root holds y, which trains",
+}
+EXTEND = "--extend_from"
 LABEL, WIDTH = 11, 118  # characters
 MALFORMED = (KeyError, TypeError, ValueError, AttributeError, ArithmeticError)
 
@@ -44,44 +47,31 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Return the output and the exit code.
-
-    Raises:
-        ValueError: if the folder is neither a checkpoint nor a run.
-    """
-    path = folder(arguments.path)
-    if is_checkpoint(path):
-        facts = inspect_checkpoint(Path(path), verify=arguments.verify)
-        lines, damaged = checkpoint_report(facts), bool(facts["problems"])
-    else:
-        facts = inspect_run(Path(path), verify=arguments.verify)
-        lines, damaged = run_report(facts), bool(facts["damaged"])
-    output = json.dumps(facts, indent=2) if arguments.json else printable("\n".join(lines))
-    return f"{output}\n", int(damaged)
+    """Return the output and the exit code; a folder that is neither a checkpoint nor a run is a `ValueError`."""
+    path = Path(folder(arguments.path))
+    inspect, report = (inspect_checkpoint, checkpoint_report) if is_checkpoint(path) else (inspect_run, run_report)
+    facts = inspect(path, verify=arguments.verify)
+    output = json.dumps(facts, indent=2) if arguments.json else printable("\n".join(report(facts)))
+    return f"{output}\n", int(bool(facts.get("problems") or facts.get("damaged")))
 
 
 def inspect_checkpoint(path: Path, *, verify: bool = False) -> Facts:
-    """Return what the manifest and the files of a checkpoint tell, as `--json` prints it.
-
-    Args:
-        path: its folder.
-        verify: whether to hash the files.
-    """
+    """Describe a checkpoint by its manifest and its files, which `verify` hashes, as `--json` prints it."""
     problems = verify_checkpoint(path, hashes=verify)
-    manifest: Mapping[str, Any] | None = None
+    manifest = None
     facts: Facts = {"step": recorded_step(path), "phase": None}
     if MANIFEST_NAME not in problems:
         try:
             manifest = read_manifest(path)
-            facts |= {} if manifest is None else _progress(manifest)
+            facts |= _progress(manifest) if manifest else {}
         except (CheckpointError, *MALFORMED) as error:
             problems, manifest = {MANIFEST_NAME: f"has an unexpected form ({error!r})", **problems}, None
     stock = manifest is None and MANIFEST_NAME not in problems
-    version = "" if manifest is None else f" {manifest.get('hf_radam_version', '')}"
     facts |= {
         "kind": "checkpoint",
         "path": str(path),
-        "written_by": "stock Trainer" if stock else f"hf_radam{version}".strip(),
+        "run": str(run_of(path)),
+        "written_by": "stock Trainer" if stock else f"hf_radam {(manifest or {}).get('hf_radam_version', '')}".strip(),
         "layout": layouts.layout_of(path).words,
         "processes": layouts.process_count(path),
         "missing_state": layouts.missing_state(path),
@@ -94,12 +84,10 @@ def inspect_checkpoint(path: Path, *, verify: bool = False) -> Facts:
 
 
 def _progress(manifest: Mapping[str, Any]) -> Facts:
-    """Return method, schedule and progress, of a checkpoint with a manifest."""
+    """Return method, schedule and progress from a manifest."""
     method, step = manifest["method"], int(manifest["schedule_step"])
     name, total = method["lr_scheduler_type"], int(manifest["max_steps"])
-    schedule = _schedule(manifest)
-    peak = float(manifest["learning_rate"])
-    rate = peak * schedule.multiplier(step) if schedule else None
+    schedule, peak = _schedule(manifest), float(manifest["learning_rate"])
     phase = _phase(schedule, name, step, int(manifest["warmup_steps"]))
     return {
         "step": int(manifest["global_step"]),
@@ -109,7 +97,7 @@ def _progress(manifest: Mapping[str, Any]) -> Facts:
         "schedule": manifest["schedule"],
         "schedule_summary": describe_schedule(schedule, name=name, total_steps=total),
         "phase": FINISHED if manifest["global_step"] >= total else phase,
-        "learning_rate": peak if name == "constant" else rate,
+        "learning_rate": peak * schedule.multiplier(step) if schedule else peak if name == "constant" else None,
         "evaluation_folder": str(manifest["evaluation"]["folder"] or ""),
         "averaging": None if manifest["averaging"] is None else dict(manifest["averaging"]),
     }
@@ -129,132 +117,99 @@ def _phase(schedule: Schedule | None, name: str, step: int, warmup_steps: int) -
         return "end of a decay"
     if schedule.decay_at(step):
         return DECAY
-    phase = next((phase.name for phase in schedule.phases() if phase.start <= step < phase.end), None)
-    return STABLE if phase == DECAY else phase  # the decay begins with the next step
+    # Before the first step of a decay the state is that of the stable phase.
+    return WARM_UP if any(p.name == WARM_UP and p.start <= step < p.end for p in schedule.phases()) else STABLE
 
 
 def _files(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, int | None]:
-    """Return the size of every file by its path in the checkpoint; None for a missing one."""
+    """Return the size of each file by its path in the checkpoint; None for a missing one."""
     there = {file.relative_to(path).as_posix(): file.stat().st_size for file in path.rglob("*") if file.is_file()}
     return dict(sorted(({name: None for name in (manifest or {}).get("files", ())} | there).items()))
-
-
-# ---- What to do with a checkpoint: the flags or the call, or why not ----
 
 
 def _unfit(facts: Facts) -> str | None:
     if facts["problems"]:
         return f"no: it is damaged ({', '.join(facts['problems'])})"
-    if facts["missing_state"]:
-        missing = " and ".join(facts["missing_state"])
-        return f"no: it has no {missing} (save_only_model?). Start a new run with it as the model instead."
-    return None
+    missing = " and ".join(facts["missing_state"])
+    advice = "(save_only_model?). Start a new run with it as the model instead."
+    return f"no: it has no {missing} {advice}" if missing else None
 
 
 def _resume(facts: Facts) -> str:
-    if facts["phase"] == FINISHED and not _unfit(facts):
+    if unfit := _unfit(facts):
+        return unfit
+    if facts["phase"] == FINISHED:
         return f"no: the run has completed its {facts['max_steps']} steps. Extend it instead."
-    words = f"--resume_from_checkpoint {shlex.quote(facts['path'])}, with the flags of the run"
-    if facts["layout"] == layouts.DEEPSPEED.words:
-        words += f", under DeepSpeed with the same stage and {facts['processes']} processes"
-    return _unfit(facts) or words
+    same = f", under DeepSpeed with the same stage and {facts['processes']} processes"
+    advice = f"--resume_from_checkpoint {shlex.quote(facts['path'])}, with the flags of the run"
+    return advice + (same if facts["layout"] == layouts.DEEPSPEED.words else "")
 
 
 def _extend(facts: Facts, manifest: Mapping[str, Any] | None) -> str:
     unfit = _unfit(facts)
     if unfit or manifest is None:
         return unfit or "not known: a stock checkpoint does not record its schedule"
-    schedule, step, path = _schedule(manifest), facts["schedule_step"], Path(facts["path"])
-    name = facts["method"]["lr_scheduler_type"]
-    if schedule is None and manifest["schedule"] is not None:
-        return f"not known: no class of this package is the schedule {name}"
+    schedule, step, name = _schedule(manifest), facts["schedule_step"], facts["method"]["lr_scheduler_type"]
     if schedule is None and name not in CONSTANT:
-        return f"no: the learning rates of {name} depend on the length of the run"
+        return f"no: {name} is not a schedule of this package that can be extended"
+    if schedule is not None and schedule.decay_at(step) is not None:
+        return f"no: it is in the decay. Extend the run instead: --extend_from {shlex.quote(facts['run'])}"
     total = step if schedule is None or schedule.resets_to_peak(step) else schedule.total_steps
-    command = f"--max_steps N, with N above {total}"
-    if schedule is None or schedule.decay_at(step) is None:
-        return f"--extend_from {shlex.quote(str(path))} {command}"
-    source = _extension_source(run_of(path))
-    if source is None:
-        return f"no: it is in the decay, and {run_of(path)} has no checkpoint from before the decay"
-    return f"not from here, in the decay. --extend_from {shlex.quote(str(run_of(path)))} {command}, starts at {source}"
-
-
-def _extension_source(run: Path) -> Path | None:
-    """Return the latest checkpoint of a run that is not in a decay and has an optimizer; its files are not verified."""
-    for ref in list_checkpoints(run):
-        with contextlib.suppress(CheckpointError, *MALFORMED):
-            manifest = read_manifest(ref.path)
-            if manifest is not None and layouts.has_optimizer(ref.path):
-                schedule, name = _schedule(manifest), manifest["method"]["lr_scheduler_type"]
-                if schedule.decay_at(manifest["schedule_step"]) is None if schedule else name in CONSTANT:
-                    return ref.path
-    return None
+    return f"{EXTEND} {shlex.quote(facts['path'])} --max_steps N, with N above {total}"
 
 
 def _evaluate(facts: Facts) -> str:
     path, inside = Path(facts["path"]), facts.get("evaluation_folder", "")
     bad = [name for name in facts["problems"] if name == MANIFEST_NAME or is_model_file(name, inside)]
+    model = path / inside
     if bad:
         return f"no: it is damaged ({', '.join(bad)})"
-    model = path / inside
     if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"no: {model} has no config.json. Read its weights with safetensors instead."
-    words = f'load_evaluation_model("{path}") loads {f"{inside}/" if inside else "the root"}'
     shards = (layouts.SHARDED_FOLDER, layouts.FSDP_WEIGHTS_FOLDER)
-    if not layouts.has_weights(model) and any((model / name).is_dir() for name in shards):
-        words += f", which is in shards. For from_pretrained: hf-radam consolidate {shlex.quote(str(path))}"
-    return words
-
-
-# ---- Runs ----
+    in_shards = not layouts.has_weights(model) and any((model / name).is_dir() for name in shards)
+    advice = f", which is in shards. For from_pretrained: hf-radam consolidate {shlex.quote(str(path))}"
+    call = f'load_evaluation_model("{path}") loads {f"{inside}/" if inside else "the root"}'
+    return call + (advice if in_shards else "")
 
 
 def inspect_run(path: Path, *, verify: bool = False) -> Facts:
-    """Return what the folder of a run holds, as `--json` prints it.
-
-    Raises:
-        ValueError: if there is no checkpoint, no model and no interrupted save in it.
-    """
+    """Describe the folder of a run as `--json` prints it; one with nothing of a run in it is a `ValueError`."""
     checkpoints = {
         str(Path(ref.pinned_in, f"{PREFIX}{ref.step}")): inspect_checkpoint(ref.path, verify=verify)
         for ref in list_checkpoints(path)
     }
-    configured = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
-    model = configured and (layouts.has_weights(path) or (path / layouts.SHARDED_FOLDER).is_dir())
+    has_config = any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+    model = has_config and (layouts.has_weights(path) or (path / layouts.SHARDED_FOLDER).is_dir())
     leftovers = sorted(str(p.relative_to(path)) for p in (path / STAGING).rglob(f"{PREFIX}*") if p.is_dir())
     if not (checkpoints or model or leftovers):
         raise ValueError(f"{path} is neither a checkpoint nor a run: it holds no checkpoint-N and no model.")
-    resumable = [name for name, facts in checkpoints.items() if not _unfit(facts)]
-    loadable = [name for name, facts in checkpoints.items() if facts["evaluate"].startswith("load")]
-    source = _extension_source(path)
+
+    def newest(accept: Callable[[Facts], Any]) -> str | None:
+        return next((str(path / name) for name, facts in checkpoints.items() if accept(facts)), None)
+
     return {
         "kind": "run",
         "path": str(path),
         "checkpoints": checkpoints,
         "damaged": [name for name, facts in checkpoints.items() if facts["problems"]],
         "model": model,
-        "resumes": str(path / resumable[0]) if resumable else None,
-        "evaluates": str(path) if model else str(path / loadable[0]) if loadable else None,
-        "extends": None if source is None else str(source),
+        "resumes": newest(lambda facts: not _unfit(facts)),
+        "evaluates": str(path) if model else newest(lambda facts: facts["evaluate"].startswith("load")),
+        "extends": newest(lambda facts: facts["extend"].startswith(EXTEND)),
         "leftovers": leftovers,
     }
 
 
-# ---- As text ----
-
-
 def checkpoint_report(facts: Facts) -> list[str]:
-    """Return the description of a checkpoint as lines."""
+    """Return the description of a checkpoint as text, by lines."""
     kind = "a stock checkpoint" if facts["written_by"] == "stock Trainer" else f"a checkpoint of {facts['written_by']}"
     state = "damaged" if facts["problems"] else "verified" if facts["verified"] else "complete"
     lines = [f"{facts['path']}: {kind}, step {facts['step']} of {facts.get('max_steps', '?')}, {state}", ""]
-    for label, text in _rows(facts):
-        lines += _row(label, text)
-    sizes = {**dict.fromkeys(facts["problems"]), **facts["files"]}
-    rows = [
-        ["" if size is None else f"{size:,}", name, facts["problems"].get(name, "")] for name, size in sizes.items()
-    ]
+    lines += [line for label, text in _rows(facts) for line in _row(label, text)]
+    problems = facts["problems"]
+    sizes = {**dict.fromkeys(problems), **facts["files"]}
+    rows = [["" if size is None else f"{size:,}", name, problems.get(name, "")] for name, size in sizes.items()]
     return [*lines, "", "files:", *table(rows, right=(0,))]
 
 
@@ -267,43 +222,44 @@ def _row(label: str, text: str) -> list[str]:
 def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
     method, average = facts.get("method"), facts.get("averaging")
     if method is not None:
-        ewa = "with EWA" if method["ewa"] else "without EWA"
-        yield "method", f"{method['optim']}, {method['lr_scheduler_type']}, {ewa}"
+        ewa = "with" if method["ewa"] else "without"
+        yield "method", f"{method['optim']}, {method['lr_scheduler_type']}, {ewa} EWA"
         yield "schedule", facts["schedule_summary"]
         rate = "" if facts["learning_rate"] is None else f"; learning rate of the next step {facts['learning_rate']:g}"
-        skipped = facts["step"] - facts["schedule_step"]
-        skips = f", {skipped} of them skipped" if skipped else ""
-        phase = facts["phase"] or "not known"
-        yield "progress", f"{facts['step']} of {facts['max_steps']} steps{skips}; phase: {phase}{rate}"
-        yield "root", "y of schedule-free, which trains" if "free" in method["optim"] else "the training weights"
-    for name, words in facts["weights"].items():
+        yield "progress", f"{facts['step']} of {facts['max_steps']} steps; phase: {facts['phase'] or 'not known'}{rate}"
+    for name, text in facts["weights"].items():
         used = facts.get("evaluation_folder", "").split("/")[0] == name
-        yield "beside it", f"{name}/: {words}{', used for evaluation' if used else ''}"
+        yield "beside it", f"{name}/: {text}{', used for evaluation' if used else ''}"
     if average:
         fixed, ratio = average.get("decay"), average.get("half_life_ratio")
         window = f"half-life {ratio} of the steps so far" if fixed is None else f"decay {fixed} per step"
         yield "average", f"{window}, every {average.get('every')} steps; averaged {average.get('num_averaged')} times"
     processes = facts["processes"] or "an unknown number of"
     yield "layout", f"{facts['layout']}, written by {processes} process{'' if processes == 1 else 'es'}"
-    for use in ("resume", "extend", "evaluate"):
-        yield use, facts[use]
+    yield from ((use, facts[use]) for use in ("resume", "extend", "evaluate"))
 
 
 def run_report(facts: Facts) -> list[str]:
-    """Return the description of a run as lines: its checkpoints, then the newest that is not damaged."""
+    """Return the description of a run as text, by lines: its checkpoints, then the newest complete one."""
     path, checkpoints = facts["path"], facts["checkpoints"]
     damaged = f"; damaged: {', '.join(facts['damaged'])}" if facts["damaged"] else ""
     rows = [["checkpoint", "step", "phase", "state"]]
     for name, one in checkpoints.items():
+        if not one["files"]:
+            rows.append([name, "-", "-", "holds no checkpoint: the folder is empty"])
+            continue
         state = "; ".join(f"{file} {problem}" for file, problem in one["problems"].items())
         state = f"damaged: {state}" if state else "not resumable" if one["missing_state"] else "complete"
         rows.append([name, f"{one['step']} of {one.get('max_steps', '?')}", one["phase"] or "not known", state])
-    takes = {use: facts[use] or "nothing" for use in ("resumes", "evaluates", "extends")}
     lines = [f"{path}: a run with {len(checkpoints)} checkpoints{damaged}", "", *(table(rows) if checkpoints else ())]
     lines += ["", *_row("model", "at the root: the evaluation weights" if facts["model"] else "none at the root")]
-    lines += _row("resume", f"--resume_from_checkpoint true takes {takes['resumes']}")
-    lines += _row("evaluate", f'load_evaluation_model("{path}") takes {takes["evaluates"]}')
-    lines += _row("extend", f"--extend_from {shlex.quote(path)} --max_steps N takes {takes['extends']}")
+    calls = {
+        "resume": "--resume_from_checkpoint true",
+        "evaluate": f'load_evaluation_model("{path}")',
+        "extend": f"{EXTEND} {shlex.quote(path)} --max_steps N",
+    }
+    for use, call in calls.items():
+        lines += _row(use, f"{call} takes {facts[f'{use}s'] or 'nothing'}")
     if facts["leftovers"]:
         lines += _row("left over", f"{', '.join(facts['leftovers'])}: of an interrupted save; resuming recovers it")
     complete = next((one for one in checkpoints.values() if not one["problems"]), None)

@@ -141,14 +141,12 @@ def test_a_manifest_of_an_unexpected_form_is_damage(run, capsys):
     assert code == 1 and "has format 99" in text
 
 
-def test_a_checkpoint_in_the_decay_says_what_to_extend_instead(run, tmp_path, capsys):
+def test_a_checkpoint_in_the_decay_says_what_to_extend_instead(run, capsys):
     folder = run("wsd")
     text = inspect(folder / "checkpoint-18", capsys)[1]
-    source = extension_of(folder, tmp_path / "new", 30, **METHODS["wsd"])
-    assert f"--extend_from {folder} --max_steps N, with N above 20, starts at {source}" in text
+    assert f"extend no: it is in the decay. Extend the run instead: --extend_from {folder}" in text
     for place in ("checkpoint-12", "checkpoint-6", "_pre_decay"):
         shutil.rmtree(folder / place)
-    assert "has no checkpoint from before the decay" in inspect(folder / "checkpoint-18", capsys)[1]
     assert inspect_run(folder)["extends"] is None
 
 
@@ -197,6 +195,16 @@ def test_json_and_paths(run, monkeypatch, capsys):
     assert list(json.loads(capsys.readouterr().out)["checkpoints"]) == [f"checkpoint-{n}" for n in (20, 18, 12, 6)]
     monkeypatch.chdir(folder / "checkpoint-12")
     assert f'load_evaluation_model("{folder}/checkpoint-12")' in inspect(".", capsys)[1]
+
+
+def test_an_empty_folder_holds_no_checkpoint(run, capsys):
+    folder = run("wsd")
+    (folder / "checkpoint-25").mkdir()
+    code, text = inspect(folder, capsys)
+    assert code == 1 and "checkpoint-25 - - holds no checkpoint: the folder is empty" in text and "None" not in text
+    with pytest.raises(SystemExit):
+        inspect(folder / "checkpoint-25", capsys)
+    assert "is neither a checkpoint nor a run" in capsys.readouterr().err
 
 
 def test_a_path_that_is_neither(tmp_path, capsys):
