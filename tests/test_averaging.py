@@ -155,7 +155,7 @@ def test_exchanged_for_the_average_weights_and_average_come_back(block, monkeypa
 def test_writing_to_exchanged_weights_is_an_error():
     model, average = mixed_model()
     before = values(model)
-    with pytest.raises(RuntimeError, match="Something wrote to 0.bias while it held other weights"):
+    with pytest.raises(RuntimeError, match="Something wrote to 0.bias while the averaged weights"):
         with average.applied(exchange=True):
             model[0].bias.data.clamp_(-0.01, 0.01)
     assert tiny.same(values(model), before)

@@ -26,17 +26,10 @@ from transformers.utils import (
 )
 
 from hf_radam.checkpoints.layouts import ADAPTER_FILES, WEIGHT_FILES
-from hf_radam.checkpoints.manifest import (
-    TRAINER_STATE_NAME,
-    CheckpointError,
-    PathLike,
-    add_files,
-    read_manifest,
-    recorded_step,
-)
+from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, CheckpointError, PathLike, add_files, read_manifest
 from hf_radam.checkpoints.peft import base_and_adapter, cast_parameters, exact_dtype
-from hf_radam.checkpoints.runs import is_checkpoint, list_checkpoints, newest_checkpoint, step_of
-from hf_radam.checkpoints.sharded import ShardedWeights, is_sharded_alone
+from hf_radam.checkpoints.runs import is_checkpoint, list_checkpoints, newest_checkpoint
+from hf_radam.checkpoints.sharded import ShardedWeights, has_shards, is_sharded_alone
 from hf_radam.checkpoints.storage import flush
 from hf_radam.checkpoints.verify import check_complete, evaluation_folder
 from hf_radam.checkpoints.weights import Tensors, saved_keys, to_file_form, write_weights
@@ -63,8 +56,8 @@ def load_evaluation_model(
 
     Raises:
         FileNotFoundError: if there is neither a model nor a complete checkpoint.
-        ValueError: if the checkpoint is damaged (`CheckpointError`), its model class is unknown to `transformers`, or
-            an adapter does not name its base model.
+        CheckpointError: if the weights are incomplete.
+        ValueError: if the model class is unknown to `transformers`, or an adapter does not name its base model.
     """
     root = Path(path)
     if "torch_dtype" in from_pretrained_kwargs:  # the name that transformers 5 deprecates
@@ -77,7 +70,9 @@ def load_evaluation_model(
             logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
         try:
             return load_model_folder(root, model_class=model_class, **from_pretrained_kwargs)
-        except (OSError, SafetensorError) as error:
+        except (OSError, CheckpointError) as error:
+            if not list_checkpoints(root):
+                raise
             logger.warning("Passing over the model at the root of %s, which is incomplete: %s", root, error)
     return _load_checkpoint(newest_loadable_checkpoint(root), model_class, from_pretrained_kwargs)
 
@@ -85,24 +80,18 @@ def load_evaluation_model(
 def later_than_model(run: PathLike) -> str | None:
     """Return the name of a checkpoint that was saved after the model at the root of a run, or None."""
     root = Path(run)
-    folders = [ref.path for ref in list_checkpoints(root) if (ref.path / TRAINER_STATE_NAME).is_file()]
-    written = recorded_step(root)  # of `save_state()`, where it was called
-    if written is not None:
-        later = [folder.name for folder in folders if (step_of(folder) or 0) > written]
-    else:
-        files = [root / name for name in (*WEIGHT_FILES, *ADAPTER_FILES) if (root / name).is_file()]
-        newest_file = max(file.stat().st_mtime for file in files)
-        later = [folder.name for folder in folders if (folder / TRAINER_STATE_NAME).stat().st_mtime > newest_file]
-    return later[0] if later else None
+    configs = [root / name for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME) if (root / name).is_file()]
+    written = max(file.stat().st_mtime for file in configs)  # `save_model` writes it with the weights
+    states = [ref.path / TRAINER_STATE_NAME for ref in list_checkpoints(root)]
+    return next((s.parent.name for s in states if s.is_file() and s.stat().st_mtime > written), None)
 
 
 def holds_model(folder: PathLike) -> bool:
     """Return whether a folder has a configuration and weights, of a model (maybe sharded) or an adapter."""
     path = Path(folder)
-    if (path / CONFIG_NAME).is_file() and is_sharded_alone(path):
-        return True
-    kinds = ((CONFIG_NAME, WEIGHT_FILES), (ADAPTER_CONFIG_NAME, ADAPTER_FILES))
-    return any((path / config).is_file() and any((path / f).is_file() for f in files) for config, files in kinds)
+    has_weights = has_shards(path) or any((path / name).is_file() for name in WEIGHT_FILES)
+    has_adapter = any((path / name).is_file() for name in ADAPTER_FILES)
+    return has_weights and (path / CONFIG_NAME).is_file() or has_adapter and (path / ADAPTER_CONFIG_NAME).is_file()
 
 
 def newest_loadable_checkpoint(run: PathLike) -> Path:
@@ -149,7 +138,11 @@ def load_model_folder(
     if (path / ADAPTER_CONFIG_NAME).is_file():
         return base_and_adapter(path, model_class=model_class, dtypes=None, **kwargs)
     if not is_sharded_alone(path):
-        return (model_class or _class_of(path, _config_of(path, None, trust))).from_pretrained(path, **kwargs)
+        model_class = model_class or _class_of(path, _config_of(path, None, trust))
+        try:
+            return model_class.from_pretrained(path, **kwargs)
+        except SafetensorError as error:
+            raise CheckpointError(f"The weights in {path} are incomplete: {error}. Save them again.") from error
     config = kwargs.pop("config", None) or _config_of(path, model_class, trust)
     model = _meta_model(path, copy.deepcopy(config), model_class, trust)
     shards = ShardedWeights(path)
@@ -168,22 +161,16 @@ def _config_of(folder: Path, model_class: Any, trust_remote_code: bool | None) -
             f"{folder} has no {CONFIG_NAME}: the model was not a PreTrainedModel. Load its {SAFE_WEIGHTS_NAME} with "
             "safetensors.torch.load_file."
         )
-    config_class = getattr(model_class, "config_class", None)
-    if config_class is not None:
-        return config_class.from_pretrained(folder)
+    if getattr(model_class, "config_class", None) is not None:
+        return model_class.config_class.from_pretrained(folder)
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def _class_of(folder: Path, config: Any) -> Any:
-    """Return the class that a configuration names; for a model with custom code, the Auto class that finds it.
-
-    Raises:
-        ValueError: if it names no class that `transformers` has.
-    """
+    """Return the class that a configuration names; for a model with custom code, the Auto class that finds it."""
     names = [*(config.architectures or ()), *(n for n in getattr(config, "auto_map", {}) if n.startswith("AutoModel"))]
-    for name in names:
-        if hasattr(transformers, name):
-            return getattr(transformers, name)
+    if found := [getattr(transformers, name) for name in names if hasattr(transformers, name)]:
+        return found[0]
     raise ValueError(f"{folder / CONFIG_NAME} names no model class of transformers ({names}). Pass model_class.")
 
 
@@ -219,8 +206,7 @@ def consolidate(
         The model folder, as `from_pretrained` loads it; nothing is written if it has such files already.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged.
-        OSError: if it cannot be written to.
+        CheckpointError: if the checkpoint is incomplete.
     """
     if training_weights:
         check_complete(checkpoint, only="")

@@ -42,22 +42,13 @@ def evaluation_subfolder(source: str, model: nn.Module) -> str:
     return f"{source}/{ADAPTER_FOLDER}" if is_peft(model) else source
 
 
-def _saved_keys(model: Any, *, save_embedding_layers: bool | Literal["auto"]) -> dict[str, Tensor]:
-    """Return the model's own tensors by the keys that PEFT writes.
-
-    Args:
-        model: a PEFT model with an adapter named `default`.
-        save_embedding_layers: whether to include the base model's embeddings; PEFT's own default, `"auto"`, may have to
-            look the base model up on the hub.
-    """
+def _saved_keys(model: Any, *, embeddings: bool | Literal["auto"]) -> dict[str, Tensor]:
+    """Return the model's own tensors by the keys that PEFT writes; with embeddings `"auto"` it may ask the hub."""
     from peft import get_peft_model_state_dict
 
-    state: dict[str, Tensor] = get_peft_model_state_dict(
-        model,
-        state_dict=model.state_dict(keep_vars=True),
-        adapter_name=ADAPTER_NAME,
-        save_embedding_layers=save_embedding_layers,
-    )
+    own = model.state_dict(keep_vars=True)
+    options = {"state_dict": own, "adapter_name": ADAPTER_NAME, "save_embedding_layers": embeddings}
+    state: dict[str, Tensor] = get_peft_model_state_dict(model, **options)
     return state
 
 
@@ -65,21 +56,20 @@ def _unsupported_reason(model: Any) -> str | None:
     """Return why one adapter folder cannot hold everything that trains, or None."""
     kind = next((c.peft_type for c in model.peft_config.values() if c.is_prompt_learning), None)
     if kind is not None:
-        return f"what {getattr(kind, 'value', kind)} learns is no part of the model. Use another kind of adapter."
+        return f"{getattr(kind, 'value', kind)} trains a prompt, not the model. Use another kind of adapter."
     if list(model.peft_config) != [ADAPTER_NAME]:
         return (
             f"the model has the adapters {list(model.peft_config)}. Train one, with PEFT's own name for it, "
             f"{ADAPTER_NAME!r} (get_peft_model without adapter_name)."
         )
     unsaved = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    choices: tuple[Literal[False, "auto"], ...] = (False, "auto")  # the second may ask the hub
+    choices: tuple[Literal[False, "auto"], ...] = (False, "auto")
     for choice in choices:
-        for tensor in _saved_keys(model, save_embedding_layers=choice).values():
+        for tensor in _saved_keys(model, embeddings=choice).values() if unsaved else ():
             unsaved.pop(id(tensor), None)
-        if not unsaved:
-            return None
-    name = next(iter(unsaved.values()))
-    return f"PEFT does not write {name}, which trains. Freeze it, or name its module in modules_to_save."
+    for name in unsaved.values():
+        return f"PEFT does not write {name}, which trains. Freeze it, or name its module in modules_to_save."
+    return None
 
 
 def is_on_its_own(model: Any) -> bool:
@@ -114,11 +104,7 @@ def save_adapter_folder(
 
 
 def read_adapter(model: Any, folder: PathLike) -> dict[str, Tensor]:
-    """Read an adapter folder as part of a state dict for `model`, on the CPU, in the dtypes of the file.
-
-    Raises:
-        CheckpointError: if the folder does not hold exactly such an adapter.
-    """
+    """Read an adapter folder as part of a state dict for `model`, on the CPU, in the dtypes of the file."""
     from peft.utils import load_peft_weights
 
     path = Path(folder)
@@ -128,7 +114,7 @@ def read_adapter(model: Any, folder: PathLike) -> dict[str, Tensor]:
         file: dict[str, Tensor] = load_peft_weights(str(path), device="cpu")
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read as an adapter: {error}") from error
-    keys = _saved_keys(model, save_embedding_layers=hasattr(model, "get_input_embeddings"))  # written or not
+    keys = _saved_keys(model, embeddings=hasattr(model, "get_input_embeddings"))  # written or not
     values = {id(tensor): file[key] for key, tensor in keys.items() if key in file}
     own = model.state_dict(keep_vars=True)
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in values]
@@ -167,9 +153,6 @@ def base_and_adapter(
         model_class: class of the base model; by default PEFT's Auto class for the adapter's task finds it.
         dtypes: `parameter_dtypes` of the model that was evaluated; None for the dtypes as loaded.
         **kwargs: passed to `from_pretrained`.
-
-    Raises:
-        ValueError: if the adapter does not name its base model.
     """
     import peft
 
@@ -182,15 +165,8 @@ def base_and_adapter(
     if dtypes is not None:
         kwargs = {"dtype": _base_dtype(dtypes)} | kwargs
     if model_class is None:
-        auto = {
-            "CAUSAL_LM": peft.AutoPeftModelForCausalLM,
-            "SEQ_2_SEQ_LM": peft.AutoPeftModelForSeq2SeqLM,
-            "SEQ_CLS": peft.AutoPeftModelForSequenceClassification,
-            "TOKEN_CLS": peft.AutoPeftModelForTokenClassification,
-            "QUESTION_ANS": peft.AutoPeftModelForQuestionAnswering,
-            "FEATURE_EXTRACTION": peft.AutoPeftModelForFeatureExtraction,
-        }.get(config.task_type, peft.AutoPeftModel)
-        model = auto.from_pretrained(str(folder), **kwargs)
+        target = peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, peft.PeftModel)
+        model = getattr(peft, f"Auto{target.__name__}").from_pretrained(str(folder), **kwargs)
     else:
         base = model_class.from_pretrained(config.base_model_name_or_path, **kwargs)
         model = peft.PeftModel.from_pretrained(base, str(folder))

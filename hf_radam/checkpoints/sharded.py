@@ -76,19 +76,16 @@ TRUSTED = {
 
 @dataclass(frozen=True)
 class TensorShard:
-    """What this rank writes of one tensor.
-
-    Attributes:
-        like: a tensor on the meta device, with the complete shape and the dtype to write.
-        start: index of the shard's first element in the flattened tensor.
-        length: number of elements; 0 if other ranks write them all.
-        read: makes the elements, in any shape and dtype.
-    """
+    """The shard of one tensor that this rank writes."""
 
     like: Tensor
+    """On the meta device, with the complete shape and the dtype to write."""
     start: int
+    """Index of the shard's first element in the flattened tensor."""
     length: int
+    """Number of elements; 0 if other ranks write them all."""
     read: Callable[[], Tensor]
+    """Makes the elements, in any shape and dtype."""
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
@@ -118,12 +115,7 @@ def _write_item(name: str, shard: TensorShard) -> WriteItem:
 
 
 def write_sharded(folder: Path, shards: Mapping[str, TensorShard]) -> None:
-    """Write this rank's shards to a folder on a shared file system; collective.
-
-    Args:
-        folder: where to; rank 0 makes it.
-        shards: by the tensors' names in the model's state dict, the same names on every rank.
-    """
+    """Write this rank's shards, by name, to a folder on a shared file system; collective, same names on every rank."""
     if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         shapes = {name: list(shard.like.shape) for name, shard in shards.items()}
@@ -151,11 +143,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: PathLike) -> Metadata:
-    """Read a folder's metadata without executing anything in it.
-
-    Raises:
-        CheckpointError: if it is missing or damaged.
-    """
+    """Read a folder's metadata without executing anything in it; raise `CheckpointError` if it cannot be read."""
     file = Path(folder) / METADATA_NAME
     try:
         metadata = _Unpickler(io.BytesIO(file.read_bytes())).load()
@@ -166,9 +154,7 @@ def read_metadata(folder: PathLike) -> Metadata:
             raise ValueError("it is incomplete")
         if not all(Path(place.relative_path).name == place.relative_path for place in places.values()):
             raise ValueError("it names files outside of the folder")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file} is missing.") from error
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # an incomplete pickle raises almost anything
         raise CheckpointError(f"{file} cannot be read ({error}).") from error
     return metadata
 
@@ -184,15 +170,14 @@ class _Reader(dcp.FileSystemReader):
         return self.contents
 
 
+Targets = Mapping[str, tuple[tuple[int, ...], Tensor]]
+"""By name: offsets in the stored tensor, and the tensor to fill."""
+
+
 class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Reads ranges of tensors into place, and other values without executing anything in them.
+    """Reads ranges of tensors into place, and replaces values by the stored ones without executing anything in them."""
 
-    Args:
-        targets: offsets in the stored tensor, and the tensor to fill, by name.
-        values: filled with what is stored under its keys.
-    """
-
-    def __init__(self, targets: Mapping[str, tuple[tuple[int, ...], Tensor]], values: dict[str, Any]):
+    def __init__(self, targets: Targets, values: dict[str, Any]):
         super().__init__()
         self.targets, self.values = targets, values
 
@@ -228,10 +213,8 @@ class _LoadPlanner(dcp.DefaultLoadPlanner):
         """Do nothing: the item was read into place."""
 
 
-def _load(
-    reader: _Reader, targets: Mapping[str, tuple[tuple[int, ...], Tensor]], values: dict[str, Any] | None = None
-) -> None:
-    planner = _LoadPlanner(targets, {} if values is None else values)
+def _load(reader: _Reader, targets: Targets, values: dict[str, Any]) -> None:
+    planner = _LoadPlanner(targets, values)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as no_dist=True asks
@@ -244,12 +227,7 @@ def _load(
 def read_tree(folder: PathLike, *, tensors: bool = True) -> dict[str, Any]:
     """Read a folder as the nested state dict that was saved, with complete tensors on the CPU; not collective.
 
-    Args:
-        folder: the folder.
-        tensors: whether to read tensors outside of `param_groups`.
-
-    Raises:
-        CheckpointError: if it is damaged.
+    Without `tensors` only those in `param_groups` are read. Raises `CheckpointError` if the folder cannot be read.
     """
     reader = _Reader(folder)
     metadata = reader.contents
@@ -280,46 +258,32 @@ def rows_of(shape: torch.Size, start: int, length: int) -> tuple[int, int, int]:
 class ShardedWeights:
     """The weights of a model folder that lie in shards, `sharded/` or FSDP2's `pytorch_model_fsdp_0/`.
 
-    Args:
-        folder: the model folder.
-
     Attributes:
         like: a tensor on the meta device, with the stored shape and dtype, by its name in the state dict.
 
     Raises:
-        CheckpointError: if the shards are damaged.
+        CheckpointError: if the shards cannot be read.
     """
 
     def __init__(self, folder: PathLike):
         self._flattened = Path(folder, SHARDED_FOLDER).is_dir()
         self._reader = _Reader(Path(folder, SHARDED_FOLDER if self._flattened else FSDP_WEIGHTS_FOLDER))
         self._prefix = "" if self._flattened else "model."
-        entries = self._reader.contents.state_dict_metadata
-        stored = {
-            name.removeprefix(self._prefix): entry
-            for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        shapes = self._shapes() if self._flattened else {name: entry.size for name, entry in stored.items()}
-        if set(shapes) != set(stored):
-            raise CheckpointError(f"{self._reader.path} is damaged: {SHAPES_NAME} lists other tensors.")
-        self.like = {
-            name: torch.empty(shape, dtype=stored[name].properties.dtype, device="meta")
-            for name, shape in shapes.items()
-        }
-
-    def _shapes(self) -> dict[str, torch.Size]:
-        file = Path(self._reader.path, SHAPES_NAME)
+        self.like: dict[str, Tensor] = {}
         try:
-            shapes = json.loads(file.read_text(encoding="utf-8"))
-            return {name: torch.Size(shape) for name, shape in shapes.items()}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{file} cannot be read ({error!r}): the folder is damaged.") from error
+            shapes = json.loads(Path(folder, SHARDED_FOLDER, SHAPES_NAME).read_text("utf-8")) if self._flattened else {}
+            for name, entry in self._reader.contents.state_dict_metadata.items():
+                if isinstance(entry, TensorStorageMetadata):
+                    key = name.removeprefix(self._prefix)
+                    shape = torch.Size(shapes[key]) if self._flattened else entry.size
+                    self.like[key] = torch.empty(shape, dtype=entry.properties.dtype, device="meta")
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self._reader.path} cannot be read: {error}") from error
 
     def read(self, into: Ranges) -> None:
         """Fill ranges; not collective, and no more than the ranges (or their rows) is read."""
         targets: dict[str, tuple[tuple[int, ...], Tensor]] = {}
-        unaligned: list[tuple[Tensor, Tensor]] = []
+        unaligned = []
         for name, (start, target) in into.items():
             shape = self.like[name].shape
             if not target.numel():
@@ -334,7 +298,7 @@ class ShardedWeights:
                 unaligned.append((target, rows[start - first * row :][: target.numel()]))
             offsets = (first, *[0] * (len(shape) - 1))
             targets[self._prefix + name] = (offsets, rows.view(end - first, *shape[1:]))
-        _load(self._reader, targets)
+        _load(self._reader, targets, {})
         for target, part in unaligned:
             target.copy_(part)
 

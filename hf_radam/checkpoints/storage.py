@@ -7,7 +7,7 @@
       checkpoint-500/                     complete: it was renamed after all of it was on the disk
 
 A rename within a file system is atomic, so a killed process leaves the old state or the new one. Replacing a folder
-takes two renames; `recover_interrupted_save` finishes what was begun between them.
+takes two renames; `recover_interrupted_save` makes the second one where a process was killed between them.
 """
 
 from __future__ import annotations
@@ -66,8 +66,7 @@ if hasattr(os, "register_at_fork"):
 def run_lock(run: Path) -> Iterator[None]:
     """Hold the lock of a run, so that no other process writes into its folder; the writing rank enters this.
 
-    The lock goes with the process, however it ends. On a file system without locks only a warning is
-    logged.
+    The lock goes with the process, however it ends. On a file system without locks a warning is logged.
 
     Raises:
         RunInUseError: if a live process holds the lock.
@@ -89,28 +88,27 @@ def run_lock(run: Path) -> Iterator[None]:
 
 
 def _open_lock(run: Path) -> int:
-    """Open the lock file and lock it; whoever held it may have removed the file that was opened."""
-    while True:
-        descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(descriptor).st_nlink == 0:
-                os.close(descriptor)
-                continue
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+    """Open the lock file and lock it."""
+    descriptor = os.open(run / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink == 0:  # its holder has removed it since
             os.close(descriptor)
-            raise RunInUseError(
-                f"{run} is in use: {holder} trains in it. Wait until it ends, or choose another output_dir."
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-            logger.warning("%s is on a file system without locks. Let one run at a time write into it.", run)
-        return descriptor
+            return _open_lock(run)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BlockingIOError:
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+        os.close(descriptor)
+        raise RunInUseError(
+            f"{run} is in use: {holder} trains in it. Wait until it ends, or choose another output_dir."
+        ) from None
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        logger.warning("%s is on a file system without locks. Let one run at a time write into it.", run)
+    return descriptor
 
 
 def sha256(file: Path) -> str:
@@ -145,11 +143,10 @@ def rank_of(file: Path) -> int:
 class FileHasher:
     """Hash and flush the files of a folder in background threads, while other files are still being written.
 
-    Args:
-        folder: the folder; `finish` takes all files in it.
+    `finish` takes all files in the folder.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._pool = ThreadPoolExecutor(HASH_THREADS)
         self._submitted: dict[Path, tuple[tuple[int, int, int], Future[str], Future[None]]] = {}
@@ -160,7 +157,6 @@ class FileHasher:
             stat = file.stat()
             version = stat.st_size, stat.st_mtime_ns, stat.st_ino
             if file not in self._submitted or self._submitted[file][0] != version:
-                # The disk writes a file while it is read to be hashed.
                 self._submitted[file] = version, self._pool.submit(sha256, file), self._pool.submit(flush, file)
 
     def finish(
@@ -175,9 +171,8 @@ class FileHasher:
         Returns:
             Size in bytes and sha256 of every file, by its path in the folder.
         """
-        inside = sorted(self.folder.rglob("*"))
-        files = {path.relative_to(self.folder).as_posix(): path for path in inside if path.is_file() and only(path)}
-        files = {name: file for name, file in files.items() if name not in known}
+        inside = sorted(path for path in self.folder.rglob("*") if path.is_file() and only(path))
+        files = {name: path for path in inside if (name := path.relative_to(self.folder).as_posix()) not in known}
         hashed = {}
         with self._pool:
             self.submit(sorted(files.values(), key=lambda file: -file.stat().st_size))
@@ -200,8 +195,7 @@ def _flush_folders(root: Path) -> None:
 
 def link_tree(source: Path, target: Path) -> None:
     """Make a folder with the same files: hard links where the file system has them, else flushed copies."""
-    if not source.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(source))  # `rglob` would find nothing
+    os.stat(source)  # `rglob` would find nothing
     target.mkdir(parents=True)
     for path in sorted(source.rglob("*")):
         copy = target / path.relative_to(source)
@@ -219,12 +213,7 @@ def link_tree(source: Path, target: Path) -> None:
 
 
 def commit(run: Path, inside: Path) -> None:
-    """Rename `run/_staging/<inside>` to `run/<inside>`; a folder of that name is moved aside first, then removed.
-
-    Args:
-        run: folder of the run.
-        inside: path of the folder in the run; what is staged there has been flushed.
-    """
+    """Rename `run/_staging/<inside>`, which was flushed, to `run/<inside>`; a folder of that name is replaced."""
     staged, target, aside = run / STAGING / inside, run / inside, run / STAGING / REPLACED / inside
     target.parent.mkdir(parents=True, exist_ok=True)
     replaces = target.exists()
@@ -269,7 +258,7 @@ def recover_interrupted_save(run: Path) -> None:
 
 def remove_staging(run: Path) -> None:
     """Remove everything that is staged in a run."""
-    if (run / STAGING).exists():
+    with suppress(FileNotFoundError):
         shutil.rmtree(run / STAGING)
 
 
@@ -279,7 +268,7 @@ def remove(run: Path, folder: Path) -> None:
     trash.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(trash)
     shutil.rmtree(trash.parent)
-    if not any((run / STAGING).iterdir()):
+    with suppress(OSError):  # something else is staged
         (run / STAGING).rmdir()
 
 

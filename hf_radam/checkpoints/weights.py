@@ -63,15 +63,12 @@ RANK0_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 @dataclass(frozen=True)
 class Tensors:
-    """Tensors to write, each of which is made when its turn comes.
-
-    Attributes:
-        like: a tensor on the meta device, with the shape and dtype to write, by its name in the state dict.
-        read: makes one of them by its name, on the rank that writes; collective.
-    """
+    """Tensors to write, each of which is made when its turn comes."""
 
     like: dict[str, Tensor]
+    """On the meta device, with the shape and dtype to write, by the name in the state dict."""
     read: Callable[[str], Tensor | None]
+    """Makes one of them by its name, on the rank that writes; collective."""
 
 
 def promote_to_fp32(dtype: torch.dtype) -> torch.dtype:
@@ -166,10 +163,7 @@ def save_model_folder(
 def save_sharded_folder(
     folder: PathLike, model: nn.Module, weights: Weights, *, processing_class: Any, in_float32: bool = True
 ) -> None:
-    """Write a model folder with its weights in shards, of which every rank writes its own; collective.
-
-    Arguments as for `save_model_folder`.
-    """
+    """Write a model folder with its weights in shards, of which every rank writes its own; collective."""
     path = Path(folder)
     save_config_and_tokenizer(path, model, processing_class=processing_class, in_float32=in_float32)
     like, shards = model_tensors(model, weights, in_float32=in_float32).like, {}
@@ -201,10 +195,7 @@ def save_config_and_tokenizer(folder: Path, model: nn.Module, *, processing_clas
 
 
 def set_config_dtype(file: Path, dtype: str = "float32") -> None:
-    """Set the dtype that plain `from_pretrained` loads, in nested configurations too.
-
-    `save_pretrained` writes that of the model that trains.
-    """
+    """Set the dtype that plain `from_pretrained` loads, in nested configurations too."""
     config = re.sub(r'("(?:torch_)?dtype": )"[\w.]+"', rf'\1"{dtype}"', file.read_text(encoding="utf-8"))
     file.write_text(config, encoding="utf-8")
 
@@ -223,12 +214,12 @@ def _no_progress_bars() -> Iterator[None]:
 def write_weights(
     folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool, max_bytes: int | None = None
 ) -> None:
-    """Write weight files as `from_pretrained` reads them; collective where `tensors.read` is.
+    """Write weight files as `from_pretrained` reads them into an existing folder; collective where `tensors.read` is.
 
     Args:
-        folder: an existing folder.
+        folder: where to.
         model: the model whose class decides on the form of the files; None for the form of `tensors`.
-        tensors: what to write.
+        tensors: the tensors.
         writes: whether this rank writes.
         max_bytes: largest size of a file; `MAX_FILE_BYTES` by default.
 
@@ -249,7 +240,8 @@ def write_weights(
         if not writes or failure is not None:
             continue
         try:
-            pending |= _file_tensors(model, {n: v.detach() for n, v in gathered.items() if v is not None}, tensors.like)
+            cast = {n: v.detach().to(tensors.like[n].dtype) for n, v in gathered.items() if v is not None}
+            pending |= {key: value.cpu().contiguous() for key, value in to_file_form(model, cast).items()}
             for name in [split.tensor_to_filename[key] for key in unit]:
                 missing[name] -= 1
                 if not missing[name]:
@@ -268,10 +260,10 @@ def write_weights(
 
 
 def _units(model: nn.Module | None, like: dict[str, Tensor]) -> Iterator[tuple[list[str], dict[str, Tensor]]]:
-    """Yield names that must be gathered together, and the file tensors that they become.
+    """Yield names that must be gathered at once, and the tensors that they become in the files.
 
-    Some classes have tensors in another form in their files (each expert of a Mixtral apart). What belongs together
-    lies in one layer; where it does not, all tensors are gathered together.
+    Some classes have tensors in another form in their files (each expert of a Mixtral apart): those of a layer are
+    gathered at once, or all, where a tensor in the files is made of several layers.
     """
     if not _has_other_file_keys(model):
         yield from (([name], {name: tensor}) for name, tensor in like.items())
@@ -285,24 +277,19 @@ def _units(model: nn.Module | None, like: dict[str, Tensor]) -> Iterator[tuple[l
     if {k: t.shape for _, unit in units for k, t in unit.items()} == {k: t.shape for k, t in complete.items()}:
         yield from units
         return
-    logger.warning(f"The weights of {type(model).__name__} can only be written together: rank 0 gathers them all.")
+    logger.warning(f"The weights of {type(model).__name__} can only be written at once: rank 0 gathers them all.")
     yield list(like), complete
 
 
 def _has_other_file_keys(model: nn.Module | None) -> bool:
     """Return whether a model's files have other tensors or names than its state dict."""
-    nothing: dict[str, Tensor] = {}
-    return isinstance(model, PreTrainedModel) and revert_weight_conversion(model, nothing) is not nothing
+    empty: dict[str, Tensor] = {}
+    return isinstance(model, PreTrainedModel) and revert_weight_conversion(model, empty) is not empty
 
 
 def to_file_form(model: nn.Module | None, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert tensors of a model's state dict into those of its files."""
     return revert_weight_conversion(model, dict(state)) if isinstance(model, PreTrainedModel) else state
-
-
-def _file_tensors(model: nn.Module | None, state: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
-    cast = {name: value.to(like[name].dtype) for name, value in state.items()}
-    return {key: value.cpu().contiguous() for key, value in to_file_form(model, cast).items()}
 
 
 # ---- Read complete tensors ----

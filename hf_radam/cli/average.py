@@ -49,11 +49,7 @@ def _bytes(text: str) -> int:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Return the output and the exit code.
-
-    Raises:
-        ValueError: if the checkpoints cannot be averaged.
-    """
+    """Return the output and the exit code; checkpoints that cannot be averaged are a `ValueError`."""
     from hf_radam.checkpoints.manifest import CheckpointError
     from hf_radam.cli.merging import coefficients, merge, notes, read_sources
 

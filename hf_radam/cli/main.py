@@ -6,13 +6,13 @@ import argparse
 import importlib
 import os
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from hf_radam.cli.stopping import Stop
 
 COMMANDS = {
     "inspect": "describe a checkpoint or a run, and how to resume, extend or evaluate it",
@@ -29,16 +29,7 @@ Run = Callable[[argparse.Namespace], tuple[str, int]]
 def add_command(
     commands: Any, name: str, run: Run, *, description: str, examples: Sequence[str], **options: Any
 ) -> argparse.ArgumentParser:
-    """Add the parser of a command.
-
-    Args:
-        commands: the result of `add_subparsers`.
-        name: of the command.
-        run: the function that runs it.
-        description: paragraphs for its help.
-        examples: command lines at the end of the help.
-        **options: for `ArgumentParser`.
-    """
+    """Add the parser of a command to the result of `add_subparsers`; its help ends in the command lines `examples`."""
     width = min(shutil.get_terminal_size().columns, 110) - 2
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
@@ -62,7 +53,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     for name, help in COMMANDS.items():
-        if name == next(iter(argv), None):
+        if argv and argv[0] == name:
             importlib.import_module(f"hf_radam.cli.{name}").add(commands)
         else:
             commands.add_parser(name, help=help)
@@ -80,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if something is damaged or cannot be written; 128 plus the number of the signal that ended it.
     """
-    with Stop("hf-radam") as stop:
+    with Stop() as stop:
         try:
             arguments = parse(sys.argv[1:] if argv is None else argv)
             arguments.stop, stop.command = stop, arguments.prog
@@ -88,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except BaseException:
             if stop.signal is None:
                 raise
-            stop.report()  # whatever the exception of a signal has become on its way
+            print(stop.message, file=sys.stderr)  # whatever the exception of a signal has become on its way
             return stop.code
 
 
@@ -97,8 +88,8 @@ def _run(arguments: argparse.Namespace) -> int:
         output, code = arguments.run(arguments)
     except (ValueError, OSError) as error:
         arguments.stop.check()
-        words = "" if isinstance(error, ValueError) else "a file cannot be read or written: "
-        arguments.refuse(printable(words + " ".join(str(error).split())))
+        prefix = "" if isinstance(error, ValueError) else "a file cannot be read or written: "
+        arguments.refuse(printable(prefix + " ".join(str(error).split())))
         raise  # not reached: `refuse` ends the process
     try:
         sys.stdout.write(output)
@@ -108,16 +99,71 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def folder(path: str) -> str:
-    """Return the path of a folder for the output: as it was given, but absolute for `.` and `..`.
+class Stopped(BaseException):
+    """A signal asked the command to end; what it began is removed while this propagates."""
 
-    Raises:
-        ValueError: if there is no such folder.
+
+class Stop:
+    """While entered, end the command on Ctrl-C, SIGTERM or SIGHUP, with one line that names the signal.
+
+    Attributes:
+        command: name of the command for that line.
+        signal: the first signal, or None; later ones are ignored.
+        begun: whether there is something to remove: then the signal raises `Stopped`. Before that it ends the process
+            at once, since C++ code that is importing a module aborts on an exception.
     """
+
+    def __init__(self) -> None:
+        self.command = "hf-radam"
+        self.signal: signal.Signals | None = None
+        self.begun = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        """Install the handlers, except for a signal that the process was started to ignore (`nohup`)."""
+        if threading.current_thread() is threading.main_thread():  # Python allows no other
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)  # Windows has no SIGHUP
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Restore the handlers."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.signal is not None:
+            return
+        self.signal = signal.Signals(number)
+        if self.begun:
+            raise Stopped
+        os.write(2, f"{self.message}\n".encode())  # print is not reentrant
+        os._exit(self.code)
+
+    @property
+    def message(self) -> str:
+        """The line that names the signal."""
+        return f"{self.command}: ended by {signal.Signals(self.signal or 0).name}"
+
+    @property
+    def code(self) -> int:
+        """The exit code, as shells have it."""
+        return 128 + (self.signal or 0)
+
+    def check(self) -> None:
+        """Raise `Stopped` if a signal came: C or Rust code may have turned it into another error."""
+        if self.signal is not None:
+            raise Stopped
+
+
+def folder(path: str) -> str:
+    """Return the path of a folder for the output: as given, but absolute for `.` and `..`; a missing one is refused."""
     if not Path(path).is_dir():
         raise ValueError(f"{path} is not a folder. Give a checkpoint, checkpoint-N, or the folder of a run.")
     plain = os.path.normpath(path)
-    return os.path.abspath(plain) if os.path.basename(plain) in ("", os.curdir, os.pardir) else plain
+    return os.path.abspath(plain) if os.path.basename(plain) in (os.curdir, os.pardir) else plain
 
 
 def printable(text: str) -> str:
@@ -138,7 +184,6 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[s
 def only_ascii() -> bool:
     """Return whether the output cannot show block characters."""
     try:
-        "▁█".encode(sys.stdout.encoding or "ascii")
-    except (UnicodeEncodeError, LookupError):
+        return not "▁█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
         return True
-    return False

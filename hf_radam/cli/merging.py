@@ -24,7 +24,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,9 @@ def coefficients(
 ) -> list[float]:
     """Return the factor of each checkpoint; they sum to 1 and none is negative.
 
-        uniform                   1 / (k + 1)
-        ewa                       those of an EWA that was updated at each checkpoint
-        linear, cosine, 1-sqrt    those of a decay of this shape (see the module)
-
     Args:
         steps: of the checkpoints, increasing; two or more.
-        weights: one of the five above.
+        weights: `uniform`; `ewa`, of an EWA that averaged each checkpoint; `linear`, `cosine` or `1-sqrt`, of a decay.
         decay: of `ewa`: a fixed decay per step.
         half_life_ratio: of `ewa`: half-life as a ratio of the steps so far.
 
@@ -120,14 +116,10 @@ class Source:
     path: Path
     step: int
     files: Mapping[str, Path]
-    like: Mapping[str, Tensor]
+    like: dict[str, Tensor]
 
     def read(self, key: str) -> Tensor:
-        """Read a tensor.
-
-        Raises:
-            CheckpointError: if it cannot be read.
-        """
+        """Read a tensor; raise `CheckpointError` if it cannot be read."""
         try:
             # The file is closed after each tensor: until then what was read of it counts as memory.
             with safe_open(self.files[key], framework="pt") as file:
@@ -141,8 +133,7 @@ def read_sources(checkpoints: Sequence[PathLike]) -> list[Source]:
     """Return the checkpoints by increasing step, after verifying that they are complete and of one model.
 
     Raises:
-        CheckpointError: if the weights at the root of one are damaged.
-        ValueError: if two have the same step, or one holds other weights than a model in safetensors.
+        ValueError: if they cannot be averaged; `CheckpointError` if the weights at the root of one are damaged.
     """
     sources = sorted((_source(Path(checkpoint)) for checkpoint in checkpoints), key=lambda source: source.step)
     for before, after in itertools.pairwise(sources):
@@ -171,33 +162,25 @@ def _source(path: Path) -> Source:
     step = recorded_step(path) if manifest is None else int(manifest["global_step"])
     if step is None:
         raise CheckpointError(f"{path / TRAINER_STATE_NAME} is missing or damaged, so its step is not known.")
-    like = {}
-    try:
-        for file in dict.fromkeys(files.values()):
-            with safe_open(file, framework="pt") as opened:
-                for key in (key for key in opened.keys() if files.get(key) == file):  # noqa: SIM118
-                    tensor = opened.get_tensor(key)  # memory-mapped
-                    like[key] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if set(like) != set(files):
-        raise CheckpointError(f"{path} is damaged: {min(set(files) - set(like))} is in the index but in no file.")
-    return Source(path, step, files, like)
+    source = Source(path, step, files, {})
+    for key in files:
+        tensor = source.read(key)  # memory-mapped
+        source.like[key] = torch.empty_like(tensor, device="meta")
+    return source
 
 
 def _check_same_model(source: Source, newest: Source) -> None:
-    shapes, expected = ({key: tuple(t.shape) for key, t in one.like.items()} for one in (source, newest))
-    configs = [
-        {key: value for key, value in _config(one.path).items() if key not in FREE_IN_CONFIG}
-        for one in (source, newest)
-    ]
-    for one, other in ((shapes, expected), configs):
-        for key in sorted({*one, *other}):
-            if key not in FREE_IN_CONFIG and one.get(key) != other.get(key):
-                raise ValueError(
-                    f"{source.path} is of another model than {newest.path}: {key} is {one.get(key)}, not "
-                    f"{other.get(key)}. Average checkpoints of one run."
-                )
+    one, other = (
+        {key: tuple(tensor.shape) for key, tensor in each.like.items()}
+        | {key: value for key, value in _config(each.path).items() if key not in FREE_IN_CONFIG}
+        for each in (source, newest)
+    )
+    for key in sorted({*one, *other}):
+        if one.get(key) != other.get(key):
+            raise ValueError(
+                f"{source.path} is of another model than {newest.path}: {key} is {one.get(key)}, not {other.get(key)}. "
+                "Average checkpoints of one run."
+            )
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -205,7 +188,7 @@ def _config(path: Path) -> dict[str, Any]:
         return dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{path / 'config.json'} cannot be read: {error}") from error
 
 
@@ -264,35 +247,24 @@ def merge(
         max_file_bytes: maximal size of a file of weights.
 
     Raises:
-        CheckpointError: if a weight is NaN.
-        ValueError: if `output` is not empty.
-        OSError: if the folder cannot be written; nothing is left of it.
+        ValueError: if `output` is not empty, or a weight is NaN (`CheckpointError`). Nothing is left of `output` then.
     """
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} is not an empty folder. Output folders must be empty.")
-    if target.is_mount() or target == Path.cwd():
-        raise ValueError(f"{output} is the current folder or a mount point. Choose another folder.")
+    if target == Path.cwd():
+        raise ValueError(f"{output} is the current folder. Choose another folder.")
     if max_file_bytes is not None and max_file_bytes < 1:
         raise ValueError(f"max_file_size={max_file_bytes} is too small. Give 1 byte or more.")
-    with _temporary_folder(target.parent) as temporary:
-        made = temporary / "model"  # the temporary folder is private to the user
-        made.mkdir()
-        _write(made, target, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
-        if target.exists():
-            target.rmdir()
-        made.rename(target)
-        flush(target.parent)
-
-
-@contextlib.contextmanager
-def _temporary_folder(parent: Path) -> Iterator[Path]:
-    """Make a folder that is removed at the end, as are the parents that were made for it and are empty."""
-    new = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".averaging-", dir=parent) as name:
-            yield Path(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".averaging-", dir=target.parent) as temporary:
+            staged = Path(temporary, "model")  # the temporary folder is private to the user
+            staged.mkdir()
+            _write(staged, target, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
+            staged.replace(target)
+            flush(target.parent)
     finally:
         for folder in new:
             with contextlib.suppress(OSError):  # not empty, or was not made

@@ -1,4 +1,4 @@
-"""`hf-radam plot`: plot what runs have logged. Needs matplotlib (the extra `plots`).
+"""`hf-radam plot`: plot the logs of runs. Needs matplotlib (the extra `plots`).
 
 Each line of a figure has its name as its `gid`, by which its data can be read back.
 """
@@ -6,6 +6,7 @@ Each line of a figure has its name as its `gid`, by which its data can be read b
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -57,15 +58,9 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
-    """Return the output and the exit code.
-
-    Raises:
-        ValueError: if a run has no loss in its log, or an option is wrong.
-    """
+    """Return the output and the exit code; a run without a loss in its log is a `ValueError`."""
     check_suffix(arguments.output)
-    import_matplotlib()
     logs = [read_training_log(folder(path)) for path in arguments.runs]
-    arguments.stop.begun = True
     figure = runs_figure(logs, half_life_ratio=arguments.half_life, logarithmic=arguments.log_x)
     save_figure(figure, arguments.output)
     kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
@@ -78,21 +73,9 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     return printable("\n".join([*lines, "", f"drawn in {arguments.output}"]) + "\n"), 0
 
 
-# ---- Data ----
-
-
 @dataclass(frozen=True)
 class TrainingLog:
-    """What a run has logged: pairs of completed steps and value.
-
-    Attributes:
-        path: the folder that was given.
-        source: its `trainer_state.json`.
-        step: completed steps in that file.
-        loss: training loss, each value the mean since the one before.
-        evaluations: losses of evaluations by name; `eval_raw_loss` is of the training weights.
-        learning_rate: learning rate.
-    """
+    """Values of a run's log with their steps, the `trainer_state.json` that they are from, and its step."""
 
     path: str
     source: Path
@@ -137,8 +120,8 @@ def smoothed(points: Points, *, half_life_ratio: float) -> Points:
     s_i = S_i / W_i with S_i = d_i S_(i-1) + v_i and W_i = d_i W_(i-1) + 1, where t_i is the step of value v_i and
     d_i = 0.5^((t_i - t_(i-1)) / (half_life_ratio t_i)). Values that are not finite are left out.
     """
-    total = weight = 0.0
-    before, means = 0, []
+    total, weight, before = 0.0, 0.0, 0
+    means = []
     for step, value in points:
         fade = 0.5 ** (abs(step - before) / (half_life_ratio * max(step, 1)))
         total, weight, before = fade * total, fade * weight, step
@@ -158,26 +141,12 @@ def run_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-# ---- Figures ----
-
-
-def import_matplotlib() -> Any:
-    """Return `matplotlib.figure`.
-
-    Raises:
-        ValueError: without matplotlib.
-    """
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] != "matplotlib":
-            raise
-        raise ValueError("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'") from None
-    return matplotlib.figure
-
-
 def _new_figure(width: float, height: float) -> Any:
-    return import_matplotlib().Figure(figsize=(width, height), dpi=150, layout="constrained")
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ValueError("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'") from None
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def check_suffix(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -187,15 +156,10 @@ def check_suffix(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
 
 
 def save_figure(figure: Any, file: PathLike) -> None:
-    """Write a figure to a file, atomically; the suffix selects the format."""
-    check_suffix(file)
-    path = Path(file)
-    temporary = path.with_name(f".{path.stem}-{os.getpid()}{path.suffix}")
-    try:
-        figure.savefig(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Write a complete figure to a file; the suffix selects the format."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=Path(file).suffix[1:].lower())
+    Path(file).write_bytes(drawn.getvalue())
 
 
 def runs_figure(
@@ -203,36 +167,35 @@ def runs_figure(
 ) -> Any:
     """Return a figure with a panel each for training loss, evaluation losses and learning rate, where logged.
 
-    Args:
-        logs: the logs of the runs.
-        half_life_ratio: half-life of the smoothed training loss as a ratio of the steps so far; 0 does not smooth.
-        logarithmic: whether the axis of the steps is logarithmic.
+    `half_life_ratio` is that of `smoothed`, 0 does not smooth; `logarithmic` is the axis of the steps.
     """
     if not 0 <= half_life_ratio <= 1:
         raise ValueError(f"half_life={half_life_ratio} is not a ratio of the steps. Give a number from 0 to 1.")
     kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
-    panels = ["training loss"] if any(log.loss for log in logs) else []
-    panels += ["evaluation loss"] if kinds else []
-    panels += ["learning rate"] if any(log.learning_rate for log in logs) else []
+    found = {
+        "training loss": any(log.loss for log in logs),
+        "evaluation loss": bool(kinds),
+        "learning rate": any(log.learning_rate for log in logs),
+    }
+    panels = [label for label, present in found.items() if present]
     figure = _new_figure(9.0, 1.0 + 3.0 * len(panels))
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True))
-    sets = list(dict.fromkeys(_data_set(kind) for kind in kinds))
     names = run_names([log.path for log in logs])
     for index, (log, name) in enumerate(zip(logs, names, strict=True)):
-        options = {"color": f"C{index % 10}"}
-        if log.loss:
-            alpha, label = (0.3, None) if half_life_ratio else (1.0, name)
-            _line(axes["training loss"], log.loss, f"{name}: loss", label=label, alpha=alpha, **options)
-            if half_life_ratio:
-                mean = smoothed(log.loss, half_life_ratio=half_life_ratio)
-                _line(axes["training loss"], mean, f"{name}: smoothed loss", label=name, **options)
+        color = f"C{index % 10}"
+        if log.loss and half_life_ratio:
+            _line(axes["training loss"], log.loss, f"{name}: loss", label=None, alpha=0.3, color=color)
+            mean = smoothed(log.loss, half_life_ratio=half_life_ratio)
+            _line(axes["training loss"], mean, f"{name}: smoothed loss", label=name, color=color)
+        elif log.loss:
+            _line(axes["training loss"], log.loss, f"{name}: loss", label=name, color=color)
         for kind, points in log.evaluations.items():
-            style = {"linestyle": "--" if kind.endswith("_raw_loss") else "-", "markersize": 4}
-            style["marker"] = MARKERS[sets.index(_data_set(kind)) % len(MARKERS)]
+            style = {"linestyle": "--" if kind.endswith("_raw_loss") else "-", "markersize": 4, "color": color}
+            style["marker"] = MARKERS[kinds.index(kind) % len(MARKERS)]
             label = f"{name}: {kind}" if len(kinds) > 1 else name
-            _line(axes["evaluation loss"], points, f"{name}: {kind}", label=label, **style, **options)
+            _line(axes["evaluation loss"], points, f"{name}: {kind}", label=label, **style)
         if log.learning_rate:
-            _line(axes["learning rate"], log.learning_rate, f"{name}: learning_rate", label=name, **options)
+            _line(axes["learning rate"], log.learning_rate, f"{name}: learning_rate", label=name, color=color)
     for label, panel in axes.items():
         panel.set(ylabel=label, xscale="log" if logarithmic else "linear")
         panel.grid(alpha=0.3)
@@ -246,20 +209,12 @@ def _line(axes: Any, points: Points, gid: str, *, label: str | None, **options: 
     axes.plot([step for step, _ in points], [value for _, value in points], gid=gid, label=label, **options)
 
 
-def _data_set(kind: str) -> str:
-    return re.sub(r"(^|_)raw_loss$", r"\1loss", kind)
-
-
 def schedule_figure(preview: Any) -> Any:
-    """Return a figure of the learning rate over the phases, with RAdam's rectification where there is one.
-
-    Args:
-        preview: the `hf_radam.cli.schedule.Preview` of a run.
-    """
+    """Return a figure of a `hf_radam.cli.schedule.Preview`: learning rate, phases, RAdam's rectification, pins."""
     figure = _new_figure(9.0, 4.0)
-    title = textwrap.shorten(preview.summary, 300)
-    axes = figure.add_subplot(xlabel="step", ylabel="learning rate", title="\n".join(textwrap.wrap(title, 100)))
-    axes.title.set_fontsize("medium")
+    title = textwrap.fill(textwrap.shorten(preview.summary, 300), 100)
+    axes = figure.add_subplot(xlabel="step", ylabel="learning rate")
+    axes.set_title(title, fontsize="medium")
     steps = range(1, len(preview.rates) + 1)
     for phase in preview.phases:
         color, new = PHASE_COLORS[phase.name], phase.name not in axes.get_legend_handles_labels()[1]
@@ -271,11 +226,9 @@ def schedule_figure(preview: Any) -> Any:
         label = "times RAdam's rectification"
         axes.plot(steps, products, color="#b2182b", linestyle="--", label=label, gid="rectified")
     if preview.pinned:
-        label = f"pinned in {'/ and '.join(sorted({path.split('/')[0] for path in preview.pinned.values()}))}/"
         rates = [preview.rates[step - 1] for step in preview.pinned]
-        axes.plot(
-            [*preview.pinned], rates, "v", color="#2166ac", markersize=9, label=label, gid="pinned", clip_on=False
-        )
+        style = {"color": "#2166ac", "markersize": 9, "clip_on": False}
+        axes.plot([*preview.pinned], rates, "v", label="pinned", gid="pinned", **style)
     axes.set(xlim=(0.5, len(steps) + 0.5), ylim=(0, 1.08 * max(preview.rates) or 1))
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
     figure.legend(loc="outside lower center", ncols=3, frameon=False)

@@ -51,7 +51,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code."""
     if arguments.png is not None:
         plot.check_suffix(arguments.png, (".png",))
-        plot.import_matplotlib()
     from hf_radam.checkpoints.extend import plan_resume
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments
@@ -67,7 +66,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     if parser.other_keys:
         lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]
     if arguments.png is not None:
-        arguments.stop.begun = True
         plot.save_figure(plot.schedule_figure(found), arguments.png)
         lines += ["", f"drawn in {arguments.png}"]
     return "\n".join(lines) + "\n", 0

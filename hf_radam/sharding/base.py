@@ -43,11 +43,7 @@ def rank() -> int:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """All-gather `value`, a picklable object; collective.
-
-    Returns:
-        The value of each rank.
-    """
+    """All-gather `value`, a picklable object: return the value of each rank; collective."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -85,11 +81,9 @@ def _gather_ranges(shard: Tensor, numel: int, ranges: Ranges, *, everywhere: boo
 
 
 class Sharding(ABC):
-    """The parameters of a model by name, tied ones once, and this rank's shard of each.
+    """The parameters of a model by canonical name, tied ones once, and this rank's shard of each.
 
-    Args:
-        parameters: every parameter by its canonical name.
-        device: device on which tensors can be sent to other ranks; None for the tensor's own.
+    `device` is one on which tensors can be sent to other ranks; None for the tensor's own.
     """
 
     def __init__(self, parameters: dict[str, Any], *, device: torch.device | None = None):
@@ -139,11 +133,7 @@ class Sharding(ABC):
         return {name: group_of[parameter] for name, parameter in self.parameters.items() if parameter in group_of}
 
     def check(self) -> None:
-        """Compare `optimizer_shard` with `model_shard` for every trainable parameter.
-
-        Raises:
-            RuntimeError: if they differ, because the back-end orders its weights in an unknown way.
-        """
+        """Raise `RuntimeError` if an `optimizer_shard` and its `model_shard` differ: their order is unknown."""
         for name in self.trained:
             shard, weights = self.optimizer_shard(name).flatten(), self.model_shard(name).flatten()
             offset = self.optimizer_start(name) - self.model_start(name)
@@ -168,14 +158,9 @@ class Sharding(ABC):
         return {key: [ranges[key] for ranges in ranks] for key in own}
 
     def gather(self, name: str, shard: Tensor) -> Tensor:
-        """Gather a complete value on every rank; collective.
+        """Gather the complete value of a parameter from shards like `optimizer_shard` on every rank; collective.
 
-        Args:
-            name: the parameter that the value belongs to.
-            shard: this rank's shard, shaped as `optimizer_shard`, of any dtype and device.
-
-        Returns:
-            The complete value; where nothing had to be sent, `shard` itself.
+        Where nothing has to be sent, the result is `shard` itself.
         """
         complete = self._gather(name, shard, optimizer=True, everywhere=True)
         assert complete is not None
@@ -188,16 +173,13 @@ class Sharding(ABC):
         return complete
 
     def gather_to_rank0(self, name: str, shard: Tensor | None) -> Tensor | None:
-        """Gather a complete value on rank 0 alone; the other ranks get None. Collective.
+        """Gather as `gather` does on rank 0 alone; the other ranks get None. Collective.
 
-        Args:
-            name: the parameter that the value belongs to.
-            shard: this rank's shard, shaped as `optimizer_shard`; None on every rank for the parameter itself, as the
-                forward pass uses it.
+        `shard` is None on every rank for the parameter itself, as the forward pass uses it.
         """
-        if shard is None:
-            return self._gather(name, self.model_shard(name).detach(), optimizer=False, everywhere=False)
-        return self._gather(name, shard, optimizer=True, everywhere=False)
+        optimizer = shard is not None
+        shard = self.model_shard(name).detach() if shard is None else shard
+        return self._gather(name, shard, optimizer=optimizer, everywhere=False)
 
     def _gather(self, name: str, shard: Tensor, *, optimizer: bool, everywhere: bool) -> Tensor | None:
         shape = self.shape(name)
@@ -231,8 +213,7 @@ class Sharding(ABC):
     def holding(self, shards: Callable[[], Shards]) -> Iterator[None]:
         """Enter a context in which the forward pass uses other values; the weights are restored bit for bit.
 
-        Args:
-            shards: makes the values, shaped as `optimizer_shard`; each is asked for just before it is written.
+        `shards` makes the values, shaped as `optimizer_shard`, each just before it is written.
         """
         saved: dict[str, Tensor] = {}
         try:
@@ -257,8 +238,8 @@ class Sharding(ABC):
             The tensor that holds each value inside the context.
 
         Raises:
-            RuntimeError: on leaving without another exception, if something wrote to swapped weights. That changed
-                the values; the weights are restored nevertheless.
+            RuntimeError: on leaving, if something wrote to swapped weights, and so changed the values. The weights are
+                restored nevertheless.
         """
         swapped = {name: self.model_shard(name).detach() for name, s in shards.items() if self._can_exchange(name, s)}
         exchange = Exchange((weights, shards[name]) for name, weights in swapped.items())
@@ -279,8 +260,8 @@ class Sharding(ABC):
             written = [name for name, one, other in zip(swapped, before, after, strict=True) if one != other]
             if written:
                 raise RuntimeError(
-                    f"Something wrote to {written[0]} while it held other weights than its own, and changed those. "
-                    "Copy the model before changing it."
+                    f"Something wrote to {written[0]} while the averaged weights were in it. Copy the model before "
+                    "changing it."
                 )
 
     def _can_exchange(self, name: str, shard: Tensor) -> bool:
@@ -294,16 +275,11 @@ class Sharding(ABC):
 
 @dataclass(frozen=True)
 class Weights:
-    """One kind of weights of a model: its average, x of a schedule-free optimizer, or its parameters.
-
-    Attributes:
-        sharding: the sharding of the parameters.
-        shard: from a parameter's name to this rank's shard, shaped as `Sharding.optimizer_shard`; None, on every rank,
-            where these weights are the parameter itself.
-    """
+    """One kind of weights of a model: its average, x of a schedule-free optimizer, or its parameters."""
 
     sharding: Sharding
     shard: Callable[[str], Tensor | None]
+    """This rank's shard by name, like `optimizer_shard`; None, on every rank, where it is the parameter itself."""
 
     @classmethod
     def of_model(cls, sharding: Sharding) -> Weights:
@@ -323,11 +299,7 @@ class Weights:
 
 
 class Exchange:
-    """Swap pairs of tensors in place, block by block, so that an interruption at any point can be undone.
-
-    Args:
-        pairs: contiguous tensors of equal size, dtype and device.
-    """
+    """Swap pairs of contiguous tensors in place, block by block, so that an interruption at any point can be undone."""
 
     def __init__(self, pairs: Iterable[tuple[Tensor, Tensor]]):
         self._blocks = [
@@ -337,11 +309,10 @@ class Exchange:
         ]
         self._progress: tuple[int, int | None] = (0, None)
         """Number of swapped blocks, and the block that is being swapped: one value, so never half changed."""
-        self._buffers: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-        for one, _ in self._blocks:  # all memory, before anything is written
-            if (one.dtype, one.device) not in self._buffers:
-                size = max(block.numel() for block, _ in self._blocks)
-                self._buffers[one.dtype, one.device] = torch.empty(2, size, dtype=one.dtype, device=one.device)
+        kinds = {(one.dtype, one.device) for one, _ in self._blocks}
+        size = max((one.numel() for one, _ in self._blocks), default=0)
+        # All memory, before anything is written.
+        self._buffers = {kind: torch.empty(2, size, dtype=kind[0], device=kind[1]) for kind in kinds}
 
     def swap(self) -> None:
         """Swap all pairs."""

@@ -94,22 +94,14 @@ def written(folder, history):
 
 
 def test_several_data_sets(tmp_path):
-    names = [
-        "eval_loss",
-        "eval_c4-en_raw_loss",
-        "eval_c4-en_loss",
-        "eval_wiki.v2_loss",
-        "eval_a b_loss",
-        "eval_$x$_loss",
-    ]
+    names = ["eval_loss", *(f"eval_{name}_loss" for name in ("c4-en_raw", "c4-en", "wiki.v2", "a b", "$x$"))]
     others = ["eval_loss_scale", "eval_lossy", "eval_c4-en_accuracy", "test_c4-en_loss"]
     log = read_training_log(written(tmp_path / "a$b$", [{"step": 4, name: 2.0} for name in names + others]))
     assert list(log.evaluations)[0] == "eval_loss" and log.evaluations == {name: [(4, 2.0)] for name in names}
     figure = runs_figure([log])
     lines = {line.get_gid(): line for line in figure.axes[0].lines}
-    raw, average = (lines[f"a$b$: eval_c4-en{kind}_loss"] for kind in ("_raw", ""))
-    assert (raw.get_marker(), raw.get_linestyle()) == (average.get_marker(), "--")
-    assert average.get_linestyle() == "-" and len({line.get_marker() for line in lines.values()}) == 5
+    styles = [lines[f"a$b$: eval_c4-en{kind}_loss"].get_linestyle() for kind in ("_raw", "")]
+    assert styles == ["--", "-"] and len({line.get_marker() for line in lines.values()}) == 6
     save_figure(figure, tmp_path / "sets.png")
 
 

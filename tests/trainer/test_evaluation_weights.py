@@ -185,8 +185,17 @@ def test_a_checkpoint_kept_without_its_optimizer_still_ships(run, finished_run):
     assert tiny.loss_of(load_evaluation_model(shipped)) == pytest.approx(finished_run[1], abs=CLOSE)
 
 
+def test_an_incomplete_model_is_one_sentence(run):
+    os.truncate(run / "model.safetensors", 5000)
+    load_evaluation_model(run)  # its newest checkpoint
+    for checkpoint in run.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    with pytest.raises(CheckpointError, match=f"The weights in {run} are incomplete: .* Save them again"):
+        load_evaluation_model(run)
+
+
 def test_a_root_older_than_a_checkpoint_is_logged(run, caplog):
-    later = (run / "model.safetensors").stat().st_mtime + 10
+    later = (run / "config.json").stat().st_mtime + 10
     os.utime(run / "checkpoint-20" / "trainer_state.json", (later - 20, later - 20))
     load_evaluation_model(run)
     assert "older than" not in caplog.text

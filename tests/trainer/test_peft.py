@@ -244,7 +244,7 @@ def unsupported_models():
     yield two, r"has the adapters \['default', 'other'\]\. Train one"
     yield peft.get_peft_model(tiny.llama(), config, adapter_name="mine"), r"has the adapters \['mine'\]"
     yield thawed, r"PEFT does not write base_model\.model\.model\.norm\.weight, which trains"
-    yield prompt, r"what PROMPT_TUNING learns is no part of the model"
+    yield prompt, r"PROMPT_TUNING trains a prompt, not the model"
     yield normed, "BatchNorm layers, whose statistics no adapter holds"
 
 
