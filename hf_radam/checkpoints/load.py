@@ -95,11 +95,7 @@ def holds_model(folder: PathLike) -> bool:
 
 
 def newest_loadable_checkpoint(run: PathLike) -> Path:
-    """Return the newest checkpoint of a run whose evaluation weights are complete; warn of others that are newer.
-
-    Raises:
-        FileNotFoundError: if there is none.
-    """
+    """Return the newest checkpoint of a run with complete evaluation weights; `FileNotFoundError` if there is none."""
 
     def accept(folder: Path) -> None:
         if not (holds_model(evaluation_folder(folder)) and is_checkpoint(folder)):
@@ -194,13 +190,9 @@ def consolidate(
 ) -> Path:
     """Write the weights that evaluation used, which a checkpoint holds in shards, as files into the same folder.
 
-    They are staged and then moved beside the shards, and the manifest gets their hashes.
-
-    Args:
-        checkpoint: its folder.
-        training_weights: write the training weights instead, at the checkpoint's root.
-        model_class: class of the model, where its configuration names none that `transformers` has.
-        trust_remote_code: as for `from_pretrained`.
+    They are staged and then moved beside the shards, and the manifest gets their hashes. With `training_weights` the
+    training weights are written instead, at the checkpoint's root. `model_class` is needed where the configuration
+    names none that `transformers` has.
 
     Returns:
         The model folder, as `from_pretrained` loads it; nothing is written if it has such files already.

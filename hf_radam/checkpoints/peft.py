@@ -132,10 +132,8 @@ def read_adapter(model: Any, folder: PathLike) -> dict[str, Tensor]:
 def load_adapter(model: Any, folder: PathLike) -> None:
     """Copy an adapter folder into the adapter of `model`, in place and in its dtypes.
 
-    PEFT's own `load_adapter` skips missing tensors, and replaces parameters below float32 by new ones.
-
-    Raises:
-        CheckpointError: if the folder does not hold exactly such an adapter; nothing is changed then.
+    PEFT's own `load_adapter` skips missing tensors, and replaces parameters below float32 by new ones. Here another
+    adapter raises `CheckpointError`, and nothing is changed then.
     """
     state = read_adapter(model, folder)
     for name, value in model.state_dict(keep_vars=True).items():
@@ -148,11 +146,8 @@ def base_and_adapter(
 ) -> Any:
     """Load an adapter folder on top of the base model that its configuration names.
 
-    Args:
-        folder: the adapter folder.
-        model_class: class of the base model; by default PEFT's Auto class for the adapter's task finds it.
-        dtypes: `parameter_dtypes` of the model that was evaluated; None for the dtypes as loaded.
-        **kwargs: passed to `from_pretrained`.
+    PEFT's Auto class for the adapter's task finds the class of the base model, unless `model_class` is given. `dtypes`
+    are `parameter_dtypes` of the model that was evaluated; None for the dtypes as loaded.
     """
     import peft
 

@@ -164,9 +164,7 @@ class FileHasher:
     ) -> dict[str, tuple[int, str]]:
         """Hash and flush the remaining files, and flush the folders.
 
-        Args:
-            only: which files this process hashes.
-            known: size and hash, by path in the folder, of files that other ranks have hashed.
+        `only` selects the files that this process hashes; `known` are the results of other ranks.
 
         Returns:
             Size in bytes and sha256 of every file, by its path in the folder.
@@ -189,7 +187,7 @@ class FileHasher:
 
 
 def _flush_folders(root: Path) -> None:
-    for folder in [path for path in sorted(root.rglob("*")) if path.is_dir()][::-1] + [root]:
+    for folder in [*sorted(path for path in root.rglob("*") if path.is_dir())[::-1], root]:
         flush(folder)
 
 

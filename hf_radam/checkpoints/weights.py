@@ -142,12 +142,8 @@ def save_model_folder(
 ) -> None:
     """Write a complete model folder, or the adapter folder of a PEFT model; collective, rank 0 writes.
 
-    Args:
-        folder: where to; made if needed.
-        model: the unwrapped model, whose configuration and buffers are written too.
-        weights: its parameters.
-        processing_class: tokenizer or processor to save beside them, or None.
-        in_float32: promote bf16 and fp16 to float32, in the configuration as well; else keep the model's dtypes.
+    The configuration and the buffers are those of the unwrapped `model`, the parameters are `weights`. With
+    `in_float32` bf16 and fp16 are promoted to float32, in the configuration as well.
     """
     path = Path(folder)
     if is_peft(model):
@@ -178,7 +174,7 @@ def save_sharded_folder(
 
 
 def save_config_and_tokenizer(folder: Path, model: nn.Module, *, processing_class: Any, in_float32: bool) -> None:
-    """Write what a model folder holds beside the weights: configuration, custom code, tokenizer.
+    """Write the other files of a model folder: configuration, custom code, tokenizer.
 
     Collective: upstream synchronizes the ranks for a model that was sharded at load time.
     """
@@ -216,15 +212,8 @@ def write_weights(
 ) -> None:
     """Write weight files as `from_pretrained` reads them into an existing folder; collective where `tensors.read` is.
 
-    Args:
-        folder: where to.
-        model: the model whose class decides on the form of the files; None for the form of `tensors`.
-        tensors: the tensors.
-        writes: whether this rank writes.
-        max_bytes: largest size of a file; `MAX_FILE_BYTES` by default.
-
-    Raises:
-        OSError: (or `SafetensorError`) if a file cannot be written, but only after the last tensor was gathered.
+    The class of `model` decides on the form of the files, None is the form of `tensors`. `writes` is for this rank, and
+    `max_bytes` the largest size of a file. A failure to write is raised after the last tensor was gathered.
     """
     units = list(_units(model, tensors.like))
     split = split_torch_state_dict_into_shards(
@@ -298,10 +287,7 @@ def to_file_form(model: nn.Module | None, state: dict[str, Tensor]) -> dict[str,
 def read_state_dict(model: nn.Module, folder: PathLike) -> dict[str, Tensor]:
     """Read a model folder as a state dict for `model`, on the CPU, in float32 (float64 if the model has any).
 
-    Tensors that the model's class does not save (`_keys_to_ignore_on_save`) are not in it.
-
-    Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model.
+    Tensors that the model's class does not save are not in it. Other weights raise `CheckpointError`.
     """
     path = Path(folder)
     state, unexpected = (_read_pretrained if isinstance(model, PreTrainedModel) else _read_files)(model, path)
@@ -362,8 +348,7 @@ def _loading_complete() -> Iterator[None]:
 def load_weights(model: nn.Module, folder: PathLike) -> None:
     """Copy the weights and buffers of a model or adapter folder into `model`, in place and in its dtypes.
 
-    Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
+    Other weights raise `CheckpointError`, and change nothing.
     """
     if is_peft(model):
         load_adapter(model, folder)
@@ -407,8 +392,7 @@ def _read_ranges(folder: Path, model: nn.Module, sharding: Sharding, into: Range
 def load_model_shards(folder: Path, model: nn.Module, sharding: Sharding) -> None:
     """Copy this rank's shards of a model folder into the weights of the forward pass and the buffers.
 
-    Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model; nothing is changed then.
+    Other weights raise `CheckpointError`, and change nothing.
     """
     saved = _saved_tensors(model, sharding)
     targets = {key: t.value if t.name is None else sharding.model_shard(t.name) for key, t in saved.items()}
@@ -423,8 +407,7 @@ def load_model_shards(folder: Path, model: nn.Module, sharding: Sharding) -> Non
 def read_optimizer_shards(folder: Path, model: nn.Module, sharding: Sharding) -> dict[str, Tensor]:
     """Read this rank's shards of the trainable parameters, shaped as `Sharding.optimizer_shard`, in float32 on the CPU.
 
-    Raises:
-        CheckpointError: if the folder does not hold exactly the weights of such a model.
+    Other weights raise `CheckpointError`.
     """
     key_of = {t.name: key for key, t in _saved_tensors(model, sharding).items()}
     unsaved = [name for name in sharding.trained if name not in key_of]

@@ -43,9 +43,12 @@ def _bytes(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
     try:
-        return int(float(number) * unit)
+        size = int(float(number) * unit)
     except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Write for example 500MB or 5GB.") from None
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Write for example 500MB or 5GB.")
+    return size
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:

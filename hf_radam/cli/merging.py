@@ -239,23 +239,14 @@ def merge(
     Tensors below float32 are summed and stored in float32; one that is equal in all checkpoints stays bitwise equal.
     BatchNorm statistics and integers are those of the last checkpoint. Memory holds a file and a tensor.
 
-    Args:
-        sources: the checkpoints, by increasing step.
-        shares: the factor of each; they sum to 1.
-        output: the folder to write; it must not exist, or be empty.
-        weights: name of the factors, for the record.
-        max_file_bytes: maximal size of a file of weights.
-
-    Raises:
-        ValueError: if `output` is not empty, or a weight is NaN (`CheckpointError`). Nothing is left of `output` then.
+    The `sources` are ordered by step, and `shares` are their factors, which `weights` names in the record. `output`
+    must be empty or not exist (`ValueError`); nothing is left in it where a weight is NaN (`CheckpointError`).
     """
     target = Path(output).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{output} is not an empty folder. Output folders must be empty.")
     if target == Path.cwd():
         raise ValueError(f"{output} is the current folder. Choose another folder.")
-    if max_file_bytes is not None and max_file_bytes < 1:
-        raise ValueError(f"max_file_size={max_file_bytes} is too small. Give 1 byte or more.")
     new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -48,13 +48,8 @@ def add(commands: Any) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, or a checkpoint")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="a .png, .pdf or .svg file")
     parser.add_argument("--log_x", action="store_true", help="use a logarithmic axis for the steps")
-    parser.add_argument(
-        "--half_life",
-        type=float,
-        default=HALF_LIFE_RATIO,
-        metavar="RATIO",
-        help="half-life of the smoothed training loss as a ratio of the steps so far (0.02); 0 does not smooth",
-    )
+    ratio = "half-life of the smoothed training loss as a ratio of the steps so far (0.02); 0 does not smooth"
+    parser.add_argument("--half_life", type=float, default=HALF_LIFE_RATIO, metavar="RATIO", help=ratio)
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -86,11 +81,7 @@ class TrainingLog:
 
 
 def read_training_log(path: PathLike) -> TrainingLog:
-    """Read the log of a checkpoint, or the latest log of a run: at its root, or in its newest readable checkpoint.
-
-    Raises:
-        ValueError: if there is no readable `trainer_state.json`, or no loss in it.
-    """
+    """Read the log of a checkpoint, or the latest log of a run: at its root, or in its newest readable checkpoint."""
     root = Path(path)
     folders = [root] if is_checkpoint(root) else [root, *(ref.path for ref in list_checkpoints(root))]
     steps = {one: step for one in folders if (step := recorded_step(one)) is not None}

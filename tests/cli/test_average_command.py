@@ -219,7 +219,7 @@ def test_bad_input_is_one_sentence(checkpoints, made_by_stock, tmp_path, capsys,
         (one, str(shards)): f"Join them first: hf-radam consolidate {shards} --training_weights",
         (one, two, "--decay", "0.9"): "have no effect on weights='linear'",
         (one, two, "--max_file_size", "much"): "'much' is not a size. Write for example 500MB or 5GB",
-        (one, two, "--max_file_size", "0"): "max_file_size=0 is too small",
+        (one, two, "--max_file_size", "0"): "'0' is not a size.",
         (one, two, "--weights", "mean"): "invalid choice: 'mean'",
     }
     end = ["--weights", "linear", "-o", str(tmp_path / "merged")]

@@ -45,12 +45,6 @@ def test_a_decay_of_each_stretch_by_its_mean(shape, steps):
     np.testing.assert_allclose(coefficients(steps, weights=shape), expected, rtol=0, atol=1e-14)
 
 
-def test_linear_and_evenly_spaced_is_the_trapezoidal_rule():
-    k, length = 4, 200
-    expected = [1 / (2 * k) - 1 / (2 * length), *[1 / k] * (k - 1), 1 / (2 * k) + 1 / (2 * length)]
-    assert coefficients(EVEN, weights="linear") == pytest.approx(expected, abs=1e-14)
-
-
 def trained(gradient, *, total, decay, shape, saved=()):
     """Weights in float64 after SGD whose step n has the gradient `gradient(n)`, with WSD where there is a decay."""
     weight = torch.zeros(3, dtype=torch.float64, requires_grad=True)
@@ -83,16 +77,6 @@ def test_merging_equals_training_with_that_decay_where_a_stretch_has_equal_gradi
     assert (decayed - kept[saved[-1]]).abs().max() > 0.05  # the decay does something
 
 
-@pytest.mark.parametrize("shape", DECAY_SHAPES)
-def test_merging_every_step_equals_training_with_any_gradients(shape):
-    noise = torch.randn(41, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    saved = list(range(28, 41))
-    decayed, _ = trained(lambda n: noise[n].clone(), total=40, decay=12, shape=shape)
-    _, kept = trained(lambda n: noise[n].clone(), total=40, decay=0, shape=shape, saved=saved)
-    merged = sum(c * kept[step] for c, step in zip(coefficients(saved, weights=shape), saved, strict=True))
-    torch.testing.assert_close(merged, decayed, rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("window", [{"decay": 0.97}, {"half_life_ratio": 0.1}, {}], ids=str)
 def test_ewa_is_the_average_that_training_would_have_kept(window):
     """`WeightAverage`, moved every 20 steps, of weights that are a unit vector at each: their factors, in float32."""
@@ -104,16 +88,6 @@ def test_ewa_is_the_average_that_training_would_have_kept(window):
         average.update(step)
     found = coefficients(steps, weights="ewa", **window)
     np.testing.assert_allclose(found, average.averaged_state_dict()["weight"], rtol=0, atol=1e-6)
-
-
-def test_ewa_of_uneven_checkpoints_counts_the_steps_between_them():
-    expected = 0.97 ** (100.0 - np.array(UNEVEN))
-    found = coefficients(UNEVEN, weights="ewa", decay=0.97)
-    np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-12)
-
-
-def test_uniform_is_the_mean():
-    assert coefficients(UNEVEN, weights="uniform") == [0.2] * 5
 
 
 def test_the_examples_in_the_docstrings():

@@ -13,7 +13,7 @@ import pytest
 import tiny
 
 from hf_radam import cli
-from hf_radam.cli.plot import read_training_log, run_names, runs_figure, save_figure, smoothed
+from hf_radam.cli.plot import read_training_log, runs_figure, save_figure, smoothed
 
 OPTIONS = {"logging_strategy": "steps", "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 5}
 OPTIONS |= {"save_strategy": "steps", "save_steps": 6}
@@ -117,12 +117,6 @@ def test_the_command(runs, tmp_path, capsys, monkeypatch):
     last = [f"{recorded(state, key)[-1][1]:.4f}" for key in ("loss", "eval_loss", "eval_raw_loss")]
     assert rows[1] == ["ewa", "20", *last, str(state)]
     assert rows[2][:2] == ["wsd/checkpoint-12", "12"] and rows[2][-2] == "-"
-
-
-def test_names_tell_runs_apart():
-    assert run_names(["a/wsd", "b/wsd", "b/ewa"]) == ["a/wsd", "b/wsd", "b/ewa"]
-    assert run_names(["wsd", "wsd/checkpoint-5", "wsd/checkpoint-9"]) == ["wsd", "wsd/checkpoint-5", "wsd/checkpoint-9"]
-    assert run_names(["wsd", "wsd"]) == ["wsd", "wsd"]
 
 
 def test_bad_input_is_one_sentence(runs, tmp_path, capsys):

@@ -5,9 +5,6 @@ Oracle: hashlib over the bytes read afterwards.
 
 import hashlib
 import os
-from pathlib import Path
-
-import pytest
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.storage import CHUNK, FileHasher
@@ -40,28 +37,6 @@ def test_what_is_abandoned_may_be_gone(tmp_path):
     hasher.submit([tmp_path / "a"])
     (tmp_path / "a").unlink()
     hasher.abort()
-
-
-def test_a_file_that_is_not_there_cannot_be_begun(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        FileHasher(tmp_path).submit([tmp_path / "gone"])
-
-
-@pytest.mark.parametrize(
-    ("name", "rank"),
-    [
-        ("__0_0.distcp", 0),
-        ("__12_3.distcp", 12),
-        ("rng_state_3.pth", 3),
-        ("zero_pp_rank_7_mp_rank_00_optim_states.pt", 7),
-        ("bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt", 1),
-        ("mp_rank_00_model_states.pt", 0),
-        ("rng_state.pth", 0),
-        ("model-00001-of-00002.safetensors", 0),
-    ],
-)
-def test_the_rank_in_a_name(name, rank):
-    assert storage.rank_of(Path("optimizer_0", name)) == rank
 
 
 def test_two_processes_seal_what_one_would(tmp_path):

@@ -87,13 +87,3 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
         pass
     (record,) = caplog.records
     assert "file system without locks" in record.getMessage()
-
-
-def test_saving_and_rotating_leave_the_lock(tmp_path, hold):
-    hold()
-    (tmp_path / "_staging" / "checkpoint-5").mkdir(parents=True)
-    storage.recover_interrupted_save(tmp_path)
-    storage.remove_staging(tmp_path)
-    with pytest.raises(RunInUseError):
-        with run_lock(tmp_path):
-            pass

@@ -41,15 +41,6 @@ def test_without_hard_links_the_files_are_copied_and_flushed(folder, monkeypatch
     assert {copy / "a.json", copy / "ewa" / "b.json", copy / "ewa", copy} <= flushed
 
 
-def test_another_failure_of_a_link_is_one(folder, monkeypatch):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "link", full)
-    with pytest.raises(OSError, match="No space left"):
-        storage.link_tree(folder, folder.parent / "copy")
-
-
 def test_a_disk_that_fails_to_flush_a_file_is_told(folder, monkeypatch):
     fsync = os.fsync
 

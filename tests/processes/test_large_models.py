@@ -110,12 +110,6 @@ def test_consolidating_holds_one_file_of_the_model_at_most(saved, tmp_path):
     assert peaks[0] < FILE + 110 * MEGABYTE < size < peaks[1], peaks
 
 
-@counts_peaks
-def test_the_measurement_of_memory_can_fail(tmp_path):
-    (more, size), _ = harness.run(peaks_of_a_save, tmp_path, False, 2**40, backend="fsdp2")
-    assert more > size
-
-
 # ---- Load and consolidate ----
 
 
@@ -191,23 +185,6 @@ def test_the_training_weights_are_consolidated_too(sharded, checkpoint):
     assert tiny.same(tiny.parameters(model), saved) and not verify_checkpoint(checkpoint)
 
 
-def test_shards_are_averaged_once_they_are_consolidated(checkpoint, tmp_path, capsys):
-    pinned = checkpoint.parent / "_pre_decay/checkpoint-2"
-    if not pinned.exists():
-        pytest.skip("only the run with WSD keeps two checkpoints")
-    words = ["average", str(pinned), str(checkpoint), "--weights", "uniform", "-o", str(tmp_path / "merged")]
-    with pytest.raises(SystemExit) as refused:
-        main(words)
-    advice = re.search(r"hf-radam (consolidate \S+ --training_weights)", capsys.readouterr().err)
-    assert refused.value.code == 2 and main(advice[1].split()) == 0
-    assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0 and main(words) == 0
-    first, last, merged = (
-        tiny.parameters(AutoModelForCausalLM.from_pretrained(f)) for f in (pinned, checkpoint, tmp_path / "merged")
-    )
-    for name, value in merged.items():
-        torch.testing.assert_close(value, (first[name] + last[name]) / 2)
-
-
 def test_damaged_shards_are_named(sharded, checkpoint, capsys):
     _, _, beside = sharded
     shard = checkpoint / beside / ("sharded" if beside else "pytorch_model_fsdp_0") / "__1_0.distcp"
@@ -223,9 +200,3 @@ def test_shards_of_a_larger_model_are_refused(sharded, checkpoint):
     smaller = tiny.llama(tie_word_embeddings=True, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match=r"unexpected \['model.layers.1."):
         load_model_shards(checkpoint, smaller, find_sharding(smaller))
-
-
-def test_a_folder_without_checkpoints_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as refused:
-        main(["consolidate", str(tmp_path)])
-    assert refused.value.code == 2 and "consolidate" in capsys.readouterr().err

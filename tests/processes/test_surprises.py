@@ -11,13 +11,11 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_sharded_details import ODD, LargestTensor, options
-from torch import nn
+from processes.test_sharded_details import ODD, options
 
 from hf_radam import RAdamScheduleFree, WeightAverage, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
 from hf_radam.optim import schedule_free_x
-from hf_radam.sharding import find_sharding
 
 zero = pytest.mark.skipif(bool(harness.missing("zero3")), reason=str(harness.missing("zero3")))
 
@@ -201,37 +199,3 @@ def test_nobody_waits_longer_than_the_time_limit(tmp_path, backend):
 
 
 # ---- Memory of gathering where one rank may have all of a parameter ----
-
-
-def largest_while_gathering(folder):
-    trainer = tiny.trainer(folder, tiny.llama(**ODD), **options("zero2", optim="radam", ewa=True))
-    trainer.train()
-    average = trainer.average
-    pieces, sizes = average.state_dict()["averages"], []
-    for name, piece in pieces.items():
-        average.sharding.gather(name, piece)
-        with LargestTensor() as watch:
-            whole = average.sharding.gather(name, piece)
-        sizes.append((watch.total, whole.numel()))
-    return sizes
-
-
-@zero
-def test_gathering_makes_room_for_one_parameter(tmp_path):
-    for sizes in harness.run(largest_while_gathering, tmp_path, backend="zero2", world=4):
-        for made, whole in sizes:
-            assert made <= 3 * whole + 64, (made, whole)
-
-
-def test_a_frozen_parameter_of_a_plain_loop_comes_back():
-    model = nn.Linear(2, 2)
-    average = WeightAverage(model.named_parameters(), decay=0.5)
-    average.update(1)
-    with torch.no_grad():
-        model.weight.add_(1.0)
-    model.weight.requires_grad_(False)
-    before = tiny.parameters(model)
-    with average.applied():
-        assert not tiny.same(tiny.parameters(model), before)
-    assert tiny.same(tiny.parameters(model), before)
-    assert find_sharding(model).trained == ["bias"]

@@ -23,7 +23,6 @@ from hf_radam.checkpoints import verify
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, read_manifest
 from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
-from hf_radam.trainer import ranks as verification
 from hf_radam.trainer.ranks import decide_on_rank0
 
 OPTIONS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "per_device_train_batch_size": 2}
@@ -139,18 +138,6 @@ def test_a_damaged_checkpoint_is_refused_or_passed_over_by_all(seen):
         assert at == 3
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3, 50])
-def test_the_shares_are_the_whole(seen, tmp_path, parts):
-    copy = tmp_path / "checkpoint-6"
-    shutil.copytree(seen[0] / "checkpoint-3", copy)
-    (copy / "optimizer.pt").unlink()
-    with (copy / "ewa/model.safetensors").open("ab") as file:
-        file.write(b"1")
-    shares = [verify_checkpoint(copy, share=(part, parts)) for part in range(parts)]
-    assert sum(map(len, shares)) == 2
-    assert {name: problem for share in shares for name, problem in share.items()} == verify_checkpoint(copy)
-
-
 # ---- What the trainer does ----
 
 
@@ -247,34 +234,3 @@ def test_each_machines_copy_is_verified_whole(seen, tmp_path):
         assert "is not the same folder on every rank" in first.pop(missing)
     for case, words in first.items():
         assert f"checkpoint-3/{case.split(' on ')[0]} has another sha256" in words, case
-
-
-class NotToBeSent(Exception):
-    """An error that cannot be pickled."""
-
-    def __reduce__(self):
-        raise TypeError("no")
-
-
-def failing(folder, where):
-    """An error that is no `ValueError`, on one of the processes, while all are looking, or while one decides."""
-    harness.join_group()
-
-    def fails(*args, **options):
-        raise NotToBeSent("the reason")
-
-    def decide(verify_fn):
-        return fails() if where == "decide" else verify_fn(folder)
-
-    if where == dist.get_rank():
-        verification.verify_checkpoint = fails
-    try:
-        decide_on_rank0(decide)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-
-
-@pytest.mark.parametrize("where", [0, 1, "decide"])
-def test_an_error_of_any_kind_reaches_every_process(tmp_path, where):
-    for words in harness.run(failing, tmp_path, where, backend="ddp"):
-        assert "NotToBeSent" in words and "the reason" in words
