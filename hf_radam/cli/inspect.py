@@ -231,9 +231,7 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
         used = facts.get("evaluation_folder", "").split("/")[0] == name
         yield "beside it", f"{name}/: {text}{', used for evaluation' if used else ''}"
     if average:
-        fixed, ratio = average.get("decay"), average.get("half_life_ratio")
-        window = f"half-life {ratio} of the steps so far" if fixed is None else f"decay {fixed} per step"
-        yield "average", f"{window}, every {average.get('every')} steps; averaged {average.get('num_averaged')} times"
+        yield "average", ", ".join(f"{name} {value}" for name, value in average.items())
     processes = facts["processes"] or "an unknown number of"
     yield "layout", f"{facts['layout']}, written by {processes} process{'' if processes == 1 else 'es'}"
     yield from ((use, facts[use]) for use in ("resume", "extend", "evaluate"))

@@ -195,11 +195,8 @@ def _config(path: Path) -> dict[str, Any]:
 def notes(sources: Sequence[Source], *, weights: str) -> list[str]:
     """Return sentences on what the user should know of these checkpoints."""
     manifests = [read_manifest(source.path) for source in sources]
-    optimizers = ["stock Trainer" if m is None else str(m["method"]["optim"]) for m in manifests]
     found = []
-    if len(set(optimizers)) > 1:
-        found.append(f"the checkpoints were trained with different optimizers: {', '.join(sorted(set(optimizers)))}.")
-    if "radam_schedulefree" in optimizers:
+    if any(manifest is not None and manifest["method"]["optim"] == "radam_schedulefree" for manifest in manifests):
         found.append("a checkpoint is of a schedule-free run: its y is averaged, not x, which is an average already.")
     if weights in DECAY_SHAPES and manifests[-1] is not None and not _is_constant(sources, manifests[-1]):
         found.append(

@@ -54,7 +54,7 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code; a run without a loss in its log is a `ValueError`."""
-    check_suffix(arguments.output)
+    check_drawing(arguments.output)
     logs = [read_training_log(folder(path)) for path in arguments.runs]
     figure = runs_figure(logs, half_life_ratio=arguments.half_life, logarithmic=arguments.log_x)
     save_figure(figure, arguments.output)
@@ -133,17 +133,19 @@ def run_names(paths: Sequence[str]) -> list[str]:
 
 
 def _new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise ValueError("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'") from None
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def check_suffix(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Raise `ValueError` unless the name of a file ends in one of the suffixes."""
+def check_drawing(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Raise `ValueError` unless the name of a file ends in one of the suffixes, and matplotlib is installed."""
     if Path(file).suffix.lower() not in suffixes:
         raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError:
+        raise ValueError("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'") from None
 
 
 def save_figure(figure: Any, file: PathLike) -> None:

@@ -50,7 +50,7 @@ def add(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code."""
     if arguments.png is not None:
-        plot.check_suffix(arguments.png, (".png",))
+        plot.check_drawing(arguments.png, (".png",))
     from hf_radam.checkpoints.extend import plan_resume
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments

@@ -164,8 +164,8 @@ def test_notes(checkpoints, tmp_path, capsys):
         return capsys.readouterr().err.splitlines()
 
     free = train(tmp_path / "free", tiny.llama(), optim="radam_schedulefree")
-    methods, y = notes([checkpoints[0], free[1]])
-    assert "trained with different optimizers: radam, radam_schedulefree." in methods and "its y is averaged" in y
+    (note,) = notes([checkpoints[0], free[1]])
+    assert "its y is averaged" in note
     wsd = train(tmp_path / "wsd", tiny.llama(), lr_scheduler_type="wsd", decay_steps=8)
     (note,) = notes(wsd, "linear")
     assert "note: the learning rate was not constant from step 6 to 20 (wsd)" in note
