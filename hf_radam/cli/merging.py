@@ -121,7 +121,7 @@ class Source:
     def read(self, key: str) -> Tensor:
         """Read a tensor; raise `CheckpointError` if it cannot be read."""
         try:
-            # The file is closed after each tensor: until then what was read of it counts as memory.
+            # The file is closed after each tensor: until then its read pages count as memory.
             with safe_open(self.files[key], framework="pt") as file:
                 tensor: Tensor = file.get_tensor(key)
                 return tensor
@@ -133,7 +133,7 @@ def read_sources(checkpoints: Sequence[PathLike]) -> list[Source]:
     """Return the checkpoints by increasing step, after verifying that they are complete and of one model.
 
     Raises:
-        ValueError: if they cannot be averaged; `CheckpointError` if the weights at the root of one are damaged.
+        ValueError: if they cannot be averaged; `CheckpointError` if the weights at the root of one are incomplete.
     """
     sources = sorted((_source(Path(checkpoint)) for checkpoint in checkpoints), key=lambda source: source.step)
     for before, after in itertools.pairwise(sources):

@@ -320,7 +320,7 @@ class Exchange:
             self._swap_block(self._progress[0], swapped_then=self._progress[0] + 1)
 
     def undo(self) -> None:
-        """Swap back what was swapped, also after an interruption."""
+        """Swap back all swapped blocks, also after an interruption."""
         swapped, interrupted = self._progress
         if interrupted is not None:
             for tensor, saved in zip(self._blocks[interrupted], self._buffer(interrupted), strict=True):
