@@ -214,7 +214,7 @@ def checkpoint_report(facts: Facts) -> list[str]:
 
 
 def _row(label: str, text: str) -> list[str]:
-    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)  # paths and flags are not broken
+    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)  # not paths and flags
     wrapper.initial_indent, wrapper.subsequent_indent = label.ljust(LABEL), " " * LABEL
     return wrapper.wrap(text)
 

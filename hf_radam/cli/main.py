@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` are its arguments, by default those of the process.
 
     Returns:
-        0; 1 if a checkpoint is incomplete or a folder cannot be written; 128 plus the number of the signal that ended it.
+        0; 1 if a checkpoint is incomplete or nothing can be written; 128 plus the number of the signal that ended it.
     """
     with Stop() as stop:
         try:
