@@ -104,7 +104,7 @@ class Schedule(ABC):
         return next(((start, end) for start, end in self.decays() if start < step <= end), None)
 
     def pinned_at(self, step: int) -> str | None:
-        """Return the folder that keeps the checkpoint after `step` completed steps for good, or None."""
+        """Return the folder that permanently keeps the checkpoint after `step` completed steps, or None."""
         if self.resets_to_peak(step):
             return BUDGETS_FOLDER
         starts = [start for start, end in self.decays() if not self.resets_to_peak(end)]

@@ -44,7 +44,7 @@ class CheckpointRef:
 
     Attributes:
         step: the step in its name.
-        pinned_in: the folder that keeps it for good, or ``""`` at the root of the run.
+        pinned_in: the folder that keeps it permanently, or ``""`` at the root of the run.
         path: where it is: in the run, or in its staging folder if its replacement was interrupted.
     """
 

@@ -80,7 +80,7 @@ class Preview:
     """Learning rate of every step, the first at index 0."""
     phases: list[Phase]
     pinned: dict[int, str]
-    """Paths of the checkpoints that are kept for good, by their steps."""
+    """Paths of the checkpoints that are kept permanently, by their steps."""
     factors: list[float | None] | None
     """RAdam's rectification of every step, None where it is undefined; None for another optimizer."""
     notes: dict[str, str]

@@ -93,7 +93,7 @@ class SigtermCallback(TrainerCallback):
         self.release()
 
     def release(self) -> None:
-        """Give SIGTERM back to whoever had it."""
+        """Give SIGTERM back to its former handler."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None

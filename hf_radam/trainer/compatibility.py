@@ -42,7 +42,7 @@ ZERO_REFUSED = (
     "zero_hpz_partition_size",
     "mics_shard_size",
 )
-"""Options of ZeRO that are refused if they are true, or above 1."""
+"""Options of ZeRO that are refused unless they are off: false, or a size of -1, 0 or 1."""
 
 
 # ---- Optimizers ----
@@ -261,7 +261,7 @@ def _check_deepspeed(trainer: Any) -> None:
             raise ValueError(f"{section} to nvme is not supported. Use device: cpu.")
     for name in ZERO_REFUSED:
         value = zero.get(name, False)
-        if value is True or value > 1:
+        if value is True or value not in (-1, 0, 1):
             raise ValueError(f"{name}={zero[name]} is not supported. Remove it from the DeepSpeed configuration.")
     if config.get("tensor_parallel", {}).get("autotp_size", 1) > 1:
         raise ValueError("tensor_parallel.autotp_size above 1 is not supported. Remove it from the configuration.")

@@ -109,7 +109,7 @@ class CheckpointSession:
         Args:
             step: completed steps.
             at_root: whether it is one of the checkpoints that are rotated.
-            pinned_in: the folder of the run in which it is kept for good, or None.
+            pinned_in: the folder of the run in which it is kept permanently, or None.
         """
         name = f"{PREFIX}{step}"
         places = [Path(pinned_in, name)] if pinned_in else []

@@ -394,7 +394,7 @@ class RAdamTrainerMixin(_Base):
 
     @property
     def _pinned_in(self) -> str | None:
-        """The folder in which the state after the last step is kept for good, or None."""
+        """The folder in which the state after the last step is kept permanently, or None."""
         if self._schedule is None or self.accelerator.optimizer_step_was_skipped:
             return None
         return self._schedule.pinned_at(self._scheduled_steps)

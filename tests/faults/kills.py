@@ -57,12 +57,12 @@ class Twin:
 
 @dataclass
 class Victim:
-    """A run whose processes are killed: after each kill its folder is looked at, as whoever finds it would.
+    """A run whose processes are killed: after each kill its folder is looked at, as its user would.
 
     Attributes:
         folder: holds the run's folder and what is noted about it.
         twin: the same run, not interrupted.
-        pins: folder and step of each checkpoint that must be kept for good.
+        pins: folder and step of each checkpoint that must be kept permanently.
         inside: for each kill, whether it came in the middle of a save.
     """
 

@@ -301,6 +301,7 @@ def test_deepspeed_configurations_that_are_refused(tmp_path):
         },
         "zero_hpz_partition_size=2": {"deepspeed/zero_optimization/zero_hpz_partition_size": 2},
         "mics_shard_size=2": {"deepspeed/zero_optimization/mics_shard_size": 2},
+        "mics_shard_size=auto": {"deepspeed/zero_optimization/mics_shard_size": "auto"},
         "autotp_size above 1": {"deepspeed/tensor_parallel": {"autotp_size": 2}},
         "round_robin_gradients=True": {"deepspeed/zero_optimization/round_robin_gradients": True},
         "zero_quantized_weights=True": {"deepspeed/zero_optimization/zero_quantized_weights": True},
