@@ -7,7 +7,6 @@ were: a ratio of the new total would change the past.
 
 from __future__ import annotations
 
-import functools
 import logging
 import shlex
 from collections.abc import Mapping
@@ -32,7 +31,6 @@ from hf_radam.checkpoints.runs import (
     step_of,
 )
 from hf_radam.checkpoints.storage import sha256
-from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
 from hf_radam.names import SchedulerName
 from hf_radam.schedules import Schedule, SchedulePast, describe_schedule
 from hf_radam.training_args import HorizonError, RAdamTrainingArguments
@@ -62,15 +60,13 @@ class ResumePlan:
     summary: str | None = None
 
 
-def plan_resume(
-    args: RAdamTrainingArguments, wanted: str | bool | None, *, verify_fn: VerifyFn = verify_checkpoint
-) -> ResumePlan | None:
+def plan_resume(args: RAdamTrainingArguments, wanted: str | bool | None, *, verify: bool = True) -> ResumePlan | None:
     """Choose the checkpoint to resume from, complete and verified, and what stays of its schedule.
 
     Args:
         args: the arguments; they are only read.
         wanted: `resume_from_checkpoint` of `Trainer.train`: a checkpoint, True for the newest of the run, or nothing.
-        verify_fn: verifies a checkpoint.
+        verify: whether to verify what is extended; a preview goes by the manifests alone.
 
     Returns:
         The plan, or None to start a new run.
@@ -87,11 +83,11 @@ def plan_resume(
             raise ValueError(
                 f"extend_from={args.extend_from} and resume_from_checkpoint={wanted} both name a checkpoint. Drop one."
             )
-        return _plan_extension(args, verify_fn)
+        return _plan_extension(args, verify)
     if not wanted:
         _warn_of_earlier_run(args)
         return None
-    checkpoint = _newest(args, verify_fn) if wanted is True else _named(args, str(wanted), verify_fn)
+    checkpoint = _newest(args) if wanted is True else _named(args, str(wanted))
     manifest = _manifest(checkpoint)
     if manifest is None:
         return ResumePlan(checkpoint, None)
@@ -116,9 +112,9 @@ def _warn_of_earlier_run(args: RAdamTrainingArguments) -> None:
         )
 
 
-def _newest(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> str:
+def _newest(args: RAdamTrainingArguments) -> str:
     run = Path(str(args.output_dir))
-    found = newest_checkpoint(run, functools.partial(check_resumable, verify_fn=verify_fn))
+    found = newest_checkpoint(run, check_resumable)
     if found is None:
         raise CheckpointError(
             f"There is no complete checkpoint in {run} to resume from. Leave resume_from_checkpoint out to start."
@@ -126,10 +122,10 @@ def _newest(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> str:
     return str(found.path)
 
 
-def _named(args: RAdamTrainingArguments, path: str, verify_fn: VerifyFn) -> str:
+def _named(args: RAdamTrainingArguments, path: str) -> str:
     if not Path(path, TRAINER_STATE_NAME).is_file() and read_manifest(path) is None:
         raise CheckpointError(f"{path} has no {TRAINER_STATE_NAME}. Give the folder of a checkpoint, checkpoint-N.")
-    check_resumable(path, verify_fn=verify_fn)
+    check_resumable(path)
     later = list_checkpoints(str(args.output_dir))[:1]
     if later and later[0].step > (step_of(path) or later[0].step):
         logger.warning(
@@ -152,8 +148,8 @@ def _schedule(manifest: Mapping[str, Any]) -> Schedule | None:
 # ---- Extension ----
 
 
-def _plan_extension(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> ResumePlan:
-    source = _find_source(args, verify_fn)
+def _plan_extension(args: RAdamTrainingArguments, verify: bool) -> ResumePlan:
+    source = _find_source(args, verify)
     manifest, name = _manifest(source.path), SchedulerName(args.lr_scheduler_type).value
     past, old = None, "unknown (stock Trainer)"
     if manifest is not None:
@@ -166,7 +162,7 @@ def _plan_extension(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Resume
     new = args.schedule(args.max_steps, past)
     _check_decay_to_come(new, manifest["schedule_step"] if manifest else source.step, source.path)
     identity = manifest[OWN_CHECKSUM] if manifest else sha256(source.path / TRAINER_STATE_NAME)
-    own = _own_checkpoint(args, source, new, identity, verify_fn)
+    own = _own_checkpoint(args, source, new, identity, verify)
     begin = source if own is None else own
     begin_manifest = manifest if own is None else _manifest(own.path)
     return ResumePlan(
@@ -185,7 +181,7 @@ def _is_pinned(past: SchedulePast) -> bool:
 
 
 def _own_checkpoint(
-    args: RAdamTrainingArguments, source: CheckpointRef, new: Schedule | None, identity: str, verify_fn: VerifyFn
+    args: RAdamTrainingArguments, source: CheckpointRef, new: Schedule | None, identity: str, verify: bool
 ) -> CheckpointRef | None:
     """Find the newest checkpoint that an earlier start of the same command wrote into `output_dir`."""
     in_place = run_of(source.path).resolve() == Path(str(args.output_dir)).resolve()
@@ -198,12 +194,12 @@ def _own_checkpoint(
             )
         if own is None or _schedule(own) != new:
             raise CheckpointError("it is not on the schedule of the extended run.")
-        check_resumable(checkpoint, verify_fn=verify_fn)
+        check_resumable(checkpoint, verify=verify)
 
     return newest_checkpoint(str(args.output_dir), accept, among=lambda ref: ref.step > source.step)
 
 
-def _find_source(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> CheckpointRef:
+def _find_source(args: RAdamTrainingArguments, verify: bool) -> CheckpointRef:
     """Find the latest checkpoint in `extend_from` from which a longer schedule can continue."""
     root = Path(str(args.extend_from))
     found = [CheckpointRef(recorded_step(root) or 0, "", root)] if is_checkpoint(root) else list_checkpoints(root)
@@ -222,7 +218,7 @@ def _find_source(args: RAdamTrainingArguments, verify_fn: VerifyFn) -> Checkpoin
                 if decay is not None:
                     in_decay.append(f"{ref.path} is in the decay from step {decay[0]} to {decay[1]}.")
                     continue
-            check_resumable(ref.path, verify_fn=verify_fn)
+            check_resumable(ref.path, verify=verify)
         except CheckpointError as error:
             damaged.append(str(error))
             continue

@@ -17,7 +17,7 @@ from hf_radam.checkpoints.manifest import (
     recorded_step,
 )
 from hf_radam.checkpoints.storage import interrupted, remove
-from hf_radam.checkpoints.verify import VerifyFn, check_complete, verify_checkpoint
+from hf_radam.checkpoints.verify import check_complete
 from hf_radam.schedules import BUDGETS_FOLDER, PRE_DECAY_FOLDER
 
 logger = logging.getLogger(__name__)
@@ -95,9 +95,10 @@ def newest_checkpoint(
     return None
 
 
-def check_resumable(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_checkpoint) -> None:
+def check_resumable(checkpoint: PathLike, *, verify: bool = True) -> None:
     """Raise `CheckpointError` unless a checkpoint is complete and verified, and has an optimizer and a scheduler."""
-    check_complete(checkpoint, verify_fn=verify_fn)
+    if verify:
+        check_complete(checkpoint)
     for name in missing_state(checkpoint):
         raise CheckpointError(
             f"{checkpoint} has no {name}, so it cannot be resumed (was it saved with save_only_model?). To start a new "

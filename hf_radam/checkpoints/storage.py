@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 STAGING, REPLACED, LOCK_NAME = "_staging", "replaced", "_lock"
 """In the run folder, so on its file system; upstream does not push names with a leading underscore to the hub."""
 CHUNK = 2**18  # bytes read at once: few enough to be in the processor's cache when they are hashed
-HASH_THREADS = 4
+HASH_THREADS = min(16, os.cpu_count() or 4)
 NOTHING: Mapping[str, tuple[int, str]] = MappingProxyType({})
 
 NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.ENOSYS})

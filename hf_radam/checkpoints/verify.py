@@ -5,11 +5,10 @@ A checkpoint of stock `Trainer` has no hashes: it only has to have a readable tr
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from hf_radam.checkpoints.layouts import FSDP_WEIGHTS_FOLDER, SHARDED_FOLDER, WEIGHT_FILES, has_weights, training_shards
 from hf_radam.checkpoints.manifest import (
@@ -27,23 +26,13 @@ INCOMPLETE_NAME = "checkpoint-is-incomplete.txt"
 """Upstream's just-in-time save leaves this file in a checkpoint that it could not complete."""
 
 
-class VerifyFn(Protocol):
-    """The signature of `verify_checkpoint` and of its distributed version."""
-
-    def __call__(self, checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
-        """See `verify_checkpoint`."""
-
-
-def verify_checkpoint(
-    checkpoint: PathLike, *, only: str | None = None, share: tuple[int, int] = (0, 1), hashes: bool = True
-) -> dict[str, str]:
+def verify_checkpoint(checkpoint: PathLike, *, only: str | None = None, hashes: bool = True) -> dict[str, str]:
     """Verify a checkpoint.
 
     Args:
         checkpoint: its folder.
         only: verify only the model in this folder of the checkpoint (``""`` is its root), which is all that evaluation
             needs.
-        share: index of the share of files to verify, and number of shares, which are of about equal size.
         hashes: whether to hash the files; else only their presence and sizes are compared.
 
     Returns:
@@ -54,26 +43,12 @@ def verify_checkpoint(
         manifest = read_manifest(path)
     except CheckpointError as error:
         return {MANIFEST_NAME: str(error)}
-    index, count = share
     if manifest is None:
-        return _verify_stock(path, only) if index == 0 else {}
+        return _verify_stock(path, only)
     files = {name: entry for name, entry in manifest["files"].items() if only is None or is_model_file(name, only)}
-    names = _split(files, count)[index]
     with ThreadPoolExecutor(HASH_THREADS) as pool:
-        found = pool.map(lambda name: _problem(path / name, files[name], hashes), names)
-        problems = dict(zip(names, found, strict=True))
-    return {name: problem for name in files if (problem := problems.get(name)) is not None}
-
-
-def _split(files: Mapping[str, Any], count: int) -> list[list[str]]:
-    """Split file names into shares of about equal size: the largest first, each to the share that is smallest yet."""
-    shares: list[list[str]] = [[] for _ in range(count)]
-    sizes = [(0, index) for index in range(count)]
-    for name in sorted(files, key=lambda name: (-files[name]["size"], name)):
-        size, index = sizes[0]
-        shares[index].append(name)
-        heapq.heapreplace(sizes, (size + files[name]["size"], index))
-    return shares
+        found = pool.map(lambda name: _problem(path / name, files[name], hashes), files)
+        return {name: problem for name, problem in zip(files, found, strict=True) if problem is not None}
 
 
 def is_model_file(name: str, folder: str) -> bool:
@@ -112,9 +87,9 @@ def _verify_stock(path: Path, only: str | None) -> dict[str, str]:
     return problems
 
 
-def check_complete(checkpoint: PathLike, *, only: str | None = None, verify_fn: VerifyFn = verify_checkpoint) -> None:
+def check_complete(checkpoint: PathLike, *, only: str | None = None) -> None:
     """Raise `CheckpointError`, naming the bad files, unless the checkpoint is complete and verified."""
-    problems = verify_fn(checkpoint, only=only)
+    problems = verify_checkpoint(checkpoint, only=only)
     if MANIFEST_NAME in problems:
         raise CheckpointError(problems[MANIFEST_NAME])
     if problems:
@@ -122,7 +97,7 @@ def check_complete(checkpoint: PathLike, *, only: str | None = None, verify_fn: 
         raise CheckpointError(f"The checkpoint is damaged: {listed}.")
 
 
-def evaluation_folder(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_checkpoint) -> Path:
+def evaluation_folder(checkpoint: PathLike) -> Path:
     """Return the folder of the model that evaluation used, complete and verified.
 
     Raises:
@@ -130,7 +105,7 @@ def evaluation_folder(checkpoint: PathLike, *, verify_fn: VerifyFn = verify_chec
     """
     manifest = read_manifest(checkpoint)
     folder = (manifest["evaluation"]["folder"] if manifest else None) or ""
-    check_complete(checkpoint, only=folder, verify_fn=verify_fn)
+    check_complete(checkpoint, only=folder)
     if folder and not is_marked(checkpoint) and recorded_step(checkpoint) is not None:
         raise CheckpointError(
             f"{checkpoint} was overwritten by a run that does not use hf_radam: {folder}/ is of an earlier one. Remove "

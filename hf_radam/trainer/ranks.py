@@ -1,4 +1,4 @@
-"""Decide on rank 0 what all ranks do, verify checkpoints together, and refuse ranks that were started differently."""
+"""Decide on rank 0 what all ranks do, and refuse ranks that were started differently."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import accelerate
 import torch
@@ -23,7 +23,6 @@ from transformers.trainer_utils import has_length
 from hf_radam import __version__
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.storage import STAGING
-from hf_radam.checkpoints.verify import VerifyFn, verify_checkpoint
 from hf_radam.sharding.base import all_gather_object, rank, world_size
 
 MAY_DIFFER = frozenset(
@@ -45,68 +44,32 @@ class DisagreementError(ValueError):
 # ---- Decisions of rank 0 ----
 
 
-def decide_on_rank0(decide: Callable[[VerifyFn], Any]) -> Any:
-    """Return on every rank what `decide` returns on rank 0, or raise what it raises there; collective.
-
-    Args:
-        decide: called on rank 0 with a function like `verify_checkpoint`, in which all ranks share the hashing: one
-            process would take minutes over a large checkpoint, for which the others wait anyway.
-    """
+def decide_on_rank0(decide: Callable[[], Any]) -> Any:
+    """Return on every rank what `decide` returns on rank 0, or raise what it raises there; collective."""
     if world_size() == 1:
-        return decide(verify_checkpoint)
-    if rank() > 0:
-        while (request := _broadcast(None))[0] == "verify":
-            _verify_shares(*request[1:])
-        _, result, error = request
-        if error is not None:
-            raise error
-        return result
-    try:
-        result = decide(_verify_together)
-    except Exception as error:
-        _broadcast(("done", None, _picklable(error)))
-        raise
-    _broadcast(("done", result, None))
+        return decide()
+    result: Any = None
+    error: Exception | None = None
+    if rank() == 0:
+        try:
+            result = decide()
+        except Exception as raised:  # whatever it is, the other ranks wait for it
+            error = raised
+    result, told = _broadcast((result, error and _picklable(error)))
+    if told is not None:
+        raise error or told
     return result
 
 
-def _verify_together(checkpoint: PathLike, *, only: str | None = None) -> dict[str, str]:
-    """Verify a checkpoint with the help of the other ranks, which wait for it in `decide_on_rank0`."""
-    _broadcast(("verify", Path(checkpoint), only))
-    found = _verify_shares(Path(checkpoint), only)
-    for error in (share for share in found if isinstance(share, Exception)):
-        raise error
-    return {name: problem for share in found for name, problem in share.items()}
-
-
-class _Seen(NamedTuple):
-    """What identifies the folder that a rank finds at a path: the manifest's sha256 and the folder's inode."""
-
-    manifest: str | None
-    inode: int | None
-
-
-def _verify_shares(checkpoint: Path, only: str | None) -> list[Any]:
-    """All-gather what each rank finds in its share of the files, or the error that it met."""
-    seen = all_gather_object(_seen(checkpoint))
-    mine: dict[str, str] | Exception
-    try:
-        if len({one.manifest for one in seen}) > 1:
-            raise CheckpointError(
-                f"{checkpoint} is not the same folder on every rank: its {MANIFEST_NAME} differs or is missing. Give a "
-                "path on a file system that all machines share."
-            )
-        same = [number for number, one in enumerate(seen) if one == seen[rank()]]
-        mine = verify_checkpoint(checkpoint, only=only, share=(same.index(rank()), len(same)))
-    except Exception as error:
-        mine = _picklable(error)
-    return all_gather_object(mine)
-
-
-def _seen(checkpoint: Path) -> _Seen:
-    manifest = checkpoint / MANIFEST_NAME
-    inode = checkpoint.stat().st_ino if checkpoint.is_dir() else None
-    return _Seen(hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None, inode)
+def check_same_folder(checkpoint: PathLike) -> None:
+    """Raise `CheckpointError` on every rank if they do not find the same checkpoint at a path; collective."""
+    manifest = Path(checkpoint, MANIFEST_NAME)
+    found = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else manifest.parent.is_dir()
+    if len(set(all_gather_object(found))) > 1:
+        raise CheckpointError(
+            f"{checkpoint} is not the same folder on every rank: its {MANIFEST_NAME} differs or is missing. Give a "
+            "path on a file system that all machines share."
+        )
 
 
 def _picklable(error: Exception) -> Exception:
@@ -117,8 +80,8 @@ def _picklable(error: Exception) -> Exception:
     return error
 
 
-def _broadcast(message: tuple[Any, ...] | None) -> Any:
-    box = [message]
+def _broadcast(value: Any) -> Any:
+    box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
 
@@ -226,7 +189,7 @@ def check_shared_folder(args: Any) -> None:
             "save_on_each_node is not supported: a checkpoint is one folder, into which every rank writes. Leave it "
             "out, and set output_dir to a folder that all machines share."
         )
-    token = _broadcast((uuid.uuid4().hex,))[0]
+    token = _broadcast(uuid.uuid4().hex)
     probe = Path(str(args.output_dir), STAGING, f"visible-{token}")
     if rank() == 0:
         probe.parent.mkdir(parents=True, exist_ok=True)

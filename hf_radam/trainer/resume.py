@@ -41,7 +41,7 @@ from hf_radam.checkpoints.optimizer_state import (
 )
 from hf_radam.checkpoints.peft import evaluation_subfolder, is_on_its_own, is_peft
 from hf_radam.checkpoints.runs import PREFIX, run_of
-from hf_radam.checkpoints.verify import VerifyFn, evaluation_folder
+from hf_radam.checkpoints.verify import evaluation_folder, verify_checkpoint
 from hf_radam.checkpoints.weights import load_model_shards, load_weights, read_optimizer_shards, read_parameters
 from hf_radam.names import OptimizerName
 from hf_radam.sharding import find_sharding
@@ -93,7 +93,7 @@ def load_best_weights(trainer: Any) -> None:
     """Load the evaluation weights of the best checkpoint: upstream would load its training weights."""
     best = trainer.state.best_model_checkpoint
     logger.info(f"Loading the evaluation weights of {best} (score: {trainer.state.best_metric}).")
-    folder: Path = decide_on_rank0(lambda verify_fn: evaluation_folder(best, verify_fn=verify_fn))
+    folder: Path = decide_on_rank0(lambda: evaluation_folder(best))
     if is_sharded(trainer):
         load_model_shards(folder, trainer._bare_model, trainer._evaluation.sharding)
     else:
@@ -352,7 +352,7 @@ def describe_average(average: WeightAverage | None, *, requested_start_step: int
 def find_moved_best(state: TrainerState, checkpoint: str) -> None:
     """Find the best checkpoint beside the one that is resumed: upstream forgets it if the run was moved; collective."""
     best = run_of(Path(checkpoint)) / f"{PREFIX}{state.best_global_step}"
-    if state.best_model_checkpoint is None and state.best_global_step and decide_on_rank0(lambda _: best.is_dir()):
+    if state.best_model_checkpoint is None and state.best_global_step and decide_on_rank0(best.is_dir):
         state.best_model_checkpoint = str(best)
 
 
@@ -360,9 +360,9 @@ def pin_resumed(checkpoint: str, run: Path, pinned_in: str, step: int) -> None:
     """Pin the checkpoint that is resumed where this run would have pinned it and has not; collective."""
     place = Path(pinned_in, f"{PREFIX}{step}")
 
-    def pin(verify_fn: VerifyFn) -> None:
+    def pin() -> None:
         exists = (run / place).exists()
-        if exists and ((run / place).samefile(checkpoint) or not verify_fn(run / place)):
+        if exists and ((run / place).samefile(checkpoint) or not verify_checkpoint(run / place)):
             return
         storage.recover_interrupted_save(run)
         storage.link_tree(Path(checkpoint), run / storage.STAGING / place)

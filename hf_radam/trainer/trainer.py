@@ -207,16 +207,17 @@ class RAdamTrainerMixin(_Base):
             at_end.callback(self._end_training, limit)
             self._plan = ranks.decide_on_rank0(functools.partial(self._make_plan, resume_from_checkpoint, at_end))
             if self._plan is not None:
+                ranks.check_same_folder(self._plan.checkpoint)
                 self._refused = True  # until everything is loaded
                 resume.check_deepspeed(self, self._plan.checkpoint)
             return super().train(self._plan.checkpoint if self._plan else None, trial, *args, **kwargs)
 
-    def _make_plan(self, wanted: str | bool | None, at_end: ExitStack, verify_fn: Any) -> ResumePlan | None:
+    def _make_plan(self, wanted: str | bool | None, at_end: ExitStack) -> ResumePlan | None:
         """Take the lock of the run, finish a save that was interrupted, and choose the checkpoint. Rank 0 does."""
         run = Path(str(self.args.output_dir))
         at_end.enter_context(storage.run_lock(run))
         storage.recover_interrupted_save(run)
-        plan = plan_resume(self.args, wanted, verify_fn=verify_fn)
+        plan = plan_resume(self.args, wanted)
         if plan is not None and plan.summary is not None:
             print(plan.summary)
         return plan
