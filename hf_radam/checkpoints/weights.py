@@ -207,19 +207,17 @@ def _no_progress_bars() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def write_weights(
-    folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool, max_bytes: int | None = None
-) -> None:
+def write_weights(folder: Path, model: nn.Module | None, tensors: Tensors, *, writes: bool) -> None:
     """Write weight files as `from_pretrained` reads them into an existing folder; collective where `tensors.read` is.
 
-    The class of `model` decides on the form of the files, None is the form of `tensors`. `writes` is for this rank, and
-    `max_bytes` the largest size of a file. A failure to write is raised after the last tensor was gathered.
+    The class of `model` decides on the form of the files, None is the form of `tensors`. `writes` is for this rank. A
+    failure to write is raised after the last tensor was gathered.
     """
     units = list(_units(model, tensors.like))
     split = split_torch_state_dict_into_shards(
         {key: tensor for _, unit in units for key, tensor in unit.items()},
         filename_pattern=SAFE_WEIGHTS_NAME.replace(".", "{suffix}."),
-        max_shard_size=MAX_FILE_BYTES if max_bytes is None else max_bytes,
+        max_shard_size=MAX_FILE_BYTES,
     )
     pending: dict[str, Tensor] = {}
     missing = {name: len(keys) for name, keys in split.filename_to_tensors.items()}

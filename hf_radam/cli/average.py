@@ -24,7 +24,7 @@ def add(commands: Any) -> None:
         examples=[
             "hf-radam average runs/constant/checkpoint-* --weights 1-sqrt -o runs/merged",
             "hf-radam average runs/constant/checkpoint-* --weights ewa --decay 0.998 -o runs/averaged",
-            "hf-radam average runs/constant/checkpoint-* --weights uniform --max_file_size 2GB -o runs/mean",
+            "hf-radam average runs/constant/checkpoint-* --weights uniform -o runs/mean",
         ],
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="folders checkpoint-N, in any order")
@@ -35,20 +35,6 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--half_life_ratio", type=float, metavar="R", help="ewa: half-life as a ratio of the steps so far (0.0625)"
     )
-    size = "maximal size of a file of weights, which is held in memory (5GB)"
-    parser.add_argument("--max_file_size", type=_bytes, metavar="SIZE", help=size)
-
-
-def _bytes(text: str) -> int:
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = (text[:-2], units[text[-2:].upper()]) if text[-2:].upper() in units else (text, 1)
-    try:
-        size = int(float(number) * unit)
-    except (ValueError, OverflowError):
-        size = 0
-    if size < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size. Write for example 500MB or 5GB.")
-    return size
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
@@ -56,16 +42,14 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     from hf_radam.checkpoints.manifest import CheckpointError
     from hf_radam.cli.merging import coefficients, merge, notes, read_sources
 
-    arguments.stop.begun = True
     try:
         sources = read_sources(arguments.checkpoints)
         steps = [source.step for source in sources]
         shares = coefficients(
             steps, weights=arguments.weights, decay=arguments.decay, half_life_ratio=arguments.half_life_ratio
         )
-        merge(sources, shares, arguments.output, weights=arguments.weights, max_file_bytes=arguments.max_file_size)
+        merge(sources, shares, arguments.output, weights=arguments.weights)
     except (CheckpointError, OSError) as error:
-        arguments.stop.check()
         print(f"hf-radam average: {error}", file=sys.stderr)
         return "", 1
     for note in notes(sources, weights=arguments.weights):

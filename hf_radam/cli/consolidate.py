@@ -39,12 +39,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     path = folder(arguments.path)
     if not is_checkpoint(path) and not list_checkpoints(path):
         raise ValueError(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
-    arguments.stop.begun = True
     try:
         path = path if is_checkpoint(path) else str(newest_loadable_checkpoint(path))
         trust = arguments.trust_remote_code or None
         return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
     except (OSError, ValueError) as error:
-        arguments.stop.check()
         print(f"hf-radam consolidate: {error}", file=sys.stderr)
         return "", 1

@@ -10,7 +10,8 @@ import signal
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,25 +70,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` are its arguments, by default those of the process.
 
     Returns:
-        0; 1 if a checkpoint is incomplete or nothing can be written; 128 plus the number of the signal that ended it.
+        0; 1 if a checkpoint is incomplete or nothing can be written; 130 after Ctrl-C. SIGTERM ends it with 143.
     """
-    with Stop() as stop:
-        try:
-            arguments = parse(sys.argv[1:] if argv is None else argv)
-            arguments.stop, stop.command = stop, arguments.prog
-            return _run(arguments)
-        except BaseException:
-            if stop.signal is None:
-                raise
-            print(stop.message, file=sys.stderr)  # whatever the exception of a signal has become on its way
-            return stop.code
-
-
-def _run(arguments: argparse.Namespace) -> int:
+    arguments = parse(sys.argv[1:] if argv is None else argv)
     try:
-        output, code = arguments.run(arguments)
+        with _terminable():
+            output, code = arguments.run(arguments)
+    except KeyboardInterrupt:
+        print(f"{arguments.prog}: interrupted", file=sys.stderr)
+        return 130
     except (ValueError, OSError) as error:
-        arguments.stop.check()
         prefix = "" if isinstance(error, ValueError) else "a file cannot be read or written: "
         arguments.refuse(printable(prefix + " ".join(str(error).split())))
         raise  # not reached: `refuse` ends the process
@@ -99,63 +91,17 @@ def _run(arguments: argparse.Namespace) -> int:
     return code
 
 
-class Stopped(BaseException):
-    """A signal asked the command to end; what it began is removed while this propagates."""
-
-
-class Stop:
-    """While entered, end the command on Ctrl-C, SIGTERM or SIGHUP, with one line that names the signal.
-
-    Attributes:
-        command: name of the command for that line.
-        signal: the first signal, or None; later ones are ignored.
-        begun: whether there is something to remove: then the signal raises `Stopped`. Before that it ends the process
-            at once, since C++ code that is importing a module aborts on an exception.
-    """
-
-    def __init__(self) -> None:
-        self.command = "hf-radam"
-        self.signal: signal.Signals | None = None
-        self.begun = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        """Install the handlers, except for a signal that the process was started to ignore (`nohup`)."""
-        if threading.current_thread() is threading.main_thread():  # Python allows no other
-            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-                number = getattr(signal, name, None)  # Windows has no SIGHUP
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Restore the handlers."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.signal is not None:
-            return
-        self.signal = signal.Signals(number)
-        if self.begun:
-            raise Stopped
-        os.write(2, f"{self.message}\n".encode())  # print is not reentrant
-        os._exit(self.code)
-
-    @property
-    def message(self) -> str:
-        """The line that names the signal."""
-        return f"{self.command}: ended by {signal.Signals(self.signal or 0).name}"
-
-    @property
-    def code(self) -> int:
-        """The exit code, as shells have it."""
-        return 128 + (self.signal or 0)
-
-    def check(self) -> None:
-        """Raise `Stopped` if a signal came: C or Rust code may have turned it into another error."""
-        if self.signal is not None:
-            raise Stopped
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Have SIGTERM raise `SystemExit`, so that what was begun is removed."""
+    if threading.current_thread() is not threading.main_thread():  # Python allows no handler there
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def folder(path: str) -> str:

@@ -229,7 +229,6 @@ def merge(
     output: PathLike,
     *,
     weights: str,
-    max_file_bytes: int | None = None,
 ) -> None:
     """Write the merged weights as a model folder, with the other files of the last checkpoint's model.
 
@@ -250,7 +249,7 @@ def merge(
         with tempfile.TemporaryDirectory(prefix=".averaging-", dir=target.parent) as temporary:
             staged = Path(temporary, "model")  # the temporary folder is private to the user
             staged.mkdir()
-            _write(staged, target, sources, shares, weights=weights, max_file_bytes=max_file_bytes)
+            _write(staged, target, sources, shares, weights=weights)
             staged.replace(target)
             flush(target.parent)
     finally:
@@ -259,9 +258,7 @@ def merge(
                 folder.rmdir()
 
 
-def _write(
-    folder: Path, target: Path, sources: Sequence[Source], shares: Sequence[float], *, weights: str, max_file_bytes: Any
-) -> None:
+def _write(folder: Path, target: Path, sources: Sequence[Source], shares: Sequence[float], *, weights: str) -> None:
     newest = sources[-1]
     for file in sorted(newest.path.iterdir()):
         if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and file.name not in NOT_OF_THE_MODEL:
@@ -272,7 +269,7 @@ def _write(
     if (folder / "config.json").is_file() and all(tensor.dtype != torch.float64 for tensor in like.values()):
         set_config_dtype(folder / "config.json")
     tensors = Tensors(like, lambda key: _merged(key, sources, shares))
-    write_weights(folder, None, tensors, writes=True, max_bytes=max_file_bytes)
+    write_weights(folder, None, tensors, writes=True)
     parts = [
         {"path": os.path.relpath(source.path.resolve(), target), "update": source.step, "weight": share}
         for source, share in zip(sources, shares, strict=True)

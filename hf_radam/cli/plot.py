@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,16 +131,10 @@ def run_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def _new_figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=150, layout="constrained")
-
-
-def check_drawing(file: PathLike, suffixes: Sequence[str] = SUFFIXES) -> None:
-    """Raise `ValueError` unless the name of a file ends in one of the suffixes, and matplotlib is installed."""
-    if Path(file).suffix.lower() not in suffixes:
-        raise ValueError(f"{file} must end in {' or '.join(suffixes)}.")
+def check_drawing(file: PathLike) -> None:
+    """Raise `ValueError` unless the name of a file ends in one of `SUFFIXES`, and matplotlib is installed."""
+    if Path(file).suffix.lower() not in SUFFIXES:
+        raise ValueError(f"{file} must end in {' or '.join(SUFFIXES)}.")
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
@@ -164,6 +157,8 @@ def runs_figure(
     """
     if not 0 <= half_life_ratio <= 1:
         raise ValueError(f"half_life={half_life_ratio} is not a ratio of the steps. Give a number from 0 to 1.")
+    from matplotlib.figure import Figure
+
     kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
     found = {
         "training loss": any(log.loss for log in logs),
@@ -171,7 +166,7 @@ def runs_figure(
         "learning rate": any(log.learning_rate for log in logs),
     }
     panels = [label for label, present in found.items() if present]
-    figure = _new_figure(9.0, 1.0 + 3.0 * len(panels))
+    figure = Figure(figsize=(9.0, 1.0 + 3.0 * len(panels)), dpi=150, layout="constrained")
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True))
     names = run_names([log.path for log in logs])
     for index, (log, name) in enumerate(zip(logs, names, strict=True)):
@@ -200,29 +195,3 @@ def runs_figure(
 def _line(axes: Any, points: Points, gid: str, *, label: str | None, **options: Any) -> None:
     label = label and label.replace("$", r"\$")  # matplotlib would typeset a formula
     axes.plot([step for step, _ in points], [value for _, value in points], gid=gid, label=label, **options)
-
-
-def schedule_figure(preview: Any) -> Any:
-    """Return a figure of a `hf_radam.cli.schedule.Preview`: learning rate, phases, RAdam's rectification, pins."""
-    figure = _new_figure(9.0, 4.0)
-    title = textwrap.fill(textwrap.shorten(preview.summary, 300), 100)
-    axes = figure.add_subplot(xlabel="step", ylabel="learning rate")
-    axes.set_title(title, fontsize="medium")
-    steps = range(1, len(preview.rates) + 1)
-    for phase in preview.phases:
-        color, new = PHASE_COLORS[phase.name], phase.name not in axes.get_legend_handles_labels()[1]
-        label = phase.name if new else None
-        axes.axvspan(phase.start + 0.5, phase.end + 0.5, color=color, alpha=0.45, linewidth=0, label=label)
-    axes.plot(steps, preview.rates, color="black", label="learning rate", gid="learning rate")
-    if preview.factors is not None:
-        products = [math.nan if f is None else rate * f for rate, f in zip(preview.rates, preview.factors, strict=True)]
-        label = "times RAdam's rectification"
-        axes.plot(steps, products, color="#b2182b", linestyle="--", label=label, gid="rectified")
-    if preview.pinned:
-        rates = [preview.rates[step - 1] for step in preview.pinned]
-        style = {"color": "#2166ac", "markersize": 9, "clip_on": False}
-        axes.plot([*preview.pinned], rates, "v", label="pinned", gid="pinned", **style)
-    axes.set(xlim=(0.5, len(steps) + 0.5), ylim=(0, 1.08 * max(preview.rates) or 1))
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    return figure

@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_radam.checkpoints.runs import PREFIX
-from hf_radam.cli import plot
 from hf_radam.cli.main import add_command, only_ascii, table
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase, SchedulePast, describe_schedule
 
@@ -33,24 +32,21 @@ def add(commands: Any) -> None:
         commands,
         "schedule",
         run,
-        usage="hf-radam schedule [CONFIG] [--png FILE] [--flag value ...]",
+        usage="hf-radam schedule [CONFIG] [--flag value ...]",
         description="Print the phases of a schedule, the checkpoints that are pinned, and the curve in one line.\n\n"
         "CONFIG is a file as examples/run_clm.py takes it (.yaml, .yml, .json; keys for model and data are ignored), "
         "and the flags after it are those of RAdamTrainingArguments: they win over the file.",
         examples=[
-            "hf-radam schedule configs/radam_wsd.yaml --max_steps 5000 --decay_steps 0.1 --png schedule.png",
+            "hf-radam schedule configs/radam_wsd.yaml --max_steps 5000 --decay_steps 0.1",
             "hf-radam schedule --optim radam --lr_scheduler_type wsd_s --max_steps 1000 --budgets 300 700",
             "hf-radam schedule --lr_scheduler_type cosine --warmup_steps 0.05 --max_steps 2000",
         ],
     )
-    parser.add_argument("--png", metavar="FILE", help="draw the schedule into this file too (needs matplotlib)")
     parser.set_defaults(training_flags=[])
 
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code."""
-    if arguments.png is not None:
-        plot.check_drawing(arguments.png, (".png",))
     from hf_radam.checkpoints.extend import plan_resume
     from hf_radam.config_files import ConfigArgumentParser
     from hf_radam.training_args import RAdamTrainingArguments
@@ -65,9 +61,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     lines += report(found, width=shutil.get_terminal_size().columns, blocks=ASCII_BLOCKS if only_ascii() else BLOCKS)
     if parser.other_keys:
         lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]
-    if arguments.png is not None:
-        plot.save_figure(plot.schedule_figure(found), arguments.png)
-        lines += ["", f"drawn in {arguments.png}"]
     return "\n".join(lines) + "\n", 0
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import enum
-import functools
 import hashlib
 import os
 import pickle
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +28,7 @@ MAY_DIFFER = frozenset(
     "dataloader_multiprocessing_context".split()
 )
 """Arguments that each rank may have its own value of: what it shows, and how fast its machine reads."""
+FSDP_OPTIONS = ("state_dict_type", "reshard_after_forward", "cpu_offload", "mixed_precision_policy")
 MOST_NAMED = 10
 """Differences that the error names; a model of another shape has hundreds."""
 PATIENCE = 30.0
@@ -92,11 +90,11 @@ def _broadcast(value: Any) -> Any:
 def check_agreement(trainer: Any, **further: Any) -> None:
     """Raise `DisagreementError` on every rank if they are not about to train the same; collective.
 
-    Compared are arguments, functions, the model's parameters, lengths of the data, versions, and `further`.
+    Compared are arguments, options of the back-end, the model's parameters, lengths of data, versions, and `further`.
     """
     if world_size() == 1:
         return
-    facts = describe_run(trainer) | dict(_flatten("", further))
+    facts = describe_run(trainer) | {name: str(value) for name, value in further.items()}
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
     if len(set(all_gather_object(digest))) > 1:
         raise DisagreementError(
@@ -120,61 +118,23 @@ def differences(by_rank: list[dict[str, str]]) -> list[str]:
 
 
 def describe_run(trainer: Any) -> dict[str, str]:
-    """Describe what a trainer is about to train as names and texts, which contain no memory addresses."""
-    args, optimizer = trainer.args, trainer.optimizer
-    names = [field.name for field in dataclasses.fields(args) if not field.name.startswith("_")]
-    facts: dict[str, Any] = {name: getattr(args, name) for name in names if name not in MAY_DIFFER}
-    functions = ("model_init", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "data_collator")
-    facts |= {name: getattr(trainer, name) for name in (*functions, "optimizer_cls_and_kwargs")}
-    facts |= {
-        "optimizer": {"class": type(optimizer)} | dict(getattr(optimizer, "defaults", {})),
-        "lr_scheduler": type(trainer.lr_scheduler),
-        "length of train_dataset": _length(trainer.train_dataset),
-        "length of eval_dataset": _length(trainer.eval_dataset),
-        "version": {"hf_radam": __version__}
-        | {package.__name__: package.__version__ for package in (torch, transformers, accelerate)},
-    }
+    """Describe what a trainer is about to train as names and texts."""
+    facts = {name: value for name, value in trainer.args.to_dict().items() if name not in MAY_DIFFER}
+    facts |= {f"version of {package.__name__}": package.__version__ for package in (torch, transformers, accelerate)}
+    facts["version of hf_radam"] = __version__
+    for name in ("train_dataset", "eval_dataset"):
+        data = getattr(trainer, name)
+        facts[f"length of {name}"] = len(data) if data is not None and has_length(data) else "unknown"
     if trainer.is_fsdp_enabled:
-        facts["FSDP"] = trainer.accelerator.state.fsdp_plugin
+        facts |= {f"FSDP {name}": getattr(trainer.accelerator.state.fsdp_plugin, name) for name in FSDP_OPTIONS}
     if trainer.is_deepspeed_enabled:
-        facts["DeepSpeed"] = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        config = trainer.accelerator.state.deepspeed_plugin.deepspeed_config
+        facts |= {f"DeepSpeed {section}": value for section, value in config.items()}
     for name, parameter in trainer.model.named_parameters():
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
-        facts[f"parameter {name}"] = f"{shape} {_text(parameter.dtype)}{'' if parameter.requires_grad else ', frozen'}"
-    return dict(_flatten("", facts))
-
-
-def _length(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        return {name: _length(one) for name, one in data.items()}
-    return len(data) if data is not None and has_length(data) else "unknown"
-
-
-def _flatten(prefix: str, values: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flatten(f"{prefix}{key}.", value)
-        else:
-            yield f"{prefix}{key}", _text(value)
-
-
-def _text(value: Any) -> str:
-    """Write a value in a way that is the same in every process."""
-    if isinstance(value, enum.Enum):
-        return _text(value.value)
-    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, os.PathLike)):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, functools.partial):
-        return f"partial({_text(value.func)}, {_text(value.args)}, {_text(value.keywords)})"
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_text(k)}: {_text(v)}' for k, v in value.items())}}}"
-    if isinstance(value, (list, tuple, set, frozenset)):
-        texts = [_text(one) for one in value]
-        return f"[{', '.join(sorted(texts) if isinstance(value, (set, frozenset)) else texts)}]"
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _text({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
-    named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        facts[f"parameter {name}"] = f"{shape} {dtype}{'' if parameter.requires_grad else ', frozen'}"
+    return {name: str(value) for name, value in facts.items()}
 
 
 def check_shared_folder(args: Any) -> None:

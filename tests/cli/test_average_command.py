@@ -22,6 +22,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_radam import RAdamTrainer, cli
+from hf_radam.checkpoints import weights as weight_files
 from hf_radam.checkpoints.weights import Tensors, write_weights
 from hf_radam.cli.merging import coefficients
 
@@ -105,17 +106,19 @@ def test_the_folder_is_complete(checkpoints, tmp_path, capsys):
     assert [last for *_, last in printed] == ["fully", *(f"{value:.4f}" for value in rest)]
 
 
-def test_several_files_are_read_and_written(tmp_path):
+def test_several_files_are_read_and_written(tmp_path, monkeypatch):
     stock(tmp_path / "run", lr_scheduler_type="constant").train()
     folders = [tmp_path / "run" / f"checkpoint-{step}" for step in (5, 10)]
     wanted = expected(folders, "ewa", [5, 10], decay=0.8)
+    monkeypatch.setattr(weight_files, "MAX_FILE_BYTES", 20_000)
     for folder in folders:  # the same weights again, in several files
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         (folder / "model.safetensors").unlink()
         like = {name: tensor.to("meta") for name, tensor in weights.items()}
-        write_weights(folder, None, Tensors(like, weights.__getitem__), writes=True, max_bytes=20_000)
+        write_weights(folder, None, Tensors(like, weights.__getitem__), writes=True)
     options = ["--weights", "ewa", "--decay", "0.8"]
-    assert average(folders, tmp_path / "many", *options, "--max_file_size", "20KB") == 0
+    assert average(folders, tmp_path / "many", *options) == 0
+    monkeypatch.undo()
     assert len(list((tmp_path / "many").glob("model-*-of-*.safetensors"))) > 2
     assert average(folders, tmp_path / "one", *options) == 0
     assert not (tmp_path / "one/model.safetensors.index.json").exists()  # of the checkpoint
@@ -218,8 +221,6 @@ def test_bad_input_is_one_sentence(checkpoints, made_by_stock, tmp_path, capsys,
         (one, str(binary)): "has no safetensors weights",
         (one, str(shards)): f"Join them first: hf-radam consolidate {shards} --training_weights",
         (one, two, "--decay", "0.9"): "have no effect on weights='linear'",
-        (one, two, "--max_file_size", "much"): "'much' is not a size. Write for example 500MB or 5GB",
-        (one, two, "--max_file_size", "0"): "'0' is not a size.",
         (one, two, "--weights", "mean"): "invalid choice: 'mean'",
     }
     end = ["--weights", "linear", "-o", str(tmp_path / "merged")]
@@ -258,7 +259,8 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from hf_radam.cli.merging import merge, read_sources
-from hf_radam.checkpoints.weights import Tensors, write_weights
+from hf_radam.checkpoints import weights
+from hf_radam.checkpoints.weights import Tensors
 
 folder, rows = Path(sys.argv[1]), 2**19
 folders = [folder / f"checkpoint-{number}" for number in (1, 2, 3, 4)]
@@ -267,8 +269,8 @@ if sys.argv[2] == "make":
     for number, path in enumerate(folders, 1):
         path.mkdir()
         (path / "trainer_state.json").write_text(json.dumps({"global_step": number, "log_history": []}))
-        write_weights(path, None, Tensors(like, lambda key: torch.full((rows, 4), number, dtype=torch.bfloat16)),
-                      writes=True, max_bytes=10**9)
+        tensors = Tensors(like, lambda key: torch.full((rows, 4), number, dtype=torch.bfloat16))
+        weights.write_weights(path, None, tensors, writes=True)
     sys.exit()
 
 def status(key):
@@ -276,7 +278,8 @@ def status(key):
     return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
 
 def run(count, name, size):
-    merge(read_sources(folders[:count]), [1 / count] * count, folder / name, weights="uniform", max_file_bytes=size)
+    weights.MAX_FILE_BYTES = size
+    merge(read_sources(folders[:count]), [1 / count] * count, folder / name, weights="uniform")
 
 run(2, "first", 9 * 2**20)  # what it takes once
 ctypes.CDLL(None).malloc_trim(0)

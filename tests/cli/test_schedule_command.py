@@ -1,4 +1,4 @@
-"""`hf-radam schedule`: the learning rates and phases of a run before it, output, figure and errors.
+"""`hf-radam schedule`: the learning rates and phases of a run before it, output and errors.
 
 Oracles: the learning rates in the optimizer at each step of real tiny runs; phases and curves written down by hand.
 """
@@ -19,7 +19,6 @@ from transformers.trainer_utils import SchedulerType
 import clm_arguments
 from hf_radam import cli
 from hf_radam.checkpoints.runs import list_checkpoints
-from hf_radam.cli.plot import save_figure, schedule_figure
 from hf_radam.cli.schedule import ASCII_BLOCKS, preview, sparkline
 from hf_radam.optim.radam import rectification
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase
@@ -192,8 +191,6 @@ REFUSED = {
     ),
     "no file": (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
     "not a config": (["data.csv"], "'data.csv' is not a .yaml, .yml or .json file"),
-    "picture": (["--max_steps", "9", "--png", "a.jpg"], "a.jpg must end in .png"),
-    "folder": (["--max_steps", "9", "--png", "nowhere/a.png"], "a file cannot be read or written: "),
     "losses": (
         ["--max_steps", "9", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"],
         "reduce_lr_on_plateau follows the losses",
@@ -237,26 +234,9 @@ def test_without_matplotlib_all_but_drawing_works(tmp_path):
     done = command("schedule", "--max_steps", "9")
     assert (done.returncode, done.stderr) == (0, "") and done.stdout.isascii()  # as the terminal is
     (tmp_path / "run").mkdir()
-    for words in (["schedule", "--max_steps", "9", "--png", "a.png"], ["plot", "run", "-o", "a.png"]):
-        done = command(*words)
-        assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr.splitlines()[-1].endswith(
-            "Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'"
-        )
-
-
-def test_the_figure_has_the_numbers(tmp_path):
-    options = {"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [30], "warmup_steps": 5, "max_steps": 80}
-    found = preview(tiny.arguments(tmp_path, **options))
-    figure = schedule_figure(found)
-    (axes,) = figure.axes
-    lines = {line.get_gid(): line for line in axes.lines}
-    assert list(lines["learning rate"].get_xdata()) == list(range(1, 81))
-    assert list(lines["learning rate"].get_ydata()) == found.rates
-    for rate, factor, drawn in zip(found.rates, found.factors, lines["rectified"].get_ydata(), strict=True):
-        assert math.isnan(drawn) if factor is None else drawn == rate * factor
-    assert list(lines["pinned"].get_xdata()) == [30, 80]
-    save_figure(figure, tmp_path / "schedule.png")
+    done = command("plot", "run", "-o", "a.png")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines()[-1].endswith("Drawing needs matplotlib. Install it: pip install 'hf_radam[plots]'")
 
 
 def test_a_sparkline():
