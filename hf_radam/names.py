@@ -7,6 +7,7 @@ from enum import EnumMeta
 from typing import Any
 
 import torch
+from accelerate.utils import str_to_bool
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import ExplicitEnum
@@ -49,12 +50,6 @@ class _SchedulerName(ExplicitEnum, metaclass=_WithRegistered):
         return member
 
 
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError("must be true or false")
-    return text.lower() == "true"
-
-
 def _extended(base: Any, upstream: type[ExplicitEnum], name: str, *more: str) -> Any:
     """Make an enum, as search back-ends turn a value into `type(old_value)(value)`."""
     members = {member.name: member.value for member in upstream} | {value.upper(): value for value in more}
@@ -62,10 +57,10 @@ def _extended(base: Any, upstream: type[ExplicitEnum], name: str, *more: str) ->
 
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Callable[[str], Any]]]] = {
-    "radam": (RAdam, {"foreach": _boolean}),
+    "radam": (RAdam, {"foreach": str_to_bool}),
     "radam_schedulefree": (
         RAdamScheduleFree,
-        {"r": float, "weight_lr_power": float, "silent_sgd_phase": _boolean, "foreach": _boolean},
+        {"r": float, "weight_lr_power": float, "silent_sgd_phase": str_to_bool, "foreach": str_to_bool},
     ),
 }
 """The optimizers of this package: their class, and the options that `--optim_args` may set, each with its type."""

@@ -58,12 +58,6 @@ def is_marked(checkpoint: PathLike) -> bool:
         return False
 
 
-def has_hf_radam_files(checkpoint: PathLike) -> bool:
-    """Return whether a checkpoint, complete or not, has parts that only hf_radam writes."""
-    names = (MANIFEST_NAME, *EVALUATION_FOLDERS)
-    return any((Path(checkpoint) / name).exists() for name in names) or is_marked(checkpoint)
-
-
 def write_manifest(
     checkpoint: PathLike,
     content: Mapping[str, Any],
@@ -76,7 +70,7 @@ def write_manifest(
     When it returns, everything in the checkpoint is on the disk.
 
     Args:
-        checkpoint: its folder, complete but for this file.
+        checkpoint: complete but for this file.
         content: what else the manifest says.
         hasher: of that folder, if some of its files were submitted already.
         known: size and hash, by path, of files that other ranks have hashed.

@@ -55,7 +55,7 @@ def read_state(checkpoint: PathLike, names: list[list[str]], *, mmap: bool = Fal
     """Read the complete state in a checkpoint by parameter names, on the CPU.
 
     Args:
-        checkpoint: its folder.
+        checkpoint: any, but DeepSpeed's.
         names: parameter names in each group of the optimizer that it is for.
         mmap: map tensors into memory instead of reading them, where the file allows it.
 
@@ -110,13 +110,7 @@ def _checked(state: Any, source: Path) -> State:
 
 @contextmanager
 def fsdp_state_dict_type(plugin: Any, layout: Layout, *, world_size: int) -> Iterator[None]:
-    """Enter a context in which accelerate's FSDP reads the kind of state dicts that a checkpoint has.
-
-    Args:
-        plugin: accelerate's FSDP plugin, which writes the same or the other kind.
-        layout: the checkpoint's.
-        world_size: number of processes; one has nothing to broadcast.
-    """
+    """Enter a context in which accelerate's FSDP `plugin` reads the kind of state dicts that a checkpoint has."""
     kind = {FSDP_FULL: "FULL_STATE_DICT", FSDP_SHARDED: "SHARDED_STATE_DICT"}[layout]
     if plugin.state_dict_type.name == kind:
         yield

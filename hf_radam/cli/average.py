@@ -39,20 +39,13 @@ def add(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code; checkpoints that cannot be averaged are a `ValueError`."""
-    from hf_radam.checkpoints.manifest import CheckpointError
     from hf_radam.cli.merging import coefficients, merge, notes, read_sources
 
-    try:
-        sources = read_sources(arguments.checkpoints)
-        steps = [source.step for source in sources]
-        shares = coefficients(
-            steps, weights=arguments.weights, decay=arguments.decay, half_life_ratio=arguments.half_life_ratio
-        )
-        merge(sources, shares, arguments.output, weights=arguments.weights)
-    except (CheckpointError, OSError) as error:
-        print(f"hf-radam average: {error}", file=sys.stderr)
-        return "", 1
-    for note in notes(sources, weights=arguments.weights):
+    weights, decay, ratio = arguments.weights, arguments.decay, arguments.half_life_ratio
+    sources = read_sources(arguments.checkpoints)
+    shares = coefficients([source.step for source in sources], weights=weights, decay=decay, half_life_ratio=ratio)
+    merge(sources, shares, arguments.output, weights=weights)
+    for note in notes(sources, weights=weights):
         print(f"hf-radam average: note: {note}", file=sys.stderr)
     rows = [["checkpoint", "step", "weight", "steps since the one before count"]]
     for source, share, before in zip(sources, shares, [0.0, *itertools.accumulate(shares)], strict=False):

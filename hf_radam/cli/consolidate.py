@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from typing import Any
 
 from hf_radam.cli.main import add_command, folder
@@ -39,10 +38,6 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     path = folder(arguments.path)
     if not is_checkpoint(path) and not list_checkpoints(path):
         raise ValueError(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
-    try:
-        path = path if is_checkpoint(path) else str(newest_loadable_checkpoint(path))
-        trust = arguments.trust_remote_code or None
-        return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0
-    except (OSError, ValueError) as error:
-        print(f"hf-radam consolidate: {error}", file=sys.stderr)
-        return "", 1
+    path = path if is_checkpoint(path) else str(newest_loadable_checkpoint(path))
+    trust = arguments.trust_remote_code or None
+    return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import shutil
 import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from hf_radam.checkpoints.manifest import CheckpointError
 
 COMMANDS = {
     "inspect": "describe a checkpoint or a run, and how to resume, extend or evaluate it",
@@ -24,7 +25,7 @@ COMMANDS = {
 }
 
 Run = Callable[[argparse.Namespace], tuple[str, int]]
-"""Run a command: its output and exit code. A `ValueError` is bad input, an `OSError` an unusable file."""
+"""Run a command: its output and exit code. `CheckpointError` and `OSError` are of files, `ValueError` is bad input."""
 
 
 def add_command(
@@ -70,38 +71,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` are its arguments, by default those of the process.
 
     Returns:
-        0; 1 if a checkpoint is incomplete or nothing can be written; 130 after Ctrl-C. SIGTERM ends it with 143.
+        0; 1 if a checkpoint is damaged, or a file cannot be read or written; 130 after Ctrl-C. SIGTERM exits with 143.
     """
     arguments = parse(sys.argv[1:] if argv is None else argv)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was begun is removed
     try:
-        with _terminable():
-            output, code = arguments.run(arguments)
+        output, code = arguments.run(arguments)
     except KeyboardInterrupt:
         print(f"{arguments.prog}: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
-        prefix = "" if isinstance(error, ValueError) else "a file cannot be read or written: "
-        arguments.refuse(printable(prefix + " ".join(str(error).split())))
+    except (CheckpointError, OSError) as error:
+        print(printable(f"{arguments.prog}: {' '.join(str(error).split())}"), file=sys.stderr)
+        return 1
+    except ValueError as error:
+        arguments.refuse(printable(" ".join(str(error).split())))
         raise  # not reached: `refuse` ends the process
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal without block characters shows ?
     try:
         sys.stdout.write(output)
         sys.stdout.flush()
     except BrokenPipeError:  # as of `| head`; Python must not flush again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Have SIGTERM raise `SystemExit`, so that what was begun is removed."""
-    if threading.current_thread() is not threading.main_thread():  # Python allows no handler there
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def folder(path: str) -> str:
@@ -125,11 +119,3 @@ def table(rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> list[s
         cells = enumerate(zip(row, widths, strict=True))
         lines.append("  ".join(c.rjust(width) if n in right else c.ljust(width) for n, (c, width) in cells).rstrip())
     return lines
-
-
-def only_ascii() -> bool:
-    """Return whether the output cannot show block characters."""
-    try:
-        return not "▁█".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return True

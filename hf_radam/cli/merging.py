@@ -16,7 +16,6 @@ equal; elsewhere it is an approximation. The checkpoints need not be evenly spac
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -243,19 +242,13 @@ def merge(
         raise ValueError(f"{output} is not an empty folder. Output folders must be empty.")
     if target == Path.cwd():
         raise ValueError(f"{output} is the current folder. Choose another folder.")
-    new = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".averaging-", dir=target.parent) as temporary:
-            staged = Path(temporary, "model")  # the temporary folder is private to the user
-            staged.mkdir()
-            _write(staged, target, sources, shares, weights=weights)
-            staged.replace(target)
-            flush(target.parent)
-    finally:
-        for folder in new:
-            with contextlib.suppress(OSError):  # not empty, or was not made
-                folder.rmdir()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".averaging-", dir=target.parent) as temporary:
+        staged = Path(temporary, "model")  # the temporary folder is private to the user
+        staged.mkdir()
+        _write(staged, target, sources, shares, weights=weights)
+        staged.replace(target)
+        flush(target.parent)
 
 
 def _write(folder: Path, target: Path, sources: Sequence[Source], shares: Sequence[float], *, weights: str) -> None:

@@ -9,7 +9,6 @@ import argparse
 import io
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,12 +18,10 @@ from typing import Any
 from hf_radam.checkpoints.manifest import TRAINER_STATE_NAME, PathLike, recorded_step
 from hf_radam.checkpoints.runs import is_checkpoint, list_checkpoints
 from hf_radam.cli.main import add_command, folder, printable, table
-from hf_radam.schedules import DECAY, STABLE, WARM_UP
 
 SUFFIXES = (".png", ".pdf", ".svg")
 HALF_LIFE_RATIO = 0.02
 EVALUATION_LOSS = re.compile(r"eval_(.+_)?loss")  # between them the name of a data set, or "raw"
-PHASE_COLORS = {WARM_UP: "#f4a582", STABLE: "#d9d9d9", DECAY: "#92c5de"}
 MARKERS = "os^DvPX*<>ph"
 Points = list[tuple[int, float]]
 
@@ -59,10 +56,10 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     save_figure(figure, arguments.output)
     kinds = list(dict.fromkeys(kind for log in logs for kind in log.evaluations))
     rows = [["run", "step", "training loss", *kinds, "from"]]
-    for log, name in zip(logs, run_names([log.path for log in logs]), strict=True):
+    for log in logs:
         series = [log.loss, *(log.evaluations.get(kind) for kind in kinds)]
         last = [f"{points[-1][1]:.4f}" if points else "-" for points in series]
-        rows.append([name, str(log.step), *last, str(log.source)])
+        rows.append([log.path, str(log.step), *last, str(log.source)])
     lines = table(rows, right=range(1, len(rows[0]) - 1))
     return printable("\n".join([*lines, "", f"drawn in {arguments.output}"]) + "\n"), 0
 
@@ -121,16 +118,6 @@ def smoothed(points: Points, *, half_life_ratio: float) -> Points:
     return means
 
 
-def run_names(paths: Sequence[str]) -> list[str]:
-    """Return the shortest ends of paths that tell them apart; of a checkpoint at least two parts."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-count - part[-1].startswith("checkpoint-") :]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    return list(paths)
-
-
 def check_drawing(file: PathLike) -> None:
     """Raise `ValueError` unless the name of a file ends in one of `SUFFIXES`, and matplotlib is installed."""
     if Path(file).suffix.lower() not in SUFFIXES:
@@ -168,9 +155,8 @@ def runs_figure(
     panels = [label for label, present in found.items() if present]
     figure = Figure(figsize=(9.0, 1.0 + 3.0 * len(panels)), dpi=150, layout="constrained")
     axes = dict(zip(panels, figure.subplots(len(panels), sharex=True, squeeze=False)[:, 0], strict=True))
-    names = run_names([log.path for log in logs])
-    for index, (log, name) in enumerate(zip(logs, names, strict=True)):
-        color = f"C{index % 10}"
+    for index, log in enumerate(logs):
+        color, name = f"C{index % 10}", log.path
         if log.loss and half_life_ratio:
             _line(axes["training loss"], log.loss, f"{name}: loss", label=None, alpha=0.3, color=color)
             mean = smoothed(log.loss, half_life_ratio=half_life_ratio)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_radam.checkpoints.runs import PREFIX
-from hf_radam.cli.main import add_command, only_ascii, table
+from hf_radam.cli.main import add_command, table
 from hf_radam.schedules import DECAY, STABLE, WARM_UP, Phase, SchedulePast, describe_schedule
 
 if TYPE_CHECKING:
     from hf_radam.training_args import RAdamTrainingArguments
 
-BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-:=+*#"
+BLOCKS = "▁▂▃▄▅▆▇█"
 INDENT = 16
 
 
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     plan = None if args.extend_from is None else plan_resume(args, None, verify=False)
     found = preview(args, None if plan is None else plan.past)
     lines = [] if plan is None else [str(plan.summary), ""]
-    lines += report(found, width=shutil.get_terminal_size().columns, blocks=ASCII_BLOCKS if only_ascii() else BLOCKS)
+    lines += report(found, width=shutil.get_terminal_size().columns)
     if parser.other_keys:
         lines += ["", f"ignored, as they are not about training: {', '.join(parser.other_keys)}"]
     return "\n".join(lines) + "\n", 0
@@ -152,8 +152,8 @@ def phases_of_rates(rates: Sequence[float]) -> list[Phase]:
     return phases
 
 
-def report(found: Preview, *, width: int, blocks: str = BLOCKS) -> list[str]:
-    """Return the schedule as lines of text, `width` characters wide, its curve made of `blocks` from low to high."""
+def report(found: Preview, *, width: int) -> list[str]:
+    """Return the schedule as lines of text, `width` characters wide, with a curve."""
     total, rates = len(found.rates), found.rates
     rows = [["phase", "steps", "share", "learning rate", *(["pinned at its end"] if found.pinned else [])]]
     for phase in found.phases:
@@ -161,19 +161,19 @@ def report(found: Preview, *, width: int, blocks: str = BLOCKS) -> list[str]:
         share = f"{100 * (phase.end - phase.start) / total:.1f} %"
         rows.append([phase.name, f"{phase.start}-{phase.end}", share, first if first == last else f"{first} to {last}"])
         rows[-1] += [found.pinned.get(phase.end, "")] if found.pinned else []
-    curve = sparkline(rates, width=width - INDENT, blocks=blocks)
+    curve = sparkline(rates, width=width - INDENT)
     lines = [found.summary, "", *table(rows, right=(1, 2)), "", f"{'learning rate'.ljust(INDENT)}{curve}"]
     for label, text in found.notes.items():
         lines += textwrap.wrap(text, width, initial_indent=label.ljust(INDENT), subsequent_indent=" " * INDENT)
     return lines + ([] if found.warning is None else ["", *textwrap.wrap(f"Warning: {found.warning}", width)])
 
 
-def sparkline(values: Sequence[float], *, width: int, blocks: str = BLOCKS) -> str:
+def sparkline(values: Sequence[float], *, width: int) -> str:
     """Draw values of 0 or more in one line; a character stands for the lowest of its values."""
     columns, top = min(max(width, 1), len(values)), max(values) or 1.0
     edges = [column * len(values) // columns for column in range(columns + 1)]
     lowest = [min(values[start:end]) for start, end in itertools.pairwise(edges)]
-    return "".join(blocks[round((len(blocks) - 1) * value / top)] for value in lowest)
+    return "".join(BLOCKS[round((len(BLOCKS) - 1) * value / top)] for value in lowest)
 
 
 def _factors(args: RAdamTrainingArguments, total: int) -> list[float | None] | None:

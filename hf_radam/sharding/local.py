@@ -124,21 +124,15 @@ def equal_slice(numel: int, index: int, ranks: int) -> tuple[int, int]:
 
 
 class SlicedSharding(Sharding):
-    """Parameters that are complete on every rank (DDP), each rank taking an equal slice of each.
-
-    A parameter that is not contiguous is not sliced: every rank takes all of it.
-    """
+    """Parameters that are complete on every rank (DDP), each rank taking an equal slice of each."""
 
     def _slice(self, name: str) -> tuple[int, int]:
-        parameter = self.parameters[name]
-        if not parameter.is_contiguous():
-            return 0, parameter.numel()
-        return equal_slice(parameter.numel(), rank(), world_size())
+        return equal_slice(self.parameters[name].numel(), rank(), world_size())
 
     def optimizer_shard(self, name: str) -> Tensor:
-        """Return this rank's slice of the flattened parameter: a view."""
-        parameter, (start, length) = self.model_shard(name), self._slice(name)
-        return parameter.view(-1)[start : start + length] if parameter.is_contiguous() else parameter
+        """Return this rank's slice of the flattened parameter: a view of one that is contiguous, else a copy."""
+        start, length = self._slice(name)
+        return self.model_shard(name).reshape(-1)[start : start + length]
 
     def model_shard(self, name: str) -> Tensor:
         """Return the complete parameter."""
@@ -154,7 +148,7 @@ class SlicedSharding(Sharding):
         return 0
 
     def _is_complete(self, name: str, *, optimizer: bool) -> bool:
-        return not optimizer or not self.parameters[name].is_contiguous()
+        return not optimizer
 
     def _write(self, name: str, shard: Tensor) -> None:
         self.model_shard(name).copy_(self.gather(name, shard))

@@ -165,14 +165,7 @@ def evaluate_weights(
     """Run upstream's evaluation loop on the evaluation weights, and on the training weights if `with_raw`.
 
     Neither the weights nor the global random states change. The metrics of the training weights are named with the
-    prefix `{metric_key_prefix}_raw`.
-
-    Args:
-        trainer: the trainer.
-        loop: upstream's `evaluation_loop`.
-        *args: its arguments.
-        with_raw: whether to evaluate the training weights too.
-        **kwargs: more of its arguments.
+    prefix `{metric_key_prefix}_raw`. The arguments are those of `loop`.
 
     Raises:
         ValueError: if a metric of the training weights has the name of another metric, or is to choose the best model.

@@ -88,7 +88,7 @@ def _broadcast(value: Any) -> Any:
 
 
 def check_agreement(trainer: Any, **further: Any) -> None:
-    """Raise `DisagreementError` on every rank if they are not about to train the same; collective.
+    """Raise `DisagreementError` on every rank if they are not about to train the same, into one folder; collective.
 
     Compared are arguments, options of the back-end, the model's parameters, lengths of data, versions, and `further`.
     """
@@ -101,6 +101,7 @@ def check_agreement(trainer: Any, **further: Any) -> None:
             "The ranks of this run were started differently, and would wait for each other or train different things: "
             f"{'; '.join(differences(all_gather_object(facts)))}. Start every rank with the same flags, model and data."
         )
+    check_shared_folder(trainer.args)
 
 
 def differences(by_rank: list[dict[str, str]]) -> list[str]:

@@ -21,7 +21,7 @@ from hf_radam import __version__
 from hf_radam.averaging import DEFAULT_HALF_LIFE_RATIO
 from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.checkpoints.peft import is_peft
-from hf_radam.checkpoints.runs import PREFIX, list_checkpoints
+from hf_radam.checkpoints.runs import PREFIX
 from hf_radam.names import SchedulerName
 from hf_radam.schedules import describe_schedule
 from hf_radam.trainer.compatibility import is_sharded_in_forward, optimizer_name
@@ -51,10 +51,8 @@ NOT_METRICS = ("_runtime", "_per_second", "_model_preparation_time", "_jit_compi
 def write_card_section(trainer: Any, *, only_if_present: bool = False) -> None:
     """Write the section on method, evaluation and weights into the card in `output_dir`. Rank 0 does.
 
-    Args:
-        trainer: the trainer.
-        only_if_present: renew a section that is there: TRL writes its card before each checkpoint, so that it knows
-            neither that one nor the final model. A failure is then logged, not raised.
+    With `only_if_present` it renews a section that is there, and logs a failure instead of raising it: TRL writes its
+    card before each checkpoint, so that it knows neither that one nor the final model.
     """
     if not trainer.is_world_process_zero():
         return
@@ -160,40 +158,29 @@ def _weights(trainer: Any) -> str:
         folder = manifest["evaluation"]["folder"] if manifest else None
         source = folder.partition("/")[0] if folder else None
         which = f" after step {trainer.state.best_global_step}, the best by `{trainer.args.metric_for_best_model}`"
-    imports, loader, model_class = _loader(trainer._bare_model)
+    imports, loader = _loader(trainer._bare_model)
     place = "folder" if trainer.hub_model_id is None else "repository"
     text = f"## Weights\n\nThe model of this {place} has the **evaluation weights**: {WEIGHTS[source]}{which}.\n\n"
     text += f"```python\n{imports}\n\nmodel = {loader.format(trainer.hub_model_id or '.')}\n```\n"
-    run = Path(str(trainer.args.output_dir))
-    found = [ref.path.relative_to(run).as_posix() for ref in list_checkpoints(run)][:1]
-    if trainer._best_model_loaded:
-        found = [f"{PREFIX}{trainer.state.best_global_step}"]
-    if found:
-        beside = "" if source is None else ", and the evaluation weights beside them"
-        imports = "from hf_radam import load_evaluation_model" + (f"\n{imports}" if model_class else "")
-        given = f", model_class={model_class}" if model_class else ""
-        text += (
-            f"\nA checkpoint of the run has the **training weights** at its root, to resume from{beside}:\n\n"
-            f'```python\n{imports}\n\nmodel = load_evaluation_model("{found[0]}"{given})\n```\n'
-        )
-    return text
+    beside = "" if source is None else ", and the evaluation weights beside them: `hf_radam.load_evaluation_model`"
+    return f"{text}\nA checkpoint of the run has the **training weights** at its root, to resume from{beside}.\n"
 
 
-def _loader(model: Any) -> tuple[str, str, str | None]:
-    """Return the import and the call that load a model folder, and the name of a class that transformers lacks."""
+def _loader(model: Any) -> tuple[str, str]:
+    """Return the import and the call that load a model folder."""
     if is_peft(model):
         name = f"Auto{type(model).__name__}"
-        return f"from peft import {name}", f'{name}.from_pretrained("{{}}")', None
+        return f"from peft import {name}", f'{name}.from_pretrained("{{}}")'
     name = type(model).__name__.removeprefix("FSDP")  # which FSDP2 puts before it
     kind = next((kind for kind in type(model).__mro__ if kind.__name__ == name), type(model))
     if getattr(transformers, name, None) is kind:
         if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type) == name:
             name = "AutoModelForCausalLM"
-        return f"from transformers import {name}", f'{name}.from_pretrained("{{}}")', None
+        return f"from transformers import {name}", f'{name}.from_pretrained("{{}}")'
     imports = f"from {kind.__module__} import {name}"
     if kind.__module__ == "__main__":
         imports = f"# {name} is a class of the training script: define it here first."
-    return imports, f'{name}.from_pretrained("{{}}")', name
+    return imports, f'{name}.from_pretrained("{{}}")'
 
 
 # ---- Hub ----

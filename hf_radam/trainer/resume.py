@@ -68,13 +68,8 @@ def _warn(message: str) -> None:
 def load_training_weights(trainer: Any, checkpoint: str, stock: Callable[[], None]) -> None:
     """Load the training weights of a checkpoint in any layout.
 
-    Upstream skips keys that files spell otherwise without a message (Mixtral's experts; transformers 5.24), and reads
-    only the layout that it would write.
-
-    Args:
-        trainer: the trainer.
-        checkpoint: the folder.
-        stock: upstream's loading.
+    Upstream's loading, `stock`, skips keys that files spell otherwise without a message (Mixtral's experts;
+    transformers 5.24), and reads only the layout that it would write.
     """
     model, layout = trainer._bare_model, layout_of(checkpoint)
     of_fsdp = layout.fsdp_weights is not None and Path(checkpoint, layout.fsdp_weights).exists()
@@ -132,15 +127,9 @@ def check_deepspeed(trainer: Any, checkpoint: str) -> None:
 
 
 def load_optimizer_and_scheduler(trainer: Any, checkpoint: str, stock: Callable[[], None]) -> None:
-    """Load optimizer and schedule in any layout, and refuse those that were trained otherwise.
+    """Load optimizer and schedule in any layout; `stock` is upstream's loading.
 
-    Args:
-        trainer: the trainer.
-        checkpoint: the folder.
-        stock: upstream's loading.
-
-    Raises:
-        CheckpointError: if optimizer, hyper-parameters or learning rate are not those of the arguments.
+    Raises `CheckpointError` if optimizer, hyper-parameters or learning rate are not those of the arguments.
     """
     optimizer, scheduler, layout = trainer._bare_optimizer, trainer.lr_scheduler, layout_of(checkpoint)
     plan: ResumePlan = trainer._plan
@@ -268,12 +257,9 @@ def check_place_in_data(state: TrainerState, dataloader: Any, *, accumulation: i
 
 
 def epochs_after(steps: int, *, batches_per_epoch: int, accumulation: int) -> float:
-    """Return the epochs that `steps` steps are, which is where upstream resumes.
+    """Return the epochs that `steps` steps are, which is where upstream resumes; the batches are those of one process.
 
-    Args:
-        steps: completed steps.
-        batches_per_epoch: batches of one process in an epoch.
-        accumulation: batches of one process in a step; the last step of an epoch may have fewer.
+    The last step of an epoch may have fewer than `accumulation` batches.
     """
     epochs, rest = divmod(steps, math.ceil(batches_per_epoch / accumulation))
     return epochs + rest * accumulation / batches_per_epoch

@@ -89,12 +89,7 @@ class CheckpointSession:
             self._hasher.submit(folder.rglob("*.safetensors"))
 
     def seal(self, folder: Path, content: Mapping[str, Any]) -> None:
-        """Flush and hash every file of a staged checkpoint and write its manifest; collective.
-
-        Args:
-            folder: the staged checkpoint, complete but for the manifest.
-            content: what the manifest says besides the files.
-        """
+        """Flush and hash every file of a staged checkpoint and write its manifest, with `content` in it; collective."""
         mine = {}
         if rank() > 0:  # each rank hashes the files that bear its number: one would take long over all of them
             mine = storage.FileHasher(folder).finish(only=lambda file: storage.rank_of(file) == rank())
@@ -106,10 +101,7 @@ class CheckpointSession:
     def commit(self, step: int, *, at_root: bool, pinned_in: str | None) -> None:
         """Give a sealed checkpoint its place or places, which share the files; collective.
 
-        Args:
-            step: completed steps.
-            at_root: whether it is one of the checkpoints that are rotated.
-            pinned_in: the folder of the run in which it is kept permanently, or None.
+        At the root of the run checkpoints are rotated; the folder `pinned_in` keeps them permanently.
         """
         name = f"{PREFIX}{step}"
         places = [Path(pinned_in, name)] if pinned_in else []
@@ -183,7 +175,7 @@ def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[
     """Open a context in which upstream writes a checkpoint, which is completed and committed at its end.
 
     Args:
-        trainer: the trainer, which has a session.
+        trainer: has a session.
         at_root: whether it belongs to the checkpoints at the root of the run; else it is only pinned.
         resumable: write the optimizer whatever `save_only_model` says, as for every pinned checkpoint.
     """

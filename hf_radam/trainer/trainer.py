@@ -200,7 +200,6 @@ class RAdamTrainerMixin(_Base):
             raise RuntimeError(
                 "This trainer has loaded parts of a checkpoint that was then refused. Make a new trainer and model."
             )
-        ranks.check_shared_folder(self.args)
         limit, self._trial_of_run = self.args.save_total_limit, trial
         callbacks.install_callbacks(self)
         with contextlib.ExitStack() as at_end:

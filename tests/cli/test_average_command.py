@@ -238,7 +238,7 @@ def test_a_failure_has_code_1_and_leaves_nothing(checkpoints, tmp_path, capsys):
     run = Path(shutil.copytree(checkpoints[0].parent, tmp_path / "run"))
     folders = [str(run / f"checkpoint-{step}") for step in UPDATES]
     end = ["--weights", "linear", "-o"]
-    too_long = str(tmp_path / "new" / (300 * "n") / "merged")
+    too_long = str(tmp_path / (300 * "n") / "merged")
     assert "File name too long" in refused(["average", *folders, *end, too_long], capsys, 1)
     flip(run / "checkpoint-12/model.safetensors")
     line = refused(["average", *folders, *end, str(tmp_path / "merged")], capsys, 1)

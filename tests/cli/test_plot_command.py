@@ -44,8 +44,9 @@ def drawn(figure):
 
 
 @pytest.mark.parametrize("logarithmic", [False, True])
-def test_the_drawn_data_is_the_recorded_data(runs, tmp_path, logarithmic):
-    figure = runs_figure([read_training_log(runs / name) for name in ("ewa", "wsd", "stock")], logarithmic=logarithmic)
+def test_the_drawn_data_is_the_recorded_data(runs, tmp_path, monkeypatch, logarithmic):
+    monkeypatch.chdir(runs)
+    figure = runs_figure([read_training_log(name) for name in ("ewa", "wsd", "stock")], logarithmic=logarithmic)
     lines = drawn(figure)
     for name, step in {"ewa": 20, "wsd": 20, "stock": 10}.items():
         file = runs / name / f"checkpoint-{step}/trainer_state.json"
@@ -58,8 +59,9 @@ def test_the_drawn_data_is_the_recorded_data(runs, tmp_path, logarithmic):
     save_figure(figure, tmp_path / "runs.png")
 
 
-def test_the_smoothed_line(runs):
-    figure = runs_figure([read_training_log(runs / "wsd")], half_life_ratio=0.2)
+def test_the_smoothed_line(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    figure = runs_figure([read_training_log("wsd")], half_life_ratio=0.2)
     points = np.array(recorded(runs / "wsd/checkpoint-20/trainer_state.json", "loss"))
     for index, (step, value) in enumerate(drawn(figure)["wsd: smoothed loss"]):
         past = points[: index + 1]
@@ -67,7 +69,7 @@ def test_the_smoothed_line(runs):
         weights = np.array([0.5 ** rates[start:].sum() for start in range(index + 1)])
         assert step == past[-1, 0]
         assert value == pytest.approx((weights * past[:, 1]).sum() / weights.sum(), rel=1e-12)
-    plain = drawn(runs_figure([read_training_log(runs / "wsd")], half_life_ratio=0))
+    plain = drawn(runs_figure([read_training_log("wsd")], half_life_ratio=0))
     assert set(plain) == {"wsd: loss", "wsd: eval_loss", "wsd: learning_rate"}
     means = [value for _, value in smoothed([(1, math.nan), (2, 4.0), (3, math.inf)], half_life_ratio=0.5)]
     assert math.isnan(means[0]) and means[1:] == [4.0, 4.0]
@@ -93,10 +95,11 @@ def written(folder, history):
     return folder
 
 
-def test_several_data_sets(tmp_path):
+def test_several_data_sets(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = ["eval_loss", *(f"eval_{name}_loss" for name in ("c4-en_raw", "c4-en", "wiki.v2", "a b", "$x$"))]
     others = ["eval_loss_scale", "eval_lossy", "eval_c4-en_accuracy", "test_c4-en_loss"]
-    log = read_training_log(written(tmp_path / "a$b$", [{"step": 4, name: 2.0} for name in names + others]))
+    log = read_training_log(written(Path("a$b$"), [{"step": 4, name: 2.0} for name in names + others]))
     assert list(log.evaluations)[0] == "eval_loss" and log.evaluations == {name: [(4, 2.0)] for name in names}
     figure = runs_figure([log])
     lines = {line.get_gid(): line for line in figure.axes[0].lines}
