@@ -226,7 +226,7 @@ class WeightAverage:
     def _move(self, size: float) -> None:
         self.finish()
         averages, copies = [*self._averages.values()], self._copies
-        weights = [self.sharding.optimizer_shard(name).detach() for name in self._averages]
+        weights = [self.sharding.optimizer_shard(name) for name in self._averages]
         if copies is None:
             return move_averages(averages, weights, size)
         self._versions = {name: self.sharding.parameters[name]._version for name in self._averages}

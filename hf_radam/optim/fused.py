@@ -39,6 +39,7 @@ OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-err
 DTYPES, DEVICES = {torch.float32: "float32", torch.float64: "float64"}, ("cpu", "cuda")
 MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size
 TENSORS_PER_CALL = 4  # of the compiled kernel
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 Entry = tuple[Tensor, ...]  # a parameter, its gradient and its states
 Kernel = Callable[[Sequence[list[Tensor]], list[float]], None]
 
@@ -120,13 +121,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def are_plain(*tensors: Tensor) -> bool:
     """Return whether the memory of tensors holds their elements in order: kernels see addresses alone."""
-    return all(
-        type(t) in (Tensor, nn.Parameter, nn.Buffer)
-        and t.is_contiguous()
-        and not (t.is_neg() or t.is_inference())
-        and bool(t.data_ptr() or not t.numel())
-        for t in tensors
-    )
+    for t in tensors:
+        if type(t) not in PLAIN or not t.is_contiguous() or t.is_neg() or t.is_inference():
+            return False
+        if not t.data_ptr() and t.numel():
+            return False
+    return True
 
 
 def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[Entry]]:
@@ -134,12 +134,12 @@ def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[
 
     The rest are what no kernel takes, and parameters that begin at one address, whose steps must follow one another.
     """
-    fits = [_fits(entry[:4]) for entry in entries]
-    addresses = Counter(local(entry[0]).data_ptr() for entry, fit in zip(entries, fits, strict=True) if fit)
+    addresses = [local(entry[0]).data_ptr() if entry[0].layout is torch.strided else 0 for entry in entries]
+    counts = Counter(addresses)
     groups: dict[tuple[torch.dtype, torch.device], list[Entry]] = {}
     rest: list[Entry] = []
-    for entry, fit in zip(entries, fits, strict=True):
-        if fit and addresses[local(entry[0]).data_ptr()] == 1:
+    for entry, address in zip(entries, addresses, strict=True):
+        if counts[address] == 1 and _fits(entry[:4]):
             groups.setdefault((entry[0].dtype, entry[0].device), []).append(entry)
         else:
             rest.append(entry)
@@ -148,13 +148,16 @@ def group_for_fusing(entries: Sequence[Entry]) -> tuple[list[list[Entry]], list[
 
 def _fits(tensors: Sequence[Tensor]) -> bool:
     first = tensors[0]
-    alike = len({(t.dtype, t.device, t.shape) for t in tensors}) == 1
-    if not alike or first.dtype not in DTYPES or first.device.type not in DEVICES:
-        return False
-    if any(isinstance(t, DTensor) for t in tensors):
+    if isinstance(first, DTensor):
         layouts = {(t.device_mesh, t.placements) if isinstance(t, DTensor) else None for t in tensors}
         return len(layouts) == 1 and _fits([*map(local, tensors)])
-    return are_plain(*tensors) and (first.is_cpu or first.numel() >= MIN_NUMEL)
+    dtype, device, shape = first.dtype, first.device, first.shape
+    if dtype not in DTYPES or device.type not in DEVICES or not are_plain(*tensors):
+        return False
+    for t in tensors[1:]:
+        if t.dtype is not dtype or t.device != device or t.shape != shape:
+            return False
+    return device.type == "cpu" or first.numel() >= MIN_NUMEL
 
 
 def schedule_free_step(columns: Sequence[list[Tensor]], scalars: list[float]) -> None:
