@@ -53,10 +53,9 @@ def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             chosen = [row for row in all_rows[what]() if row.name == "torch.optim.AdamW, foreach"]
             patch.setattr(rows, "ROWS", {what: lambda: chosen})
-            return memory_table(what, width, device)
+            return memory_table(what, 256, device)  # large enough to tell from the noise of a process
 
     monkeypatch.setattr(rows, "memory_table", memory_of_one)
-    monkeypatch.setattr(benchmark, "QUICK", benchmark.QUICK | {"width": 256, "widths": [64]})
     words = ["--quick", "--json", file, "--figure", drawn, "--document", document]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, words)])
     assert benchmark.main() == 0
@@ -68,7 +67,7 @@ def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
     assert [row["every"] for row in data["every"]["rows"]] == [1, 4]
     assert data["trainers"][0]["parameters"] == sizes[0]  # the same llama
     assert [len(row["seconds"]) for row in data["trainers"][0]["rows"]] == [3] * len(TRAINERS)
-    for table in data["tables"][-2:]:
+    for table in data["tables"][:2]:
         for row in table["rows"]:
             assert f"| {row['name']} | {report.milliseconds(row['seconds'])} | {row['to_limit']:.2f} |" in printed
     if rows.has_memory(torch.device("cpu")):

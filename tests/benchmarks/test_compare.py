@@ -23,6 +23,7 @@ import compare_figures
 import compare_plan as plan
 import compare_results as results
 import compare_run
+import run_clm
 from compare_methods import parse_arguments
 from compare_plan import COSINE, EWA, FREE, RAW, WSD, WSD_S, Curves, Point, Settings
 from compare_run import JobError, Runner
@@ -203,7 +204,7 @@ def comparison(command, folder):
 
 
 def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_resumed(flags, monkeypatch, capsys):
-    """Only one trunk and its decay are trained to their ends here."""
+    """Only one trunk and its decay are trained to their ends here, the trunk in this process."""
     command, where = [sys.executable, str(SCRIPT), *flags], flags[1]
     with comparison(command, where) as process:
         other = subprocess.run(command, capture_output=True, text=True)
@@ -219,13 +220,13 @@ def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_re
     settings = parse_arguments(flags).settings
     folder = Path(where) / settings.digest
     decay, trunk = plan.wsd(settings, 20, Point(1e-2), 0), plan.trunk(settings, Point(1e-2), 0)
-    monkeypatch.setattr(compare_run, "jobs", lambda settings, known: [trunk])
-    Runner(settings, folder, workers=2).run()
-    assert f"{decay.trunk}: " in (said := capsys.readouterr().out) and "after 20 steps in" in said
+    monkeypatch.setattr("sys.argv", ["run_clm.py", *plan.command(trunk, settings, str(folder))])
+    run_clm.run()
     monkeypatch.setattr(compare_run, "jobs", lambda settings, known: plan.with_trunk(settings, decay))
     runner = Runner(settings, folder, workers=2)
     assert [job.name for job in runner.needed()] == [decay.name]
     known = runner.run()
+    assert f"{decay.name}: " in (said := capsys.readouterr().out) and f"after {20 - decay.begins} steps in" in said
     state = json.loads((folder / decay.name / "trainer_state.json").read_text())
     (last,) = [e["eval_raw_loss"] for e in state["log_history"] if "eval_raw_loss" in e and e["step"] == 20]
     assert plan.Reading(decay, True, 20).loss(known) == last
