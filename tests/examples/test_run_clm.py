@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
         "learning_rate": 0.05,  # large, so that averaged and training weights differ
         "max_steps": 6,
         "save_steps": 3,
+        "max_eval_samples": 16,
         "per_device_eval_batch_size": 7,  # leaves an incomplete last batch
         "output_dir": "run",
         "token": "secret",
@@ -91,8 +92,7 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder, script):
     assert averaged["loss"] == pytest.approx(results["eval_loss"], abs=1e-5)
     assert raw["loss"] == pytest.approx(results["eval_raw_loss"], abs=1e-5)
     assert averaged["bits_per_byte"] == pytest.approx(results["bits_per_byte"], abs=1e-5)
-    assert averaged["sample"].startswith("def ")
-    assert "checkpoint-6" in raw["source"]
+    assert averaged["sample"].startswith("def ") and "checkpoint-6" in raw["source"]
     assert f"{averaged['loss']:.4f}" in said and f"{raw['loss']:.4f}" in said
     code, _, said = script(evaluate_clm.main, "nowhere")
     assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is no folder. Give the folder of a run, or ")
