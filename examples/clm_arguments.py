@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from clm_model import new_config
 from hf_radam import RAdamTrainingArguments
 from hf_radam.config_files import ConfigArgumentParser, one_sentence
 
 DATA_SUFFIXES = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-MODEL_TYPES = tuple(config.model_type for config in MODEL_FOR_CAUSAL_LM_MAPPING)
 OTHER_RANKS_WAIT = 10  # seconds before ranks above 0 report an error; launchers end them when rank 0 has left
 
 
@@ -60,7 +59,7 @@ class ModelArguments:
             )
         if self.config_name and self.model_type:
             raise ValueError(f"config_name={self.config_name} has an architecture. Leave model_type out.")
-        if self.model_type and self.model_type not in MODEL_TYPES:
+        if self.model_type and self.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
                 f"model_type={self.model_type} is no causal language model of transformers. Try llama, gpt2 or qwen3."
             )

@@ -15,12 +15,9 @@ import torch
 import benchmark
 import benchmark_report as report
 import benchmark_rows as rows
-import tables
 from benchmark_trainers import STOCK, TRAINERS
 
-CPU = torch.device("cpu")
 COMMITTED = Path(__file__).parents[2] / "docs" / "benchmark.json"
-HELD_AND_PEAK = {"torch.optim.AdamW, foreach": (8, 12), "hf_radam.WeightAverage": (4, 4)}  # states; temporaries
 
 
 def check(data):
@@ -52,14 +49,13 @@ def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
     document.write_text("Before\n<!-- benchmark: steps -->\nold\n<!-- end of benchmark -->\nafter\n")
     memory_table, all_rows = rows.memory_table, rows.ROWS
 
-    def memory_of_some(what, width, device):
+    def memory_of_one(what, width, device):
         with monkeypatch.context() as patch:
-            chosen = [row for row in all_rows[what]() if row.name in HELD_AND_PEAK]
+            chosen = [row for row in all_rows[what]() if row.name == "torch.optim.AdamW, foreach"]
             patch.setattr(rows, "ROWS", {what: lambda: chosen})
-            return memory_table(what, width, device)
+            return memory_table(what, 256, device)  # large enough to tell from the noise of a process
 
-    monkeypatch.setattr(rows, "memory_table", memory_of_some)
-    monkeypatch.setattr(benchmark, "QUICK", benchmark.QUICK | {"width": 256, "widths": [64]})
+    monkeypatch.setattr(rows, "memory_table", memory_of_one)
     words = ["--quick", "--json", file, "--figure", drawn, "--document", document]
     monkeypatch.setattr("sys.argv", ["benchmark.py", *map(str, words)])
     assert benchmark.main() == 0
@@ -71,15 +67,14 @@ def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
     assert [row["every"] for row in data["every"]["rows"]] == [1, 4]
     assert data["trainers"][0]["parameters"] == sizes[0]  # the same llama
     assert [len(row["seconds"]) for row in data["trainers"][0]["rows"]] == [3] * len(TRAINERS)
-    for table in data["tables"][-2:]:
+    for table in data["tables"][:2]:
         for row in table["rows"]:
             assert f"| {row['name']} | {report.milliseconds(row['seconds'])} | {row['to_limit']:.2f} |" in printed
-    for row in [row for table in data["memory"] for row in table["rows"]]:
-        # Rounded to pages; the foreach kernels work on lists that need not hold all of the tensors.
-        held, peak = HELD_AND_PEAK[row["name"]]
-        assert row["held"] == pytest.approx(held, abs=0.4) and row["peak"] == pytest.approx(peak, abs=0.6)
+    if rows.has_memory(torch.device("cpu")):
+        (row,) = [row for table in data["memory"] for row in table["rows"]]
+        # Two states, and temporaries: the foreach kernels work on lists that need not hold all of the tensors.
+        assert row["held"] == pytest.approx(8, abs=0.4) and row["peak"] == pytest.approx(12, abs=0.6)
         assert f"| {row['held']:.1f} | {row['peak']:.1f} |" in printed
-    assert len(data["memory"]) == 2 * rows.has_memory(CPU)
     assert drawn.read_bytes().startswith(b"\x89PNG") and drawn.stat().st_size > 20_000
     text = document.read_text()
     assert text.startswith("Before\n<!-- benchmark: steps -->\n") and "| hf_radam.RAdam, fused |" in text
@@ -88,36 +83,11 @@ def test_it_measures_and_writes_every_number(tmp_path, monkeypatch, capsys):
     assert benchmark.main() == 0 and printed.endswith(capsys.readouterr().out)
 
 
-def test_gradients_that_are_taken_are_put_back():
-    def make(model):
-        def take():
-            assert all(parameter.grad is not None for parameter in model)
-            for parameter in model:
-                parameter.grad = None
-
-        return take
-
-    running = rows.Running(rows.Row("greedy", make, takes_gradients=True), [(4, 4), (4,)], CPU)
-    assert all(running.once() > 0 for _ in range(3))
-
-
-def test_the_committed_numbers_hold_together(tmp_path):
+def test_the_committed_numbers_hold_together():
     data = json.loads(COMMITTED.read_text(encoding="utf-8"))
     check(data)
     assert len({table["parameters"] for table in data["tables"]}) == 3
     assert [row["every"] for row in data["every"]["rows"]] == [1, 4, 16, 64]
-    report.draw(data, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     for measured in data["trainers"]:
         first = next(row for row in measured["rows"] if "EWA" in row["name"])
         assert f"{statistics.median(first['to_stock']):.3f} x stock" in report.summary(data)
-
-
-def test_a_document_without_a_place_for_tables_is_refused():
-    parts = {"small": lambda data: tables.markdown(["n"], [[str(data)]])}
-    with pytest.raises(ValueError, match=r"There is no <!-- kind: NAME --> \.\.\. "):
-        tables.written("Nothing.\n", "kind", parts, 3)
-    with pytest.raises(ValueError, match=r"<!-- kind: large --> is unknown. Use one of small"):
-        tables.written("<!-- kind: large -->\n<!-- end of kind -->\n", "kind", parts, 3)
-    text = "<!-- kind: small -->\n{}<!-- end of kind --> <!-- other: small -->"
-    assert tables.written(text.format("old"), "kind", parts, 3) == text.format("| n |\n|---|\n| 3 |\n")

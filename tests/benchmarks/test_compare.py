@@ -8,20 +8,22 @@ import dataclasses
 import json
 import math
 import random
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import limits
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
+import clm_arguments
 import compare_figures
 import compare_plan as plan
 import compare_results as results
 import compare_run
+import run_clm
 from compare_methods import parse_arguments
 from compare_plan import COSINE, EWA, FREE, RAW, WSD, WSD_S, Curves, Point, Settings
 from compare_run import JobError, Runner
@@ -72,9 +74,8 @@ def test_every_grid_grows_until_its_best_is_inside(rates):
         around = {Point(grid.best.rate * ratio, BEST_WARMUP) for ratio in (0.5, 2)}
         around |= {Point(grid.best.rate, warmup) for warmup in (20, 80)}
         assert not cosine or around < grid.losses.keys()
-        for seed in settings.seeds:
-            for horizon in settings.horizons:
-                assert arm.reading(horizon, grid.best, seed).loss(known) is not None
+        for horizon in settings.horizons:
+            assert all(arm.reading(horizon, grid.best, seed).loss(known) is not None for seed in settings.seeds)
 
 
 def test_grids_that_do_not_end_or_diverge():
@@ -86,20 +87,9 @@ def test_grids_that_do_not_end_or_diverge():
     assert plan.grid(SETTINGS, arm, 400, known).best == Point(2.0**-5)
 
 
-def test_decays_branch_from_the_checkpoints_of_their_trunk():
-    for job in plan.jobs(SETTINGS, world(SETTINGS)):
-        if job.trunk is not None:
-            trunk = plan.trunk(SETTINGS, job.point, job.seed)
-            assert trunk.name == job.trunk and job.begins % trunk.flags["save_steps"] == 0
-            assert job.begins + job.flags["decay_steps"] == job.ends
-            words = plan.command(job, SETTINGS, "folder")
-            assert words[words.index("--extend_from") + 1] == f"folder/{job.trunk}/checkpoint-{job.begins}"
-
-
 def test_wrong_settings_are_refused(capsys):
     for settings, reason in (
         ('{"steps": 401}', "steps=401 must be a positive multiple of 20"),
-        ('{"warmup": 200}', "warmup=200 must be 1 to 132, half of the first horizon"),
         ('{"rates": {"radam": [1e-3, 1e-3, 2e-3]}}', "at least three different positive numbers"),
         ('{"stepz": 40}', "unexpected keyword argument 'stepz'"),
     ):
@@ -140,8 +130,6 @@ def test_the_numbers_are_those_of_the_world(compared):
     assert own["by_seed"][0] == pytest.approx([100 * -0.2 / raw for raw in (2.6, 2.61, 2.62)])
     decay = claims["A decay ends at least 3 % below the constant run that it left"]
     assert decay["differences"] == [0, 0, 0] and not any(decay["holds"])
-    near = claims["WSD-S is not farther than 1 % from WSD"]  # here 0.2 below
-    assert near["differences"][2] == pytest.approx(100 * -0.2 / 2.31, abs=0.01) and not any(near["holds"])
     longer = [(each["horizon"], each["loss"], each["ends"], each["rate"]) for each in compared["longer_cosines"]]
     assert longer == [(100, pytest.approx(2.4), 200, 2.0**-9), (200, pytest.approx(2.2), 400, 2.0**-9)]
     warmed = arms[FREE]["warmed"]  # at the best rate and its double, one factor of 2 from it
@@ -171,14 +159,12 @@ def test_tables_and_figures_say_the_numbers(compared, tmp_path):
         "| A decay ends at least 3 % below the constant run that it left | +0.00 % (+0.00 to +0.00) |",
         "| does not hold |",
         "| RAdamScheduleFree, 400 steps |  |  |  | 2.200 | **2.100** | 2.200 |  |",
-        "| AdamW, cosine, 100 steps, warm-up 10 |  | 2.800 |",
-        "| RAdam + EWA | 0.95 | 20 | 0.0625 | 2.500 | 2.300 | 2.200 |",
+        "| AdamW, cosine, 100 steps, warm-up 40 | 2.500 | **2.400** | 2.500 |",
         "| RAdam + EWA | 0.98 | 0 | 0.0625 | 2.500 | 2.300 | 2.200 |",
         "| 100 | 2.400 | 2.400 | 200 steps, learning rate 0.00195312, warm-up 40 |",
         "23 parameters",
     ):
         assert words in printed
-    assert re.search(r"\| AdamW, cosine, 100 steps, warm-up 40 \| 2.500 \| \*\*2.400\*\* \| 2.500 \|", printed)
     drawn = compare_figures.draw(compared, tmp_path / "figures")
     assert [path.stem for path in drawn] == ["losses", "learning_rates", "tuning", "steps_to_serve"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
@@ -187,59 +173,68 @@ def test_tables_and_figures_say_the_numbers(compared, tmp_path):
 # ---- Real trainings ----
 
 
-@pytest.fixture(scope="module")
-def flags(tmp_path_factory):
+@pytest.fixture
+def flags(tmp_path):
     """Flags of a tiny comparison in a folder of its own."""
-    folder, draw = tmp_path_factory.mktemp("compare"), random.Random(0)
+    draw = random.Random(0)
     words = [" ".join(draw.choices("def return class self value name".split(), k=12)) for _ in range(900)]
-    (folder / "text.txt").write_text("\n".join(words))
+    (tmp_path / "text.txt").write_text("\n".join(words))
     tiny = {"steps": 20, "warmup": 2, "sequences": 2, "block": 32, "vocabulary": 300, "width": 16, "layers": 1}
     tiny |= {"evaluated": 4, "seeds": [0], "rates": {name: [1e-4, 1e-2, 10.0] for name in RATES}}
-    tiny["flags"] = {"train_file": str(folder / "text.txt"), "use_cpu": True}
-    return ["--folder", str(folder), "--settings", json.dumps(tiny), "--workers", "2"]
+    tiny["flags"] = {"train_file": str(tmp_path / "text.txt"), "use_cpu": True}
+    return ["--folder", str(tmp_path), "--settings", json.dumps(tiny), "--workers", "2"]
 
 
 def running(folder):
     """Whether trainings of a comparison run."""
-    for arguments in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            words = arguments.read_bytes()
-            if b"run_clm.py" in words and folder.encode() in words:
-                return True
-    return False
+    commands = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    return any("run_clm.py" in command and folder in command for command in commands)
 
 
-def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_resumed(flags, monkeypatch):
-    """Only the first training, one trunk and one decay are trained here."""
-    command = [sys.executable, "-u", str(SCRIPT), *flags]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first = process.stdout.readline()
-    assert "adamw_cosine/5/warmup_2/rate_0.0001/seed_0" in first and "after 5 steps in" in first, process.stderr.read()
-    process.terminate()
-    _, said = limits.communicate(process)
-    assert process.returncode == 130 and "The same command resumes with what is missing" in said
-    assert not running(flags[1])
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        limits.wait_until(lambda: running(flags[1]), process)
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 1 and "Another comparison runs in" in done.stderr
+@contextlib.contextmanager
+def comparison(command, folder):
+    """Start a comparison and wait until it trains; in the end it is killed."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        limits.wait_until(lambda: running(folder), process)
+        yield process
+    finally:
         process.kill()
-    limits.wait_until(lambda: not running(flags[1]))
+        process.communicate()
+
+
+def test_a_comparison_that_is_stopped_or_killed_leaves_nothing_running_and_is_resumed(flags, monkeypatch, capsys):
+    """Only one trunk and its decay are trained to their ends here, the trunk in this process."""
+    command, where = [sys.executable, str(SCRIPT), *flags], flags[1]
+    with comparison(command, where) as process:
+        other = subprocess.run(command, capture_output=True, text=True)
+        assert other.returncode == 1 and "Another comparison runs in" in other.stderr
+        process.terminate()
+        _, said = limits.communicate(process)
+        assert process.returncode == 130 and "The same command resumes with what is missing" in said
+        assert not running(where)
+    with comparison(command, where) as process:
+        process.kill()
+        limits.wait_until(lambda: not running(where))
 
     settings = parse_arguments(flags).settings
-    folder = Path(flags[1]) / settings.digest
-    first = plan.cosine(settings, 5, Point(1e-4, 2), 0)
-    decay = plan.wsd(settings, 20, Point(1e-2), 0)
-    monkeypatch.setattr(compare_run, "jobs", lambda settings, known: [first, *plan.with_trunk(settings, decay)])
+    folder = Path(where) / settings.digest
+    decay, trunk = plan.wsd(settings, 20, Point(1e-2), 0), plan.trunk(settings, Point(1e-2), 0)
+    monkeypatch.setattr("sys.argv", ["run_clm.py", *plan.command(trunk, settings, str(folder))])
+    run_clm.run()
+    monkeypatch.setattr(compare_run, "jobs", lambda settings, known: plan.with_trunk(settings, decay))
     runner = Runner(settings, folder, workers=2)
-    assert [job.name for job in runner.needed()] == [decay.trunk, decay.name]
+    assert [job.name for job in runner.needed()] == [decay.name]
     known = runner.run()
+    assert f"{decay.name}: " in (said := capsys.readouterr().out) and f"after {20 - decay.begins} steps in" in said
     state = json.loads((folder / decay.name / "trainer_state.json").read_text())
     (last,) = [e["eval_raw_loss"] for e in state["log_history"] if "eval_raw_loss" in e and e["step"] == 20]
     assert plan.Reading(decay, True, 20).loss(known) == last
     # The first step of the decay still has the peak; the shape is 1 - sqrt.
     rate = 1e-2 * (1 - ((20 - 1 - decay.begins) / (20 - decay.begins)) ** 0.5)
     assert known[decay.name].rate[20] == pytest.approx(rate)
+    for job in (plan.cosine(settings, 5, Point(1e-4, 2, 0.98), 0), plan.wsd_s(settings, Point(1e-4), 0)):
+        clm_arguments.parse_arguments(plan.command(job, settings, str(folder)))
 
 
 def test_a_training_that_fails_says_where_its_output_is(tmp_path, monkeypatch):

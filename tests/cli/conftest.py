@@ -8,11 +8,13 @@ import tiny
 from constant_runs import train
 from inspecting import stock
 
+LOGGING = {"logging_strategy": "steps", "logging_steps": 5}
+
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """The checkpoints of a run at a constant learning rate, with a tokenizer; tests leave them as they are."""
-    return train(tmp_path_factory.mktemp("constant"), tiny.llama())
+    return train(tmp_path_factory.mktemp("constant"), tiny.llama(), **LOGGING)
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +22,7 @@ def made(tmp_path_factory):
     """A finished run of each method, with checkpoints every 6 of 20 steps and the model at its root."""
     root = tmp_path_factory.mktemp("made")
     for name, options in tiny.METHODS.items():
-        run = tiny.trainer(root / name, save_strategy="steps", save_steps=6, **options)
-        run.train()
-        run.save_model()
+        tiny.trained(root / name, save_strategy="steps", save_steps=6, **LOGGING, **options).save_model()
     return root
 
 

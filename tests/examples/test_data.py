@@ -7,14 +7,12 @@ import json
 import random
 from itertools import chain
 
-import datasets
 import pytest
+from launched import random_text
 
 from clm_arguments import DataArguments, ModelArguments
 from clm_data import (
     STREAM_WINDOW,
-    choose_validation,
-    join_and_cut,
     load_texts,
     load_tokenizer,
     make_blocks,
@@ -25,19 +23,13 @@ from clm_data import (
 )
 from clm_model import InputError
 
-WORDS = "def return class import self value name list text number".split()
 BLOCK = 16
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    datasets.disable_progress_bars()
 
 
 @pytest.fixture
 def documents():
     draw = random.Random(0)
-    return [" ".join(draw.choices(WORDS, k=draw.randint(20, 60))) + f"\n# {i}\n" for i in range(40)]
+    return [random_text(draw, draw.randint(20, 60)) + f"\n# {i}\n" for i in range(40)]
 
 
 @pytest.fixture
@@ -69,24 +61,6 @@ def test_standard_library_is_split_once_and_never_on_both_sides(tmp_path):
     assert set(split_standard_library(str(tmp_path), 6)["validation"]["path"]) != set(sides["validation"]["path"])
 
 
-def test_choice_does_not_depend_on_order_and_passes_over_what_is_too_large():
-    sizes = {f"file{i}": 100 for i in range(100)} | {"huge": 100_000}
-    chosen = choose_validation(sizes, 0.5)
-    assert chosen == choose_validation(dict(reversed(sizes.items())), 0.5)
-    assert len(chosen) == 5  # 0.5 % of 110 000 bytes are 550: five files of 100
-    assert "huge" not in chosen
-    assert choose_validation({"a": 10, "b": 20}, 1) == {"a"}  # at least one
-
-
-def test_blocks_keep_every_token_in_order():
-    rows = [list(range(0, 7)), [], list(range(7, 30)), [30]]
-    cut = join_and_cut({"input_ids": rows}, block_size=4)
-    assert list(chain.from_iterable(cut["input_ids"])) == list(range(28))  # 31 tokens: three do not fill a block
-    assert {len(block) for block in cut["input_ids"]} == {4}
-    assert cut["labels"] == cut["input_ids"]
-    assert all(a is not b for a, b in zip(cut["labels"], cut["input_ids"], strict=True))
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_jsonl_to_blocks(tmp_path, documents, model_args, streaming):
     # A stream gives its first documents to the validation: more than the file has, if they are not fewer than 200.
@@ -100,8 +74,7 @@ def test_jsonl_to_blocks(tmp_path, documents, model_args, streaming):
     if streaming:
         assert (validation, train) == (documents[:held_out], documents[held_out:])
     else:
-        assert sorted(train + validation) == sorted(documents)
-        assert len(validation) == 1
+        assert (sorted(train + validation), len(validation)) == (sorted(documents), 1)
         assert read(load_texts(model_args, data_args), "validation") == validation
 
     tokenizer = load_tokenizer(model_args, data_args, texts["train"])
@@ -110,7 +83,7 @@ def test_jsonl_to_blocks(tmp_path, documents, model_args, streaming):
     joined = list(chain.from_iterable(block["input_ids"] for block in blocks))
     assert joined == expected[: len(joined)]
     assert 0 <= len(expected) - len(joined) < BLOCK
-    assert all(block["labels"] == block["input_ids"] for block in blocks)
+    assert all(block["labels"] == block["input_ids"] and len(block["labels"]) == BLOCK for block in blocks)
 
     blocks, size = validation_blocks(texts["validation"], tokenizer, BLOCK, data_args)
     tokens = sum(len(tokenizer(text)["input_ids"]) + 1 for text in validation)
@@ -161,38 +134,30 @@ def test_a_data_set_by_name_uses_its_own_validation_split(tmp_path, documents, m
     folder.mkdir()
     write_jsonl(folder / "train.jsonl", documents[:30])
     write_jsonl(folder / "validation.jsonl", documents[30:])
-    texts = load_texts(model_args, DataArguments(dataset_name=str(folder)))
-    assert (read(texts, "train"), read(texts, "validation")) == (documents[:30], documents[30:])
-    streamed = load_texts(model_args, DataArguments(dataset_name=str(folder), streaming=True))
-    assert (read(streamed, "train"), read(streamed, "validation")) == (documents[:30], documents[30:])
+    for streaming in (False, True):
+        texts = load_texts(model_args, DataArguments(dataset_name=str(folder), streaming=streaming))
+        assert (read(texts, "train"), read(texts, "validation")) == (documents[:30], documents[30:])
 
 
-def test_too_little_text_says_how_much_there_is(tmp_path, model_args):
-    data_args = DataArguments(train_file=write_jsonl(tmp_path / "a.jsonl", ["abc", "abd"]))
-    texts = load_texts(model_args, data_args)
-    tokenizer = load_tokenizer(model_args, data_args, texts["train"])
-    with pytest.raises(InputError, match=r"The text of 1 rows, \d tokens, does not fill one block of 500"):
-        make_blocks(texts["train"], tokenizer, 500, data_args, None)[0]
-    stream = load_texts(model_args, DataArguments(train_file=data_args.train_file, streaming=True))
-    with pytest.raises(InputError, match="The stream does not fill one block"):
-        make_blocks(stream["train"], tokenizer, 2, data_args, None)[0]
-
-
-def test_files_and_folders_that_cannot_be_read(tmp_path, model_args):
+def test_text_that_cannot_be_read_or_is_too_little(tmp_path, model_args):
     for name, content in (("a.jsonl", b"{broken"), ("a.txt", b"\xff\xfe\xff")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match="Cannot read"):
             load_texts(model_args, DataArguments(train_file=str(tmp_path / name)))
-        (tmp_path / name).write_bytes(b"")
-        with pytest.raises(ValueError, match="is empty"):
-            DataArguments(train_file=str(tmp_path / name))
-    for content, words in ((), "holds no files"), (("a.md",), "holds one file"), (("a.md", "b.csv"), "no text file"):
-        folder = tmp_path / words.replace(" ", "-")
-        folder.mkdir()
-        for name in content:
-            (folder / name).write_text("text")
+    little = DataArguments(train_file=write_jsonl(tmp_path / "b.jsonl", ["abc", "abd"]))
+    texts = load_texts(model_args, little)
+    tokenizer = load_tokenizer(model_args, little, texts["train"])
+    with pytest.raises(InputError, match=r"The text of 1 rows, \d tokens, does not fill one block of 500"):
+        make_blocks(texts["train"], tokenizer, 500, little, None)
+    (tmp_path / "a.txt").write_bytes(b"")
+    with pytest.raises(ValueError, match="is empty"):
+        DataArguments(train_file=str(tmp_path / "a.txt"))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name, words in (("a.md", "holds no files"), ("b.csv", "holds one file"), ("c.md", "no text file")):
         with pytest.raises(InputError, match=words):
             load_texts(model_args, DataArguments(train_file=str(folder)))
+        (folder / name).write_text("text")
 
 
 def test_tokenizer_is_trained_once_knows_every_byte_and_gives_text_back(tmp_path, documents):
@@ -202,8 +167,7 @@ def test_tokenizer_is_trained_once_knows_every_byte_and_gives_text_back(tmp_path
     again = train_tokenizer(documents, 300, str(tmp_path))
     assert (folder / "tokenizer.json").stat().st_mtime_ns == stamp
     fresh = train_tokenizer(documents, 300, str(tmp_path / "other"))
-    assert first.get_vocab() == again.get_vocab() == fresh.get_vocab()
-    assert len(first) == 300
+    assert first.get_vocab() == again.get_vocab() == fresh.get_vocab() and len(first) == 300
     text = "Grüße, \t\x00 漢字\r\n  end "
     assert first.decode(first(text)["input_ids"]) == text
     assert first.eos_token_id == first.bos_token_id == first.convert_tokens_to_ids("<|endoftext|>")

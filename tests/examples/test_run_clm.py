@@ -5,14 +5,13 @@ the trainer wrote; the loss of the folder `ewa/` loaded by plain transformers.
 """
 
 import json
-import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from datasets import Dataset
+from launched import SETTINGS, write_texts
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import evaluate_clm
@@ -22,33 +21,20 @@ from clm_model import InputError, build_model, load_named_config, resolve_block_
 from evaluate_clm import folders, load_data, mean_loss, read_recipe, same_weights
 from hf_radam import RAdamTrainingArguments, cli
 
-ROOT = Path(__file__).parents[2]
-WORDS = "def return class import self value name list text number".split()
-DATA = {"train_file": "texts", "validation_split_percentage": 20, "block_size": 32, "vocab_size": 300}
-DATA |= {"cache_dir": "cache", "report_to": "none", "use_cpu": True}
-
-
-def words(settings):
-    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a finished run of six steps: RAdam and EWA, checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("run_clm")
-    draw = random.Random(0)
-    (folder / "texts").mkdir()
-    for i in range(20):
-        (folder / "texts" / f"{i}.txt").write_text(" ".join(draw.choices(WORDS, k=200)))
-    settings = DATA | {
-        "config_overrides": "hidden_size=32,intermediate_size=64,num_hidden_layers=1,num_attention_heads=2,"
-        "num_key_value_heads=2",
-        "optim": "radam",
-        "ewa": True,
+    write_texts(folder / "texts")
+    settings = SETTINGS | {
+        "validation_split_percentage": 20,
+        "cache_dir": "cache",
+        "use_cpu": True,
         "learning_rate": 0.05,  # large, so that averaged and training weights differ
         "max_steps": 6,
         "save_steps": 3,
-        "per_device_train_batch_size": 4,
+        "max_eval_samples": 16,
         "per_device_eval_batch_size": 7,  # leaves an incomplete last batch
         "output_dir": "run",
         "token": "secret",
@@ -84,13 +70,13 @@ def test_run_leaves_model_metrics_and_recipe(folder):
     assert results["perplexity"] == pytest.approx(torch.tensor(results["eval_loss"]).exp().item(), rel=1e-5)
     assert results["eval_raw_loss"] != results["eval_loss"]
     recipe = read_recipe(folder / "run" / "checkpoint-3")
-    assert recipe["data"]["block_size"] == 32
+    assert recipe["data"]["block_size"] == 16
     assert "secret" not in (folder / "run" / "run_clm.yaml").read_text()
     tokenizer = AutoTokenizer.from_pretrained(folder / "run")
     model = AutoModelForCausalLM.from_pretrained(folder / "run")
-    assert model.config.vocab_size == len(tokenizer) == 300
-    assert (model.config.eos_token_id, model.config.max_position_embeddings) == (tokenizer.eos_token_id, 32)
-    assert (folder / "run" / "README.md").is_file()
+    config = model.config
+    assert (config.vocab_size, config.max_position_embeddings) == (len(tokenizer), 16) == (300, 16)
+    assert config.eos_token_id == tokenizer.eos_token_id and (folder / "run" / "README.md").is_file()
     averaged = AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoint-6" / "ewa")
     assert same_weights(averaged, model)
     assert not same_weights(averaged, AutoModelForCausalLM.from_pretrained(folder / "run" / "checkpoint-6"))
@@ -106,15 +92,10 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder, script):
     assert averaged["loss"] == pytest.approx(results["eval_loss"], abs=1e-5)
     assert raw["loss"] == pytest.approx(results["eval_raw_loss"], abs=1e-5)
     assert averaged["bits_per_byte"] == pytest.approx(results["bits_per_byte"], abs=1e-5)
-    assert averaged["sample"].startswith("def ")
-    assert "checkpoint-6" in raw["source"]
+    assert averaged["sample"].startswith("def ") and "checkpoint-6" in raw["source"]
     assert f"{averaged['loss']:.4f}" in said and f"{raw['loss']:.4f}" in said
     code, _, said = script(evaluate_clm.main, "nowhere")
-    assert (
-        code == 2
-        and said
-        == "evaluate_clm.py: error: nowhere is no folder. Give the folder of a run, or one of " + ("its checkpoints.\n")
-    )
+    assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is no folder. Give the folder of a run, or ")
     with pytest.raises(InputError, match="There is no run_clm.yaml in"):
         read_recipe(folder / "texts")
 
@@ -122,8 +103,7 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder, script):
 def test_evaluation_takes_merged_checkpoints_with_the_text_of_their_run(folder, script, tmp_path, monkeypatch):
     first, last = "run/checkpoint-3", "run/checkpoint-6"
     assert cli.main(["average", first, last, "--weights", "uniform", "-o", "merged"]) == 0
-    code, *_ = script(evaluate_clm.main, "merged", "--json", "merged.json", "--max_new_tokens", 0)
-    assert code == 0
+    assert script(evaluate_clm.main, "merged", "--json", "merged.json", "--max_new_tokens", 0)[0] == 0
     (column,) = json.loads((folder / "merged.json").read_text())
     model, other = (AutoModelForCausalLM.from_pretrained(name).eval() for name in (first, last))
     with torch.no_grad():
@@ -134,31 +114,6 @@ def test_evaluation_takes_merged_checkpoints_with_the_text_of_their_run(folder, 
     assert column["loss"] == pytest.approx(mean_loss(model, blocks, 5, "test"), abs=1e-5)
     monkeypatch.chdir(tmp_path)  # the record has the places of the checkpoints relative to itself
     assert read_recipe(folder / "merged") == read_recipe(folder / "run")
-    shutil.copytree(folder / "merged", tmp_path / "moved")
-    with pytest.raises(InputError, match=r"no run_clm.yaml in .*run/checkpoint-6, merged into .*moved, or above it"):
-        read_recipe(tmp_path / "moved")
-
-
-def test_mean_loss_weighs_an_incomplete_batch_by_its_blocks(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder / "run").eval()
-    ids = torch.randint(0, 300, (5, 8), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        logits = model(input_ids=ids).logits[:, :-1].double()
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()).item()
-    blocks = Dataset.from_dict({"input_ids": ids.tolist()})
-    assert mean_loss(model, blocks, 3, "test") == pytest.approx(expected, abs=1e-5)  # float32 against float64
-
-
-def test_flags_only_and_an_extension(folder, script, caplog):
-    model = {"model_type": "gpt2", "config_overrides": "n_embd=32,n_layer=1,n_head=2"}
-    flags = words(DATA | model | {"optim": "radam", "lr_scheduler_type": "wsd", "save_steps": 2})
-    assert script(run_clm.run, *flags, "--max_steps", 4, "--output_dir", "flags")[0] == 0
-    resumed = ("--max_steps", 8, "--resume_from_checkpoint", "true", "--output_dir", "flags")
-    code, _, said = script(run_clm.run, *flags, *resumed)
-    assert code == 2 and "--extend_from flags --max_steps 8" in said
-    code, *_ = script(run_clm.run, *flags, "--max_steps", 8, "--output_dir", "longer", "--extend_from", "flags")
-    assert code == 0
-    assert [path.name for path in (folder / "longer" / "_pre_decay").iterdir()] == ["checkpoint-7"]
 
 
 def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
@@ -167,31 +122,28 @@ def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
         return run_clm.checkpoint_to_resume(args)
 
     run = folder / "run"
-    with pytest.raises(InputError, match="already holds checkpoint-6. Give --resume_from_checkpoint true"):
-        resume(run)
-    with pytest.raises(InputError, match="holds no checkpoint. Leave it out"):
-        resume(tmp_path, "true")
-    with pytest.raises(InputError, match="nowhere is no folder"):
-        resume(tmp_path, "nowhere")
-    (tmp_path / "other" / "checkpoint-3").mkdir(parents=True)
-    (run / "_pre_decay" / "checkpoint-5").mkdir(parents=True)  # no other run than that of the folder
-    assert resume(run, str(run / "_pre_decay/checkpoint-5")).endswith("_pre_decay/checkpoint-5")
-    shutil.rmtree(run / "_pre_decay")
-    with pytest.raises(InputError, match="already holds checkpoint-6 of another run"):
-        resume(run, str(tmp_path / "other" / "checkpoint-3"))
+    other = tmp_path / "other" / "checkpoint-3"
+    other.mkdir(parents=True)
+    for request, message in (
+        ((run,), "already holds checkpoint-6. Give --resume_from_checkpoint true"),
+        ((tmp_path, "true"), "holds no checkpoint. Leave it out"),
+        ((tmp_path, "nowhere"), "nowhere is no folder"),
+        ((run, str(other)), "already holds checkpoint-6 of another run"),
+    ):
+        with pytest.raises(InputError, match=message):
+            resume(*request)
     assert resume(run, str(run / "checkpoint-3")) == str(run / "checkpoint-3")
     assert resume(run, "True") is True
     assert resume(tmp_path, str(run / "checkpoint-3")) == str(run / "checkpoint-3")
     assert resume(tmp_path) is resume(tmp_path, "false") is resume(run, do_train=False) is None
 
 
-def test_what_is_refused_when_training_begins_changes_nothing_and_a_finished_run_keeps_its_metrics(folder, script):
+def test_what_the_trainer_refuses_changes_nothing_and_a_finished_run_keeps_its_metrics(folder, script, monkeypatch):
     before = {path: path.read_bytes() for path in (folder / "run").glob("*.*")}
-    late = DATA | {"max_steps": -1, "num_train_epochs": 1, "optim": "radam", "lr_scheduler_type": "wsd"}
-    late |= {"decay_steps": 5000, "output_dir": "late"}
+    late = "run.yaml --max_steps -1 --num_train_epochs 1 --lr_scheduler_type wsd --decay_steps 5000 --output_dir late"
     resume = ("run.yaml", "--resume_from_checkpoint", "true")
     for arguments, message in (
-        (words(late), "Warm-up and decay (0 + 5000 steps) do not fit"),
+        (late.split(), "Warm-up and decay (0 + 5000 steps) do not fit"),
         ((*resume, "--learning_rate", 0.01), "trained with learning_rate=0.05"),
     ):
         code, _, said = script(run_clm.run, *arguments)
@@ -199,17 +151,13 @@ def test_what_is_refused_when_training_begins_changes_nothing_and_a_finished_run
     assert before == {path: path.read_bytes() for path in (folder / "run").glob("*.*")}
     assert script(run_clm.run, *resume)[0] == 0
     assert before[folder / "run/train_results.json"] == (folder / "run" / "train_results.json").read_bytes()
-
-
-def test_a_back_end_that_is_not_there_is_one_sentence(script, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # and nothing was launched
     code, _, said = script(run_clm.run, "run.yaml", "--output_dir", "fsdp")
     assert code == 2 and said.splitlines()[-1].startswith("run_clm.py: error: FSDP was asked for, but ")
 
 
 def test_both_columns_are_of_one_checkpoint(folder, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(folder / "run", run)
+    run = Path(shutil.copytree(folder / "run", tmp_path / "run"))
     assert folders(run) == (run, run / "checkpoint-6")
     assert folders(run / "checkpoint-3") == (run / "checkpoint-3",) * 2
     (run / "model.safetensors").unlink()
@@ -228,12 +176,11 @@ def test_a_model_is_continued_or_gives_its_configuration(folder):
 
     assert same_weights(build(model_name_or_path=run), AutoModelForCausalLM.from_pretrained(run))
     assert build(model_name_or_path=run, dtype="bfloat16").dtype == torch.bfloat16
-    new = build(config_name=run, config_overrides="num_hidden_layers=2,max_position_embeddings=64", block_size=64)
-    assert (new.config.num_hidden_layers, new.config.hidden_size, new.config.max_position_embeddings) == (2, 32, 64)
+    new = build(config_name=run, config_overrides="num_hidden_layers=1,max_position_embeddings=64", block_size=64)
+    assert (new.config.num_hidden_layers, new.config.hidden_size, new.config.max_position_embeddings) == (1, 32, 64)
     for message, fields in {
-        "block_size=33 is longer": {"model_name_or_path": run, "block_size": 33},
+        "block_size=17 is longer": {"model_name_or_path": run, "block_size": 17},
         "vocab_size=299": {"config_overrides": "vocab_size=299", "block_size": 8},
-        "No model can be made from LlamaConfig.*nonsense": {"attn_implementation": "nonsense", "block_size": 8},
         "No configuration can be loaded from 'nowhere'": {"config_name": "nowhere"},
     }.items():
         with pytest.raises(InputError, match=message):
