@@ -3,6 +3,7 @@
 Oracles: the values written down here; the exit code and the words of the error.
 """
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -64,6 +65,16 @@ liger_kernel_config: {rope: true}
     assert (args.run_name, args.budgets) == ("2024-01-01", [0.25, 50.0])
     assert args.accelerator_config.split_batches is True
     assert args.liger_kernel_config == {"rope": True}
+
+
+def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
+    settings = {"learning_rate": 1e-7, "budgets": [0.25, 60], "lr_scheduler_type": "wsd_s", "max_steps": 100}
+    settings |= {"seed": None, "run_name": "tab\there \U0001f600"}
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(settings, indent="\t"), encoding="utf-8")  # which escapes the emoji as a pair
+    _, _, args = parse_arguments([str(path), "--max_steps", "200"])
+    assert (args.learning_rate, args.budgets, args.seed, args.max_steps) == (1e-7, [0.25, 60.0], 42, 200)
+    assert args.run_name == "tab\there \U0001f600"
 
 
 def test_neither_do_train_nor_do_eval_means_both(write):
