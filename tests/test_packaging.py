@@ -1,8 +1,8 @@
-"""Installed as a package, outside the checkout: a plain loop, a training and the command work on every kind of machine.
+"""Installed as a package, outside the checkout: a plain loop, a training and the command work.
 
-The wheel is built from the sdist and installed into an environment of its own, which sees the other packages of this
-one by a .pth file; nothing is downloaded. Oracles: where the modules come from, exit codes, and whether a library was
-compiled.
+The loop works on a read-only machine, too. The wheel is built from the sdist and installed into an environment of its
+own, which sees the other packages of this one by a .pth file; nothing is downloaded. Oracles: where the modules come
+from, exit codes, and whether a library was compiled. Machines without a compiler: `test_fused.py`.
 """
 
 import os
@@ -25,23 +25,23 @@ import sys, torch, hf_radam
 from hf_radam import RAdam, RAdamScheduleFree, WeightAverage
 assert hf_radam.__file__.startswith(sys.prefix), hf_radam.__file__
 for kind in (RAdam, RAdamScheduleFree):
-    for options in ({}, {"fused": True}) if FUSED else ({},):
-        torch.manual_seed(0)
-        model = torch.nn.Linear(8, 1)
-        optimizer = kind(model.parameters(), lr=0.05, **options)
-        average = WeightAverage(model.named_parameters())
-        getattr(optimizer, "train", lambda: None)()
-        inputs = torch.randn(64, 8)
-        for step in range(1, 21):
-            loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
-            first = loss.item() if step == 1 else first
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            average.update(step)
-        assert loss < first
-        with average.applied():
-            model(inputs)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = kind(model.parameters(), lr=0.05, fused=True)
+    average = WeightAverage(model.named_parameters())
+    getattr(optimizer, "train", lambda: None)()
+    inputs = torch.randn(64, 8)
+    losses = []
+    for step in range(1, 21):
+        loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        average.update(step)
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    with average.applied():
+        model(inputs)
 """
 TRAINING = """
 import torch
@@ -101,18 +101,15 @@ def test_the_wheel_has_every_module_and_what_is_read_at_run_time(built):
     assert inside == here and {name for name in here if name.endswith(".cpp")} and "hf_radam/py.typed" in here
 
 
-@pytest.mark.parametrize("machine", ["with a compiler", "without a compiler", "read-only"])
+@pytest.mark.parametrize("machine", ["ordinary", "read-only"])
 def test_it_works_outside_the_checkout(environment, tmp_path, machine):
-    python, prefix = environment / "bin" / "python", []
+    prefix, work, cache = [], tmp_path / "work", tmp_path / "cache"
     variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     variables |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    variables |= {"XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
-    work = tmp_path / "work"
+    variables |= {"XDG_CACHE_HOME": str(cache), "HF_HOME": str(tmp_path / "hub")}
     work.mkdir()
-    if machine == "without a compiler":
-        variables |= {"CXX": "/nonexistent", "PATH": str(work)}
     if machine == "read-only":
-        (tmp_path / "cache").write_text("in the way of the folder")
+        cache.write_text("in the way of the folder")
         variables["PYTHONDONTWRITEBYTECODE"] = "1"
         for folder in [environment, *environment.rglob("*")]:
             if folder.is_dir() and not folder.is_symlink():
@@ -125,10 +122,7 @@ def test_it_works_outside_the_checkout(environment, tmp_path, machine):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    run(python, "-c", f"FUSED = {machine != 'without a compiler'}\n{LOOP}{TRAINING}")
-    compiled = [*(tmp_path / "cache").glob("hf_radam/*.so")] if machine != "read-only" else []
-    assert bool(compiled) == (machine == "with a compiler")
-    command = environment / "bin" / "hf-radam"
-    if machine == "with a compiler":
-        assert "inspect" in run(command, "--help")
-    assert "checkpoint-4" in run(command, "inspect", "run_radam")
+    run(environment / "bin" / "python", "-c", LOOP if machine == "read-only" else LOOP + TRAINING)
+    if machine == "ordinary":
+        assert len([*cache.glob("hf_radam/*.so")]) == 1
+        assert "checkpoint-4" in run(environment / "bin" / "hf-radam", "inspect", "run_radam")
