@@ -31,7 +31,12 @@ OPTIONS = {
         {"eps": 1e-3, "betas": (0.98, 0.95), "weight_lr_power": 0.0, "foreach": False},
     ],
 }
-CASES = [pytest.param(kind, options, id=f"{kind.__name__} {options}") for kind in OPTIONS for options in OPTIONS[kind]]
+CASES = [
+    pytest.param(kind, options, dtype, id=f"{kind.__name__} {options} {dtype}")
+    for kind in OPTIONS
+    for options in OPTIONS[kind]
+    for dtype in ((torch.float32, torch.float64) if options is OPTIONS[kind][-1] else (torch.float32,))
+]
 both_optimizers = pytest.mark.parametrize("kind", OPTIONS)
 
 
@@ -92,8 +97,7 @@ def unfused_and_fused(kind, run, given_of=parameters, **options):
     return ends
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize(("kind", "options"), CASES)
+@pytest.mark.parametrize(("kind", "options", "dtype"), CASES)
 def test_fused_is_unfused(kind, options, dtype):
     unfused, default = unfused_and_fused(kind, train, lambda: parameters(dtype), **options)
     for p, begin in zip(unfused[1], parameters(dtype), strict=True):
@@ -110,6 +114,7 @@ def test_a_state_moves_between_fused_unfused_and_upstreams_class(kind):
     own = {RAdam: {"decoupled_weight_decay": True}, RAdamScheduleFree: {}}[kind]
     given = parameters()
     first = make(kind, given)
+    assert [copy.deepcopy(make(kind, given, fused=flag)).fused for flag in (None, True, False)] == [None, True, False]
     train(first, given, range(20))
 
     def resumed(target, end, **options):
@@ -136,23 +141,22 @@ WITHOUT_COMPILER = """
 import torch
 from hf_radam import RAdam, RAdamScheduleFree, WeightAverage
 from hf_radam.optim import fused
-def steps(kind, count=8, dtype=torch.float32, **options):
+def steps(kind, count=8, **options):
     torch.manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(20, dtype=dtype))
+    p = torch.nn.Parameter(torch.randn(20))
     optimizer = kind([p], lr=0.1, **options)
     getattr(optimizer, "train", int)()
     for _ in range(count):
         p.grad = p.detach() * 0.3
         optimizer.step()
     return p
-builds = lambda: fused.load_library.cache_info().misses
 steps(RAdam), steps(RAdamScheduleFree, 4), steps(RAdamScheduleFree, fused=False)
-print("needed no kernel:", builds() == 0)
-print("the same:", torch.equal(steps(RAdamScheduleFree), steps(RAdamScheduleFree, fused=False)), builds() == 1)
+assert fused.load_library.cache_info().misses == 0  # needed no kernel
+assert torch.equal(steps(RAdamScheduleFree), steps(RAdamScheduleFree, fused=False))
 weight = torch.nn.Parameter(torch.ones(30, dtype=torch.bfloat16))
 average = WeightAverage([("w", weight)], decay=0.75)
 average.update(1), weight.data.zero_(), average.update(2)
-print("average:", average.averages["w"][0].item())
+assert torch.allclose(average.averages["w"], torch.tensor(0.75 / 1.75)) and fused.load_library.cache_info().misses == 1
 steps(RAdamScheduleFree, fused=True)
 """
 
@@ -161,10 +165,8 @@ def test_without_a_compiler_everything_works_and_only_true_is_an_error(tmp_path)
     """In an environment in which no program can be found, and nothing was compiled before."""
     environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = limits.run([sys.executable, "-c", WITHOUT_COMPILER], env=environment)
-    assert done.stdout.splitlines()[:2] == ["needed no kernel: True", "the same: True True"], done.stderr
-    assert float(done.stdout.split()[-1]) == pytest.approx(0.75 / 1.75)  # weights 1 and 0 with a decay of 0.75
     assert done.stderr.count("RAdamScheduleFree takes unfused steps, which are slower: there is no C++ compiler") == 1
-    assert "ValueError: fused=True is not possible: there is no C++ compiler" in done.stderr
+    assert "ValueError: fused=True is not possible: there is no C++ compiler" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("flag", [False, None, True])
@@ -183,12 +185,6 @@ def test_what_cannot_be_fused_is_not_and_true_says_why(flag, caplog):
     optimizer.step(), optimizer.step()
     said = "RAdam takes unfused steps, which are slower: a parameter is complex64."
     assert caplog.messages == ([] if flag is False else [said])
-
-
-@both_optimizers
-def test_a_copy_has_the_option(kind):
-    for flag in (None, True, False):
-        assert copy.deepcopy(make(kind, parameters(), fused=flag)).fused is flag
 
 
 # ---- Unusual tensors and circumstances ----
