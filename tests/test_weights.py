@@ -1,9 +1,7 @@
-"""Weights are written tensor by tensor: the same files as upstream's, with at most one of them in memory.
+"""Weights are written tensor by tensor: the same files as upstream's. `processes/test_large_models.py` counts memory.
 
 Oracles: the bytes that `save_pretrained` writes, and what `from_pretrained` reads.
 """
-
-import weakref
 
 import pytest
 import safetensors.torch
@@ -13,7 +11,6 @@ from torch import nn
 
 from hf_radam.checkpoints.weights import Tensors, model_tensors, save_model_folder, write_weights
 from hf_radam.sharding import LocalSharding, Weights
-from hf_radam.sharding.local import equal_slice
 
 MODELS = {"llama": tiny.llama, "tied": tiny.tied, "mixtral": tiny.mixtral, "bf16": tiny.bf16, "float64": tiny.float64}
 
@@ -46,28 +43,6 @@ def test_several_files_hold_the_same_model(tmp_path, kind):
     assert tiny.same(tiny.parameters(loaded), tiny.parameters(model))
 
 
-def test_one_file_at_a_time_is_in_memory(tmp_path):
-    model = tiny.llama()
-    plain = model_tensors(model, weights_of(model), in_float32=False)
-    alive = most = 0
-
-    def freed(size):
-        nonlocal alive
-        alive -= size
-
-    def read(key):
-        nonlocal alive, most
-        gathered = plain.read(key).clone()
-        alive += gathered.nbytes
-        weakref.finalize(gathered, freed, gathered.nbytes)
-        most = max(most, alive)
-        return gathered
-
-    write_weights(tmp_path, model, Tensors(plain.like, read), writes=True, max_bytes=20_000)
-    largest = 64 * 32 * 4
-    assert largest < most <= 20_000 + largest < model.num_parameters() * 4 / 3  # a file, and one tensor more
-
-
 def test_a_full_disk_is_reported_after_the_last_tensor_was_gathered(tmp_path, monkeypatch):
     model = tiny.llama()
     tensors = model_tensors(model, weights_of(model), in_float32=False)
@@ -87,13 +62,6 @@ def test_a_model_that_is_no_pretrained_model_keeps_its_names(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     save_model_folder(tmp_path, model, weights_of(model), processing_class=None)
     assert tiny.same(safetensors.torch.load_file(tmp_path / "model.safetensors"), model.state_dict())
-
-
-@pytest.mark.parametrize(("numel", "ranks"), [(7, 2), (1, 4), (64, 8), (9, 4), (0, 3)])
-def test_slices_cover_everything_once_and_evenly(numel, ranks):
-    slices = [equal_slice(numel, index, ranks) for index in range(ranks)]
-    assert [i for start, length in slices for i in range(start, start + length)] == list(range(numel))
-    assert max(length for _, length in slices) == -(-numel // ranks)
 
 
 def test_parameters_sharded_by_columns_are_refused():
