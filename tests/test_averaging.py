@@ -186,25 +186,11 @@ def test_an_exchange_that_is_broken_off_anywhere_is_undone(operation, monkeypatc
     assert torch.equal(others, torch.arange(14.0)) and torch.equal(ones, torch.arange(100.0, 114.0))
 
 
-def test_a_model_cast_meanwhile_costs_the_average_nothing():
-    """As upstream's `bf16_full_eval` does. Oracle: the same with a copy."""
-    ends = []
-    for exchanging in (False, True):
-        model, average = mixed_model()
-        kept = average.averaged_state_dict()
-        with average.applied(exchange=exchanging):
-            model.to(torch.bfloat16)
-        assert tiny.same(average.averaged_state_dict(), kept)
-        ends.append(tiny.parameters(model))
-    assert tiny.same(*ends)
-
-
 def test_tied_weights_once_frozen_ones_kept_and_named():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[1].weight = model[0].weight
     model[1].bias.requires_grad_(False)
     average = WeightAverage(model.named_parameters(remove_duplicate=False), decay=0.5)
-    frozen = model[1].bias.detach().clone()
     for step in (1, 2):
         with torch.no_grad():
             model[0].weight.fill_(float(step))
@@ -212,12 +198,10 @@ def test_tied_weights_once_frozen_ones_kept_and_named():
     result = average.averaged_state_dict()
     assert set(result) == {"0.weight", "0.bias", "1.bias", "2.weight", "2.bias"}
     assert result["0.weight"][0, 0].item() == pytest.approx((0.5 * 1 + 2) / 1.5)  # averaged once per step, not twice
-    assert torch.equal(result["1.bias"], frozen)
-    with average.applied():  # a state dict inside is complete: tied names, frozen parameters, buffers
-        written = {name: value.clone() for name, value in model.state_dict().items()}
-    assert torch.equal(written["0.weight"], written["1.weight"])
-    assert torch.equal(written["0.weight"], result["0.weight"])
-    assert torch.equal(written["1.bias"], frozen) and "2.running_mean" in written
+    assert torch.equal(result["1.bias"], model[1].bias)
+    tied, buffers = {"1.weight": result["0.weight"]}, {name: b.clone() for name, b in model.named_buffers()}
+    with average.applied():  # a state dict inside is complete
+        assert tiny.same(model.state_dict(), result | tied | buffers)
 
 
 @pytest.mark.parametrize("options", [{"decay": 0.9}, {"half_life_ratio": 0.2}])

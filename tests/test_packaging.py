@@ -9,7 +9,6 @@ import os
 import shutil
 import sys
 import sysconfig
-import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -71,13 +70,11 @@ def built(tmp_path_factory):
         copy(ROOT / part, folder / part)
     assert limits.run([sys.executable, "-c", BUILD.format("sdist"), folder], cwd=folder).returncode == 0
     (sdist,) = folder.glob("*.tar.gz")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+    shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
     (source,) = (folder / "unpacked").iterdir()
     done = limits.run([sys.executable, "-c", BUILD.format("wheel"), folder], cwd=source)
     assert done.returncode == 0, done.stderr
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
