@@ -111,10 +111,6 @@ def test_make_targets_exist():
 # ---- Links ----
 
 
-def anchor(heading: str) -> str:
-    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-
-
 def test_links_lead_to_files_and_headings_and_from_the_readme_to_every_document():
     for page, text in PAGES.items():
         for target in re.findall(r"\]\(([^)]+)\)", text):
@@ -124,8 +120,9 @@ def test_links_lead_to_files_and_headings_and_from_the_readme_to_every_document(
             file = page.parent / name
             assert file.is_file(), f"{page.name}: {target}"
             if heading:
-                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-                assert heading in map(anchor, headings), f"{page.name}: {target}"
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8").lower(), re.MULTILINE)
+                anchors = [re.sub(r"[^\w\- ]", "", words).replace(" ", "-") for words in headings]
+                assert heading in anchors, f"{page.name}: {target}"
     assert all(f"(docs/{page.name})" in PAGES[README] for page in PAGES if page != README)
 
 
