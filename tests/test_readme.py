@@ -104,8 +104,7 @@ def test_make_targets_exist():
     text = TEXT + (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     found = set(re.findall(r"^    make (\w[\w-]*)", text, re.MULTILINE)) | set(re.findall(r"`make (\w[\w-]*)", text))
     assert len(found) > 5
-    for target in found:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    assert found <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
 
 
 # ---- Links ----

@@ -217,6 +217,8 @@ def test_phases_decays_and_pins_of_wsd():
     assert [schedule.decay_at(step) for step in (79, 80, 81, 99, 100, 101)] == [None] * 2 + [(80, 100)] * 3 + [None]
     assert [schedule.pinned_at(step) for step in (0, 79, 80, 81, 100)] == [None, None, "_pre_decay", None, None]
     assert not any(schedule.resets_to_peak(step) for step in range(102))
+    assert schedule.warning() is None
+    assert WSD(total_steps=9, decay_steps=1).warning().startswith("A decay of 1 step has no effect")
     assert WSD(total_steps=9, decay_steps=9).pinned_at(0) is None
     assert WSD(total_steps=9, decay_steps=9).phases() == [Phase("decay", 0, 9)]
     described = "wsd, 100 steps: warm-up 10 steps, peak, 1-sqrt decay over steps 80-100 to 0 of the peak"
@@ -236,9 +238,9 @@ def test_phases_decays_and_pins_of_wsd_s():
     assert found == [None, (45, 50), (45, 50), None, None, (90, 100), (90, 100), None]
     assert [step for step in range(102) if schedule.pinned_at(step) == "_budgets"] == [50, 100]
     assert [step for step in range(102) if schedule.resets_to_peak(step)] == [50, 100]
-    assert schedule.describe() == (
-        "wsd_s, 100 steps: warm-up 4 steps, peak, 1-sqrt decay over steps 45-50, 90-100 to 0.1 of the peak"
-    )
+    described = "wsd_s, 100 steps: warm-up 4 steps, peak, 1-sqrt decay over steps 45-50, 90-100 to 0.1 of the peak"
+    assert schedule.describe() == described
+    assert WSDS(budgets=(9, 19), decay_steps=(2, 1)).warning() is not None
 
 
 @pytest.mark.parametrize(
@@ -265,12 +267,6 @@ def test_what_is_no_schedule_is_refused():
 
         class Second(Schedule):
             name = "wsd"
-
-
-def test_a_decay_without_an_effect_is_warned_of():
-    assert WSD(total_steps=9, decay_steps=2).warning() is None
-    assert WSD(total_steps=9, decay_steps=1).warning().startswith("A decay of 1 step has no effect")
-    assert WSDS(budgets=(9, 19), decay_steps=(2, 1)).warning() is not None
 
 
 # A new schedule: one class
