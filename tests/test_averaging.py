@@ -144,6 +144,11 @@ def test_exchanged_for_the_average_weights_and_average_come_back(block, monkeypa
         with average.applied(exchange=True):
             model[0].bias.data.clamp_(-0.01, 0.01)
     assert tiny.same(tiny.parameters(model), before)
+    kept = average.averaged_state_dict()
+    with average.applied(exchange=True):
+        model.double()
+    assert tiny.same(tiny.parameters(model), {name: value.double() for name, value in before.items()})
+    assert tiny.same(average.averaged_state_dict(), kept)
 
 
 @pytest.mark.parametrize("operation", range(40))

@@ -201,14 +201,11 @@ def test_autograd_notices_that_the_weights_have_moved(kind):
         loss.backward()
 
 
-class Strange(torch.Tensor):
-    """May keep anything under its address."""
-
-
 def test_no_fused_step_takes_tensors_whose_memory_does_not_tell_their_value_or_is_shared():
     """`zero` has no memory, a subclass may keep anything there, and parameters at one address follow one another."""
+    subclass = type("Subclass", (torch.Tensor,), {})
     plain, shared = torch.zeros(8), torch.zeros(8)
-    strange = [plain.as_subclass(Strange), torch._neg_view(plain), torch._efficientzerotensor(8), plain.double()]
+    strange = [plain.as_subclass(subclass), torch._neg_view(plain), torch._efficientzerotensor(8), plain.double()]
     pairs = [(torch.zeros(8), plain), (shared, plain), (shared.view(8), plain)]
     pairs += [(torch.zeros(8), gradient) for gradient in strange]
     entries = [(p, gradient, torch.zeros(8), torch.zeros(8)) for p, gradient in pairs]

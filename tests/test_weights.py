@@ -8,6 +8,8 @@ import safetensors.torch
 import tiny
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
 
 from hf_radam.checkpoints.weights import Tensors, model_tensors, save_model_folder, write_weights
 from hf_radam.sharding import LocalSharding, Weights
@@ -59,9 +61,6 @@ def test_a_model_that_is_no_pretrained_model_keeps_its_names(tmp_path):
 
 
 def test_parameters_sharded_by_columns_are_refused():
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Shard
-
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
