@@ -40,8 +40,37 @@ class LateCopies:
             time.sleep(0.001)
 
 
+def model_of(dtype):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)).to(dtype)
+
+
+def walk(model, average, *, overlap, steps):
+    """Take steps that write to the weights only after `wait_for_copies()`."""
+    for step in steps:
+        average.wait_for_copies()
+        generator = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape, generator=generator).to(parameter)
+        average.update(step, overlap=overlap)
+
+
+def averaged(dtype=torch.float32, *, overlap=True, steps=STEPS):
+    model = model_of(dtype)
+    average = WeightAverage(model.named_parameters(), decay=0.9)
+    walk(model, average, overlap=overlap, steps=range(1, steps + 1))
+    return model, average
+
+
+@pytest.fixture(scope="module")
+def at_once():
+    """By dtype, averages that have moved at once."""
+    return {dtype: averaged(dtype, overlap=False)[1].averaged_state_dict() for dtype in (torch.float32, torch.bfloat16)}
+
+
 @pytest.fixture
-def late(monkeypatch):
+def late(at_once, monkeypatch):
     """Have averages of this process move late, as if the weights lay elsewhere."""
     made = []
 
@@ -53,75 +82,39 @@ def late(monkeypatch):
     return made
 
 
-def model_of(dtype):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(30, 20), nn.Linear(20, 10)).to(dtype)
-
-
-def walk(model, average, *, overlap, steps=range(1, STEPS + 1)):
-    """Take steps that write to the weights only after `wait_for_copies()`."""
-    for step in steps:
-        average.wait_for_copies()
-        generator = torch.Generator().manual_seed(step)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += torch.randn(parameter.shape, generator=generator).to(parameter)
-        average.update(step, overlap=overlap)
-
-
-def at_once(dtype, **options):
-    model = model_of(dtype)
-    average = WeightAverage(model.named_parameters(), decay=0.9, **options)
-    walk(model, average, overlap=False)
-    return average.averaged_state_dict()
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_average_is_that_of_the_weights_as_they_were(dtype, overlap, late, monkeypatch):
-    model = model_of(dtype)
-    average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=overlap)
+def test_the_average_is_that_of_the_weights_as_they_were(dtype, overlap, late, at_once):
+    _, average = averaged(dtype, overlap=overlap)
     (copies,) = late
     assert copies.started == STEPS - 1
     assert bool(copies.pending) == overlap  # not copied yet, or held back at once
-    found = average.averaged_state_dict()
-    monkeypatch.undo()
-    for name, value in at_once(dtype).items():
-        assert torch.equal(found[name], value), name
+    assert tiny.same(average.averaged_state_dict(), at_once[dtype])
 
 
-@pytest.mark.parametrize("read", ["applied", "state_dict", "averaged_state_dict", "exchange"])
-def test_whatever_reads_the_average_has_all_of_it(read, late, monkeypatch):
-    model = model_of(torch.float32)
-    average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=True)
-    if read in ("applied", "exchange"):
-        with average.applied(exchange=read == "exchange"):
-            found = {name: value.detach().clone() for name, value in model.named_parameters()}
+@pytest.mark.parametrize("read", ["applied", "exchange", "state_dict"])
+def test_whatever_reads_the_average_has_all_of_it(read, late, at_once):
+    model, average = averaged()
+    if read == "state_dict":
+        found = average.state_dict()["averages"]
     else:
-        found = getattr(average, read)()
-        found = found.get("averages", found)
-    monkeypatch.undo()
-    assert tiny.same(found, at_once(torch.float32))
+        with average.applied(exchange=read == "exchange"):
+            found = tiny.parameters(model)
+    assert tiny.same(found, at_once[torch.float32])
 
 
 def test_a_weight_written_to_too_early_is_an_error(late):
-    model = model_of(torch.float32)
-    average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=True)
+    model, average = averaged()
     with torch.no_grad():
         model[1].bias.zero_()
     with pytest.raises(RuntimeError, match=r"written to 1.bias while it was being copied"):
         average.wait_for_copies()
 
 
-def test_what_fails_in_the_thread_is_raised(late):
-    model = model_of(torch.float32)
-    average = WeightAverage(model.named_parameters(), decay=0.9)
-    walk(model, average, overlap=True, steps=range(1, 3))
+def test_an_error_in_the_thread_is_raised(late):
+    model, average = averaged(steps=2)
     late[0].wait = lambda: 1 / 0
-    walk(model, average, overlap=True, steps=range(3, 4))
+    walk(model, average, overlap=True, steps=[3])
     with pytest.raises(ZeroDivisionError):
         average.averaged_state_dict()
 
@@ -136,32 +129,26 @@ class Halves(TrainerCallback):
     on_pre_optimizer_step = on_optimizer_step = halve
 
 
-def test_a_training_is_the_same(late, monkeypatch, tmp_path):
-    """Evaluating, saving and writing in between; oracle: the training whose average moves at once."""
-    options = tiny.METHODS["ewa"] | {"ewa_every": 1}
-    options |= {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps"}
+def test_callbacks_may_write_where_the_error_says(late, monkeypatch, tmp_path):
+    """Oracle: the training whose average moves at once; `processes/test_late_averages.py` evaluates, too."""
     ends = []
-    for name in ("late", "at once"):
-        trainer = tiny.trainer(tmp_path / name, **options)
+    for _ in range(2):
+        trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], ewa_every=1)
         trainer.add_callback(Halves())
         trainer.train()
-        losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-        ends.append((losses, tiny.parameters(trainer.model), trainer.average.averaged_state_dict()))
+        ends.append(tiny.state(trainer))
         monkeypatch.undo()
-    assert late and late[0].started == trainer.state.max_steps - 1
-    assert ends[0][0] == ends[1][0]
-    assert tiny.same(ends[0][1], ends[1][1]) and tiny.same(ends[0][2], ends[1][2])
+    assert [copies.started for copies in late] == [19] and tiny.same(*ends)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_on_a_gpu(dtype):
+def test_on_a_gpu(dtype, at_once):
     """Exact, and without a byte on the GPU between steps."""
     model = model_of(dtype).cuda()
     average = WeightAverage(model.named_parameters(), decay=0.9, device="cpu")
     before = torch.cuda.memory_allocated()
-    walk(model, average, overlap=True)
+    walk(model, average, overlap=True, steps=range(1, STEPS + 1))
     torch.cuda.synchronize()
     assert torch.cuda.memory_allocated() == before
-    for name, value in at_once(dtype).items():
-        torch.testing.assert_close(average.averaged_state_dict()[name], value, rtol=0, atol=1e-6)
+    torch.testing.assert_close(average.averaged_state_dict(), at_once[dtype], rtol=0, atol=1e-6)

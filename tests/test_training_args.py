@@ -7,13 +7,13 @@ import re
 from dataclasses import dataclass
 
 import pytest
-from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from hf_radam import RAdamTrainingArguments
 from hf_radam.names import OptimizerName, SchedulerName
-from hf_radam.schedules import WSD, WSDS
+from hf_radam.schedules import WSDS
 from hf_radam.training_args import UPSTREAM_DEFAULT_SCHEDULE
 
 
@@ -64,12 +64,14 @@ def test_with_none_of_our_flags_the_fields_are_upstreams(tmp_path):
     assert changed == ["lr_scheduler_type"]
 
 
-def test_arguments_survive_pickle_and_replace(tmp_path):
+def test_arguments_survive_pickle_replace_and_yaml(tmp_path):
     args = make(tmp_path, optim="radam", lr_scheduler_type="wsd_s", budgets=[40])
     for copy in (pickle.loads(pickle.dumps(args)), dataclasses.replace(args, seed=7)):
         assert (copy.optim, copy.lr_scheduler_type, copy.budgets) == ("radam", "wsd_s", [40])
         assert copy.schedule(100) == args.schedule(100)
     assert dataclasses.replace(make(tmp_path, ewa=True), ewa_decay=0.9).ewa_decay == 0.9  # another window
+    for given in (True, "true", "True"):  # as in a YAML file
+        assert make(tmp_path, optim="radam", fused_optimizer=given).fused_optimizer == "true"
 
 
 def test_flags_on_the_command_line(tmp_path):
@@ -84,56 +86,28 @@ def test_flags_on_the_command_line(tmp_path):
     assert args.schedule(1000) == WSDS(budgets=(300, 700, 1000), decay_steps=(30, 70, 100), **shape)
 
 
-def test_seq2seq_arguments(tmp_path):
-    @dataclass
-    class Arguments(RAdamTrainingArguments, Seq2SeqTrainingArguments):
-        pass
-
-    args = Arguments(output_dir=str(tmp_path), optim="radam", predict_with_generate=True, report_to="none")
-    assert args.predict_with_generate and args.lr_scheduler_type == "wsd"
-    inherited = {field.name: field for field in dataclasses.fields(RAdamTrainingArguments)}
-    assert all(field is inherited[field.name] for field in dataclasses.fields(Arguments) if field.name in inherited)
-
-
-def test_ratio_and_count_follow_upstreams_rule(tmp_path):
-    for decay, warmup in ((0.2, 0.05), (20, 5)):
-        args = make(tmp_path, optim="radam", decay_steps=decay, warmup_steps=warmup)
-        assert args.schedule(100) == WSD(total_steps=100, decay_steps=20, warmup_steps=5)
-
-
 REFUSED = [
     ({"optim": "radam_schedulefree", "lr_scheduler_type": "wsd"}, "needs a constant learning rate. Use auto, constant"),
     ({"optim": "schedule_free_adamw"}, "transformers evaluates and saves its gradient point"),
     ({"optim": "radam", "lr_scheduler_type": "constant", "warmup_steps": 5}, "ignores warmup_steps=5"),
-    ({"optim": "radam", "warmup_steps": 60, "decay_steps": 50}, "60"),
     ({"optim": "radam", "decay_steps": math.nan}, "decay_steps"),
-    ({"optim": "radam", "decay_steps": 101}, "101"),
-    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [50, 50]}, "50"),
     ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [150]}, "budgets=[150] must lie after step 0"),
-    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [math.nan]}, "budgets"),
-    ({"optim": "radam", "lr_scheduler_type": "wsd_s", "budgets": [95], "decay_steps": 10}, "10"),
     ({"optim": "radam", "budgets": [50]}, "budgets=[50] has no effect with lr_scheduler_type=wsd. Use wsd_s, or"),
     ({"optim": "radam", "ewa": True, "decay_steps": 0.2}, "decay_steps=0.2 has no effect with"),
     ({"optim": "radam", "lr_scheduler_kwargs": {"a": 1}}, "a has no effect with wsd. Use the flags, and here nothing"),
     ({"ewa_decay": 0.9}, "ewa_decay=0.9 has no effect without ewa. Set --ewa"),
-    ({"ewa_eval_raw": True}, "ewa_eval_raw=True has no effect without ewa"),
     ({"ewa": True, "ewa_decay": 0.9, "ewa_half_life_ratio": 0.1}, "two windows for one average"),
     ({"ewa": True, "ewa_start_step": 100}, "leave no averaging in a run of 100 steps"),
     ({"ewa": True, "ewa_device": "gpu"}, "ewa_device='gpu' is not known. Use cpu"),
     ({"optim": "radam", "fused_optimizer": "yes"}, "fused_optimizer='yes' is not known. Use auto, true or false"),
     ({"optim": "adamw_torch", "fused_optimizer": "true"}, "fused_optimizer=true has no effect with optim=adamw_torch"),
     ({"optim": "radam", "learning_rate": math.nan}, "learning_rate=nan must be a finite number"),
-    ({"optim": "radam", "weight_decay": math.inf}, "weight_decay=inf must be a finite number"),
     ({"optim": "radam", "warmup_steps": 2.5}, "warmup_steps=2.5 must be a whole number"),
-    ({"optim": "radam", "warmup_steps": math.nan}, "warmup_steps=nan must be"),
     ({"optim": "radam_schedulefree", "adam_beta1": 0.0}, "beta1=0.0 leaves x undefined"),
-    ({"optim": "radam_schedulefree", "adam_beta2": 0.6}, "beta2=0.6 never leaves RAdam's silent phase"),
     ({"optim": "radam_schedulefree", "optim_args": "power=2"}, "radam_schedulefree has no option 'power'"),
-    ({"optim": "radam_schedulefree", "optim_args": "r=much"}, "r='much' is not valid"),
     ({"optim": "radam", "optim_args": "foreach=perhaps"}, "must be true or false"),
     ({"recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 is negative. Use 0"),
     ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval=True leaves the parameters cast"),
-    ({"optim": "radam", "fp16_full_eval": True}, "fp16_full_eval=True leaves the parameters cast"),
     ({"ewa": True, "extend_from": "nowhere"}, "extend_from=nowhere is not a folder"),
     ({"ewa": True, "extend_from": "tests", "max_steps": -1}, "needs a new length of the run. Set --max_steps"),
     ({"lr_scheduler_type": "cosine", "extend_from": "tests"}, "extend_from=tests with lr_scheduler_type=cosine"),
@@ -171,11 +145,6 @@ def test_options_of_the_optimizers_reach_them(tmp_path):
     assert (kwargs["r"], kwargs["weight_lr_power"], kwargs["silent_sgd_phase"]) == (1.0, 3.0, False)
 
 
-@pytest.mark.parametrize("given", [True, "true", "True"])
-def test_a_yaml_file_may_give_a_boolean(given, tmp_path):
-    assert RAdamTrainingArguments(tmp_path, optim="radam", fused_optimizer=given).fused_optimizer == "true"
-
-
 @dataclass
 class Further(TrainingArguments):
     """A configuration of another library: a field of its own, and changed defaults of transformers."""
@@ -195,33 +164,24 @@ class Last(Further, RAdamTrainingArguments):
     """Likewise."""
 
 
-@dataclass
-class Again(First):
-    """And what it declares itself is its own."""
-
-    logging_steps: float = 20
-
-
-@pytest.mark.parametrize("kind", [First, Last, Again])
+@pytest.mark.parametrize("kind", [First, Last])
 def test_defaults_beside_those_of_another_dataclass(tmp_path, kind):
     args = kind(str(tmp_path), optim="radam", ewa=True)
-    assert (args.learning_rate, args.rounds, args.lr_scheduler_type) == (2e-5, 3, "constant")
-    assert args.logging_steps == (20 if kind is Again else 10)
+    assert (args.learning_rate, args.logging_steps, args.rounds, args.lr_scheduler_type) == (2e-5, 10, 3, "constant")
     fields = {field.name: field for field in dataclasses.fields(kind)}
     assert "radam_schedulefree" in fields["optim"].metadata["help"]
-    assert kind(str(tmp_path), learning_rate=1.0).learning_rate == 1.0
-    parser = HfArgumentParser([kind])
-    (parsed,) = parser.parse_args_into_dataclasses(["--output_dir", str(tmp_path), "--ewa", "--optim", "radam"])
-    assert (parsed.learning_rate, parsed.rounds, parsed.lr_scheduler_type) == (2e-5, 3, "constant")
+    flags = ["--output_dir", str(tmp_path), "--learning_rate", "1.0"]
+    (parsed,) = HfArgumentParser([kind]).parse_args_into_dataclasses(flags)
+    assert (parsed.learning_rate, parsed.logging_steps, parsed.rounds) == (1.0, 10, 3)
 
 
 def test_a_class_that_is_no_dataclass_but_needs_to_be_is_refused(tmp_path):
     class Forgotten(RAdamTrainingArguments, Further):
         pass
 
-    class Enough(Again):
+    class Enough(First):
         """Has nothing that its one base does not have."""
 
     with pytest.raises(TypeError, match="Forgotten has fields of several dataclasses. Write @dataclass above it"):
         Forgotten(str(tmp_path))
-    assert Enough(str(tmp_path)).logging_steps == 20
+    assert Enough(str(tmp_path)).logging_steps == 10
