@@ -2,7 +2,7 @@
 
 Oracles: the run of one process with as many sequences in each step; plain `from_pretrained` on what was written, with
 a loss that no trainer computed; the run that was never interrupted, and the one that was planned longer, bit for bit;
-the schedule's own function.
+the schedule's own function. The resumed run's averages move as late as a busy device allows, the others' at once.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import torch
 from processes import harness
 from processes.test_moving import MOVES
 from safetensors.torch import load_file
+from test_host_average import LateCopies
 from transformers import AutoModelForCausalLM
 
-from hf_radam import load_evaluation_model
+from hf_radam import averaging, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
 from hf_radam.checkpoints.manifest import read_manifest
+from hf_radam.optim import fused
 from hf_radam.schedules import wsd, wsd_s
 
 STEPS, LONGER, SAVED = 8, 11, 4
@@ -83,14 +85,18 @@ def train_one(folder, backend, method):
         "loss": loss,
         "weights": weights,
         "average": average.averaged_state_dict() if average else None,
+        "fused": trainer._bare_optimizer.fused,
         "bytes": sum(shard.numel() * shard.element_size() for shard in shards),
     }
     saved = str(folder / "run" / f"checkpoint-{SAVED}")
-    resumed = made(folder / "resumed", model(method))
-    resumed.train(resume_from_checkpoint=saved)
+    resumed, copiers = made(folder / "resumed", model(method)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging, "host_copies", lambda weights, _: copiers.append(LateCopies(weights)) or copiers[-1])
+        resumed.train(resume_from_checkpoint=saved)
     facts["resumed is the same"] = tiny.same(weights, harness.gathered(resumed))
     facts["resumed loss"] = resumed.evaluate()["eval_loss"]
     if average:
+        facts["moved late"] = [copier.started for copier in copiers]
         facts["resumed average is the same"] = tiny.same(facts["average"], resumed.average.averaged_state_dict())
     if method == "wsd":
         facts["refused"] = [refusal(made, folder / "refused", saved, {key: value}) for key, value in REFUSED.items()]
@@ -149,8 +155,9 @@ def check(folder, method, backend, ranks, one):
             torch.testing.assert_close(facts["weights"][name], value, rtol=0, atol=TOLERANCE, msg=f"{method} {name}")
         assert tiny.same(facts["weights"], ranks[0]["weights"])
         assert facts["resumed is the same"] and facts["resumed loss"] == facts["loss"], method
+        assert facts["fused"] == (METHODS[method]["optim"] == "radam" or not isinstance(fused.load_library(), str))
         if one["average"]:
-            assert facts["resumed average is the same"]
+            assert facts["resumed average is the same"] and facts["moved late"] == [2]  # with steps 5 and 7
             for name, value in one["average"].items():
                 torch.testing.assert_close(facts["average"][name], value, rtol=0, atol=TOLERANCE)
         check_schedule(facts, method)
