@@ -45,10 +45,12 @@ def hang():
     time.sleep(3600)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("how", "expected"),
-    [(raise_error, ["KeyError: 'the cause'", "in raise_error", "the last words"]), (die, ["died with exit code 7"])],
+    ("rank", "how", "expected"),
+    [
+        (1, raise_error, ["KeyError: 'the cause'", "in raise_error", "the last words"]),
+        (0, die, ["died with exit code 7"]),
+    ],
     ids=["raises", "dies"],
 )
 def test_a_failure_is_told_with_its_rank_and_does_not_wait_for_the_others(rank, how, expected):
