@@ -58,11 +58,6 @@ def _logged(target: Callable[..., None], args: tuple[Any, ...], log: Path) -> No
     target(*args)
 
 
-def warm_up(log: Path) -> None:
-    """Have the fork server import everything, so that the next process is a fast one."""
-    finish(int, log=log)
-
-
 def finish(target: Callable[..., None], *args: Any, log: Path) -> None:
     """Run `target(*args)` in a process of its own to its end, which must be a good one."""
     process = start(target, *args, log=log)

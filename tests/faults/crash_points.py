@@ -2,7 +2,8 @@
 
 The interpreter's audit events tell of every operation before it happens: opening for writing (to flush a file, too),
 making and removing folders and files, links, renames. Forked children do the same work in copies of a folder, and the
-n-th child dies before its n-th operation, until one comes through.
+n-th child dies before its n-th operation, until one comes through. In a row of operations of one kind, such as a link
+for every file of a checkpoint, only the first two count: nothing of it done, a part, and (the next operation) all.
 """
 
 from __future__ import annotations
@@ -30,13 +31,17 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def die_before_operation(number: int, note: Path) -> None:
     """End this process at once before its operation of that number, and note down which that is."""
-    counter = itertools.count(1)
+    counter, row = itertools.count(1), [""]
     note.touch()
     descriptor = os.open(note, os.O_WRONLY)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
-        if (writes or event in OPERATIONS) and next(counter) == number:
+        there_already = event == "os.mkdir" and os.path.isdir(args[0])
+        if not (writes or event in OPERATIONS) or there_already:
+            return
+        row[:] = [*row, event] if event == row[-1] else [event]
+        if len(row) <= 2 and next(counter) == number:
             os.write(descriptor, f"{event} {args[0]}".encode())
             os._exit(DIED)
 

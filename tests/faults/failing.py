@@ -66,9 +66,8 @@ def train_into_fault(run: Path, options: dict[str, Any], at: int, kind: str, mes
         os.seteuid(NOBODY)
     trainer = attempts.make_trainer(run, options)
     trainer.add_callback(Fault(at, kind, run))
-    resumes = bool(list_checkpoints(run)) and not options.get("save_only_model")
     try:
-        trainer.train(resume_from_checkpoint=resumes or None)
+        trainer.train(resume_from_checkpoint=bool(list_checkpoints(run)) or None)
     except CheckpointSaveError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(descriptor, str(error).encode())

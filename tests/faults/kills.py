@@ -12,7 +12,6 @@ import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,12 +179,14 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
         AssertionError: if a run does not, or if something damaged was found on the way.
     """
     random_source = random.Random(seed)
-    attempts.warm_up(folder / "log")
-    twins = {name: Twin.trained(folder / name / "twin", options) for name, options in attempts.SCENARIOS.items()}
-    inside: dict[str, list[bool]] = {name: [] for name in twins}
+    attempts.finish(int, log=folder / "log")  # the fork server imports everything, so that the next start is a fast one
+    twins: dict[str, Twin] = {}
+    inside: dict[str, list[bool]] = {name: [] for name in attempts.SCENARIOS}
     done = run = 0
     while done < kills:
-        name = list(twins)[run % len(twins)]
+        name = list(inside)[run % len(inside)]
+        if name not in twins:
+            twins[name] = Twin.trained(folder / name / "twin", attempts.SCENARIOS[name])
         victim = Victim(folder / name / str(run), twins[name], attempts.PINS.get(name, []))
         kill_and_resume(victim, random_source, most=min(random_source.randint(1, most_each), kills - done))
         wrong = victim.differences()
@@ -195,13 +196,8 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
         run += 1
     in_a_save = sum(kind for kinds in inside.values() for kind in kinds)
     assert kills < 50 or in_a_save * 5 >= kills, f"only {in_a_save} of {kills} kills came inside a save"
-    return _words(done, kills, inside)
-
-
-def _words(done: int, kills: int, inside: dict[str, list[bool]]) -> str:
     each = "; ".join(f"{name}: {len(kinds)}, {sum(kinds)}" for name, kinds in inside.items())
-    total = Counter(kind for kinds in inside.values() for kind in kinds)
-    words = f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save"
+    words = f"soak: {done} of {kills} kills ended bitwise equal, {in_a_save} inside a save"
     return f"{words} (kills, inside by method: {each})"
 
 

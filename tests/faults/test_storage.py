@@ -1,6 +1,10 @@
-"""What `hf_radam.checkpoints.storage` does where a file system cannot, or fails."""
+"""What `hf_radam.checkpoints.storage` does where a file system cannot, or fails, and the hashes it takes.
+
+Oracle of the hashes: hashlib over the bytes read afterwards.
+"""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -82,3 +86,19 @@ def test_the_successor_is_taken_where_both_are_there(folder):
     assert [now for _, now in storage.interrupted(folder.parent)] == [staging / "checkpoint-9"]
     storage.recover_interrupted_save(folder.parent)
     assert (folder.parent / "checkpoint-9" / "new.json").is_file()
+
+
+def test_files_hashed_early_and_late_and_rewritten(tmp_path):
+    sizes = {"a": 0, "b": 1, "c": storage.CHUNK, "d": 3 * storage.CHUNK + 1, "deep/e": 5}
+    (tmp_path / "deep").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"1" * size)
+    hasher = storage.FileHasher(tmp_path)
+    hasher.submit([tmp_path / "b", tmp_path / "d"])
+    hasher.submit([tmp_path / "b"])
+    (tmp_path / "d").write_bytes(b"2" * sizes["d"])  # of the same size
+    facts = (tmp_path / "d").stat()
+    os.utime(tmp_path / "d", ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**7))  # a clock tick later
+    assert hasher.finish() == {
+        name: (size, hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name, size in sizes.items()
+    }

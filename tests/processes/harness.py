@@ -49,23 +49,19 @@ TAIL = 3000
 
 @dataclass
 class Outcome:
-    """How one process ended.
-
-    Attributes:
-        rank: its rank.
-        value: what the function returned.
-        error: type and message of the exception that it raised, or why there is neither.
-        output: traceback or stacks, and the end of what the process wrote to standard output and error.
-        exit_code: of the process; negative is the number of a signal, and None if the harness killed it.
-        raised_at: when it raised, in seconds of `time.monotonic`.
-    """
+    """How one process ended."""
 
     rank: int
     value: Any = None
+    """What the function returned."""
     error: str | None = None
+    """Type and message of the exception that it raised, or why there is neither."""
     output: str = ""
+    """Traceback or stacks, and the end of what the process wrote to standard output and error."""
     exit_code: int | None = None
+    """Negative is the number of a signal; None if the harness killed the process."""
     raised_at: float = 0.0
+    """In seconds of `time.monotonic`."""
 
 
 def context() -> Any:

@@ -1,10 +1,12 @@
-"""What users do that nobody planned for: evaluating first, freezing half-way, other classes, a process that is late.
+"""What nobody planned for: evaluating first, freezing half-way, other classes, a process that is late or is stopped.
 
 Oracles: the run without the surprise, bit for bit; clones taken before.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
@@ -15,6 +17,7 @@ from processes.test_sharded_details import ODD, error_of, options, zero
 
 from hf_radam import RAdamScheduleFree, WeightAverage, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
+from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.optim import schedule_free_x
 
 # ---- Evaluating before training ----
@@ -182,7 +185,31 @@ def wait_for_a_late_one(folder, backend):
     return None
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", pytest.param("zero2", marks=zero)])
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=zero)])  # which has a group of its own
 def test_nobody_waits_longer_than_the_time_limit(tmp_path, backend):
     first, _ = harness.run(wait_for_a_late_one, tmp_path, backend, backend=backend, check=False, grace=2)
     assert first.value is not None and 3 < first.value < 300, (first.error, first.output)
+
+
+# ---- A process that is stopped ----
+
+
+class Stopped(tiny.TrainerCallback):
+    """A SIGTERM reaches the last process alone, in the middle of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_all(folder, backend):
+    trainer = tiny.trainer(folder, **options(backend, ewa=True, optim="radam", enable_jit_checkpoint=True))
+    trainer.add_callback(Stopped())
+    trainer.train()
+    return trainer.state.global_step, [path.name for path in folder.glob("checkpoint-*")]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2_sharded"])
+def test_a_sigterm_that_one_process_has_seen_stops_all_of_them(tmp_path, backend):
+    assert harness.run(stop_all, tmp_path, backend, backend=backend) == [(4, ["checkpoint-4"])] * 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "checkpoint-4")["files"])
