@@ -22,7 +22,6 @@ import tiny
 import torch
 
 from hf_radam import RAdamTrainer
-from hf_radam.checkpoints import storage
 
 DIED = 9
 OPERATIONS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -105,13 +104,3 @@ def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_alre
     trainer.die_at, trainer.copies, trainer.saved_already = die_at, folder / "copies", saved_already
     trainer.train()
     torch.save(attempts.outcome(trainer), folder / "outcome")
-
-
-def recover_forking(source: Path, copies: Path) -> None:
-    """`storage.recover_interrupted_save`, dying before each operation."""
-    die_at_every_operation(source, copies, storage.recover_interrupted_save)
-
-
-def resume_forking(source: Path, copies: Path, options: dict[str, Any]) -> None:
-    """Resuming, dying before each operation."""
-    die_at_every_operation(source, copies, lambda run: attempts.train(run, options, run.with_name("outcome")))

@@ -5,11 +5,13 @@ a resumed run must have bit for bit.
 """
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import attempts
 import crash_points
 import pytest
+import tiny
 import torch
 
 from hf_radam import load_evaluation_model
@@ -81,9 +83,8 @@ def test_a_save_may_die_anywhere(tmp_path, scenario, step, again, before, after,
     between = [copy for copy in left.values() if list(interrupted(copy))]
     assert bool(between) == again  # only where a folder gives its name to another are there two renames
     for number, copy in enumerate(between):
-        attempts.finish(
-            crash_points.recover_forking, copy, tmp_path / f"recovering-{number}", log=tmp_path / "log of recovering"
-        )
+        work = copy, tmp_path / f"recovering-{number}", recover_interrupted_save
+        attempts.finish(crash_points.die_at_every_operation, *work, log=tmp_path / "log of recovering")
         for recovering in states(tmp_path / f"recovering-{number}", at_least=step, pins=before).values():
             recover_interrupted_save(recovering)
             assert names(recovering) == names(copy) and not list(interrupted(recovering))
@@ -98,8 +99,9 @@ def test_pinning_what_is_resumed_may_die_anywhere(tmp_path):
     for step in range(1, 13):
         if step not in (6, 7):
             shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
-    quiet = options | {"save_strategy": "no"}
-    attempts.finish(crash_points.resume_forking, tmp_path / "run", tmp_path / "copies", quiet, log=tmp_path / "log")
+    resume = partial(attempts.train_until_killed, options=options | {"save_strategy": "no"})
+    work = tmp_path / "run", tmp_path / "copies", resume
+    attempts.finish(crash_points.die_at_every_operation, *work, log=tmp_path / "log")
     left = states(tmp_path / "copies", at_least=7, pins=set())
     assert any(("_pre_decay", 7) in names(copy) for copy in left.values())
     check_resumes(left, options, torch.load(tmp_path / "o"))
@@ -108,12 +110,11 @@ def test_pinning_what_is_resumed_may_die_anywhere(tmp_path):
 def test_a_run_that_died_between_two_renames_is_extended(tmp_path):
     """The budget's checkpoint is moved aside here, as by a process that died before its successor took its place."""
     options = attempts.SCENARIOS["wsd_s"] | {"save_strategy": "no", "max_steps": 7, "budgets": None}
-    attempts.finish(attempts.train, tmp_path / "run", options, tmp_path / "o", log=tmp_path / "log")
+    tiny.trained(tmp_path / "run", **options)
     aside = tmp_path / "run" / STAGING / "replaced/_budgets"
     aside.mkdir(parents=True)
     (tmp_path / "run/_budgets/checkpoint-7").rename(aside / "checkpoint-7")
-    longer = options | {"max_steps": 12, "extend_from": str(tmp_path / "run")}
-    attempts.finish(attempts.begin, tmp_path / "run", longer, tmp_path / "o", log=tmp_path / "log")
+    tiny.trained(tmp_path / "run", **options | {"max_steps": 12, "extend_from": str(tmp_path / "run")})
     assert names(tmp_path / "run") == {("_budgets", 7), ("_budgets", 12)}
     for place in list_checkpoints(tmp_path / "run"):
         check_resumable(place.path)

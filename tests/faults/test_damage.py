@@ -57,6 +57,9 @@ def runs(tmp_path_factory):
         trainer = tiny.trainer(run, **METHODS[method] | SAVING)
         trainer.train()
         made[method] = run, tiny.parameters(trainer.model)
+    checkpoint = made["ewa"][0] / "checkpoint-6"
+    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {file for method, file in CASES if method == "ewa"} == files
     return made
 
 

@@ -49,8 +49,6 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, holder)
             pass
     process.communicate("\n")
     with run_lock(tmp_path):
-        pass
-    with run_lock(tmp_path):
         assert (tmp_path / LOCK_NAME).is_file()
 
 

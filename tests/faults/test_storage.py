@@ -68,15 +68,6 @@ def test_both_folders_of_a_rename_are_flushed(folder, monkeypatch):
     assert {run, run / "_pre_decay", run / storage.STAGING / "_pre_decay"} <= set(flushed)
 
 
-def test_removing_a_folder_leaves_what_else_is_staged(folder):
-    aside = folder.parent / storage.STAGING / storage.REPLACED / "checkpoint-9"
-    storage.link_tree(folder, aside)
-    storage.remove(folder.parent, folder)
-    assert not folder.exists() and aside.is_dir()
-    storage.recover_interrupted_save(folder.parent)
-    assert (folder.parent / "checkpoint-9" / "a.json").is_file() and not (folder.parent / storage.STAGING).exists()
-
-
 def test_the_successor_is_taken_where_both_are_there(folder):
     """It was whole before the older one lost its place."""
     staging = folder.parent / storage.STAGING

@@ -15,7 +15,8 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_moving import MOVES
+from processes.test_moving import MOVES, ODD
+from processes.test_sharded_details import error_of
 from safetensors.torch import load_file
 from test_host_average import LateCopies
 from transformers import AutoModelForCausalLM
@@ -36,7 +37,6 @@ METHODS = {
     "schedule_free": {"optim": "radam_schedulefree"},
 }
 BACKENDS = harness.BACKENDS
-ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
 # A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 8 steps long.
 TOLERANCE = 2e-6
 BESIDE = {"ewa": "ewa", "schedule_free": "schedule_free"}
@@ -99,30 +99,21 @@ def train_one(folder, backend, method):
         facts["moved late"] = [copier.started for copier in copiers]
         facts["resumed average is the same"] = tiny.same(facts["average"], resumed.average.averaged_state_dict())
     if method == "wsd":
-        facts["refused"] = [refusal(made, folder / "refused", saved, {key: value}) for key, value in REFUSED.items()]
+        facts["refused"] = [
+            error_of(made(folder / "refused", model(method), **{key: value}).train, resume_from_checkpoint=saved)
+            for key, value in REFUSED.items()
+        ]
     if method in ("wsd", "wsd_s"):
         rates = Rates()
         longer = made(folder / "longer", model(method), max_steps=LONGER, extend_from=str(folder / "run"))
         longer.add_callback(rates)
         longer.train()
-        twin = made(folder / "planned", model(method), max_steps=LONGER, **planned(method), save_strategy="no")
+        planned = {"budgets": [5, STEPS]} if method == "wsd_s" else {}
+        twin = made(folder / "planned", model(method), max_steps=LONGER, save_strategy="no", **planned)
         twin.train()
         facts["longer is the planned"] = tiny.same(harness.gathered(longer), harness.gathered(twin))
         facts["rates"] = rates.used
     return facts
-
-
-def planned(method):
-    return {"budgets": [5, STEPS]} if method == "wsd_s" else {}
-
-
-def refusal(made, folder, checkpoint, changed):
-    """What is said of a checkpoint that was trained with other hyper-parameters."""
-    trainer = made(folder, model("wsd"), **changed)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ValueError as error:
-        return str(error)
 
 
 def train_all(folder, backend):

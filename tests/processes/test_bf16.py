@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from processes import harness
+from processes.test_moving import ODD
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Trainer
@@ -19,7 +20,6 @@ from hf_radam.checkpoints.load import consolidate
 # computes in bf16, of 8 bits, also what autocast leaves in float32: 0.5 to 0.7 % measured. ZeRO adds up gradients in
 # bf16: 2.6 to 3.4 %.
 APART = {"ddp": 0.0, "fsdp2_sharded": 0.015, "zero2": 0.07, "zero3_ungathered": 0.07}
-ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
 STEPS = 10
 
 

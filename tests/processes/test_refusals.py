@@ -8,7 +8,8 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_sharded_details import ODD, error_of, options, zero
+from processes.test_moving import ODD
+from processes.test_sharded_details import error_of, options, zero
 from torch import nn
 
 from hf_radam import RAdamTrainer

@@ -12,13 +12,13 @@ import tiny
 import torch
 from accelerate.state import AcceleratorState
 from processes import harness
+from processes.test_moving import ODD
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer
 from hf_radam.trainer.compatibility import check_supported
 
-ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}
 zero = pytest.mark.skipif(bool(harness.missing("zero2")), reason=str(harness.missing("zero2")))
 
 

@@ -1,4 +1,4 @@
-"""What nobody planned for: evaluating first, freezing half-way, other classes, a process that is late or is stopped.
+"""What nobody planned for: evaluating first, freezing half-way, other classes; processes late, stopped, or apart.
 
 Oracles: the run without the surprise, bit for bit; clones taken before.
 """
@@ -13,12 +13,14 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_sharded_details import ODD, error_of, options, zero
+from processes.test_moving import ODD
+from processes.test_sharded_details import error_of, options, zero
 
 from hf_radam import RAdamScheduleFree, WeightAverage, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
 from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.optim import schedule_free_x
+from hf_radam.trainer import ranks
 
 # ---- Evaluating before training ----
 
@@ -213,3 +215,31 @@ def stop_all(folder, backend):
 def test_a_sigterm_that_one_process_has_seen_stops_all_of_them(tmp_path, backend):
     assert harness.run(stop_all, tmp_path, backend, backend=backend) == [(4, ["checkpoint-4"])] * 2
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "checkpoint-4")["files"])
+
+
+# ---- Several machines: one folder that all see, or an error on all of them ----
+
+
+def train_on_two_machines(folder, apart):
+    """Train as one process on a machine of its own; `apart` gives each machine a folder of the same name."""
+    rank = os.environ["RANK"]
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "1", "0"
+    ranks.PATIENCE = 2.0
+    home = folder / rank if apart else folder
+    home.mkdir(exist_ok=True)
+    os.chdir(home)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2} | harness.arguments("ddp")
+    with pytest.raises(ValueError, match="save_on_each_node is not supported"):
+        tiny.trainer("run", save_on_each_node=True, **options | tiny.METHODS["ewa"]).train()
+    tiny.trainer("run", **options | tiny.METHODS["ewa"]).train()
+    return sorted(file.name for file in (home / "run" / "checkpoint-2").glob("rng_state*"))
+
+
+def test_one_folder_holds_the_files_of_both(tmp_path):
+    assert harness.run(train_on_two_machines, tmp_path, False) == [["rng_state_0.pth", "rng_state_1.pth"]] * 2
+
+
+def test_folders_apart_are_refused_on_both(tmp_path):
+    for outcome in harness.run(train_on_two_machines, tmp_path, True, check=False):
+        assert "is not shared by all machines: ranks [1] do not see" in outcome.error
+    assert not list(tmp_path.rglob("seen-by-all*"))
