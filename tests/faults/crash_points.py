@@ -14,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import tiny
 import torch
 
 from hf_radam import RAdamTrainer
+from hf_radam.checkpoints.runs import list_checkpoints
 
 DIED = 9
 OPERATIONS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -104,3 +106,14 @@ def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_alre
     trainer.die_at, trainer.copies, trainer.saved_already = die_at, folder / "copies", saved_already
     trainer.train()
     torch.save(attempts.outcome(trainer), folder / "outcome")
+
+
+def resume_forking(folder: Path, options: dict[str, Any], steps: set[int]) -> None:
+    """Train as `train_forking` does, keep the checkpoints of some steps, none pinned, and have every resume die."""
+    run = folder / "run"  # trained here, so that the children begin with everything loaded
+    torch.save(attempts.train_until_killed(run, options | {"save_total_limit": None}), folder / "outcome")
+    for place in list_checkpoints(run):
+        if place.pinned_in or place.step not in steps:
+            shutil.rmtree(place.path)
+    resume = partial(attempts.train_until_killed, options=options | {"save_strategy": "no"})
+    die_at_every_operation(run, folder / "copies", resume)

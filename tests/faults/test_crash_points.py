@@ -5,7 +5,6 @@ a resumed run must have bit for bit.
 """
 
 import shutil
-from functools import partial
 from pathlib import Path
 
 import attempts
@@ -92,19 +91,10 @@ def test_a_save_may_die_anywhere(tmp_path, scenario, step, again, before, after,
 
 def test_pinning_what_is_resumed_may_die_anywhere(tmp_path):
     options = attempts.SCENARIOS["wsd+ewa"]
-    attempts.finish(
-        attempts.train, tmp_path / "run", options | {"save_total_limit": None}, tmp_path / "o", log=tmp_path / "log"
-    )
-    shutil.rmtree(tmp_path / "run/_pre_decay")
-    for step in range(1, 13):
-        if step not in (6, 7):
-            shutil.rmtree(tmp_path / f"run/checkpoint-{step}")
-    resume = partial(attempts.train_until_killed, options=options | {"save_strategy": "no"})
-    work = tmp_path / "run", tmp_path / "copies", resume
-    attempts.finish(crash_points.die_at_every_operation, *work, log=tmp_path / "log")
+    attempts.finish(crash_points.resume_forking, tmp_path, options, {6, 7}, log=tmp_path / "log")
     left = states(tmp_path / "copies", at_least=7, pins=set())
     assert any(("_pre_decay", 7) in names(copy) for copy in left.values())
-    check_resumes(left, options, torch.load(tmp_path / "o"))
+    check_resumes(left, options, torch.load(tmp_path / "outcome"))
 
 
 def test_a_run_that_died_between_two_renames_is_extended(tmp_path):
