@@ -15,7 +15,7 @@ from hf_radam import RAdamTrainer
 SAVED, STEPS = 6, 9
 ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
 METHODS = {
-    "wsd, ewa": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": 2, "ewa": True},
+    "wsd, ewa": {"optim": "radam", "lr_scheduler_type": "wsd", "decay_steps": STEPS - SAVED, "ewa": True},
     "schedule_free": {"optim": "radam_schedulefree"},
 }
 LAYOUTS = ("one", "ddp", "fsdp2", "fsdp2_sharded")
@@ -73,7 +73,8 @@ class Notes(TrainerCallback):
 
 def train(folder, layout, method, resume=None, until=STEPS):
     """Train, and return what was recorded on the way and the weights at the end."""
-    options = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVED, "per_device_train_batch_size": 2}
+    options = {"max_steps": STEPS, "save_steps": SAVED, "per_device_train_batch_size": 2}
+    options |= {"save_strategy": "no" if resume else "steps"}
     options |= {"gradient_accumulation_steps": 2 if layout == "one" else 1}
     arguments = tiny.arguments(folder, **options | METHODS[method] | harness.arguments(layout))
     notes = Notes()
