@@ -73,9 +73,8 @@ class Notes(TrainerCallback):
 
 def train(folder, layout, method, resume=None, until=STEPS):
     """Train, and return what was recorded on the way and the weights at the end."""
-    options = {"max_steps": STEPS, "save_steps": SAVED, "per_device_train_batch_size": 2}
-    options |= {"save_strategy": "no" if resume else "steps"}
-    options |= {"gradient_accumulation_steps": 2 if layout == "one" else 1}
+    options = {"max_steps": STEPS, "save_steps": SAVED, "save_strategy": "no" if resume else "steps"}
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2 if layout == "one" else 1}
     arguments = tiny.arguments(folder, **options | METHODS[method] | harness.arguments(layout))
     notes = Notes()
     callbacks = [notes, tiny.StopAfter(until)]
@@ -91,17 +90,13 @@ def uninterrupted(root, layout):
 
 def resumed(root, moves, until=STEPS):
     """Resume, by source, layout and method."""
-    return {
-        (source, layout, method): train(
-            root / f"{source} to {layout} until {until}" / method,
-            layout,
-            method,
-            root / source / method / f"checkpoint-{SAVED}",
-            until,
-        )
-        for source, layout in moves
-        for method in METHODS
-    }
+    found = {}
+    for source, layout in moves:
+        for method in METHODS:
+            saved = root / source / method / f"checkpoint-{SAVED}"
+            folder = root / f"{source} to {layout} until {until}" / method
+            found[source, layout, method] = train(folder, layout, method, saved, until)
+    return found
 
 
 def check_what_was_loaded(kept, saved, method):
