@@ -7,6 +7,7 @@ script does: make the model, the arguments and the trainer, and train.
 from __future__ import annotations
 
 import os
+import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import tiny
 import torch
 from processes import harness
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -41,11 +43,12 @@ SCENARIOS: dict[str, dict[str, Any]] = {
 PINS = {"wsd+ewa": [("_pre_decay", 7)], "wsd_s": [("_budgets", 7), ("_budgets", 12)]}
 
 
-def start(target: Callable[..., None], *args: Any, log: Path) -> Any:
-    """Begin `target(*args)` in a process of its own, which writes what it says to a file."""
+def finish(target: Callable[..., None], *args: Any, log: Path) -> None:
+    """Run `target(*args)` in a process of its own to its end, which must be a good one; what it says goes to a file."""
     process = harness.context().Process(target=_logged, args=(target, args, log))
     process.start()
-    return process
+    process.join()
+    assert process.exitcode == 0, f"exit code {process.exitcode}\n{log.read_text(errors='replace')[-3000:]}"
 
 
 def _logged(target: Callable[..., None], args: tuple[Any, ...], log: Path) -> None:
@@ -53,21 +56,14 @@ def _logged(target: Callable[..., None], args: tuple[Any, ...], log: Path) -> No
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    tqdm.set_lock(threading.RLock())  # its own is shared by processes, and nobody takes it back from a killed one
+    drop_shared_locks()
     target(*args)
 
 
-def warm_up(log: Path) -> None:
-    """Have the fork server import everything, so that the next process is a fast one."""
-    finish(int, log=log)
-
-
-def finish(target: Callable[..., None], *args: Any, log: Path) -> None:
-    """Run `target(*args)` in a process of its own to its end, which must be a good one."""
-    process = start(target, *args, log=log)
-    process.join()
-    assert process.exitcode == 0, f"exit code {process.exitcode}\n{log.read_text(errors='replace')[-3000:]}"
+def drop_shared_locks() -> None:
+    """Give this process a lock of tqdm's of its own: nobody takes the shared one back from a killed process."""
+    logging.disable_progress_bar()
+    tqdm.set_lock(threading.RLock())
 
 
 class Diary(TrainerCallback):
@@ -94,32 +90,54 @@ def diary(run: Path) -> Path:
     return run.with_name(run.name + ".saved")
 
 
-def begin(run: Path, options: dict[str, Any], result: Path) -> None:
-    """Train as the arguments alone say."""
-    trainer = make_trainer(run, options)
-    trainer.train()
-    torch.save(outcome(trainer), result)
+def train(run: Path, options: dict[str, Any], result: Path) -> None:
+    """Train to the end, from the newest checkpoint if there is one, and write the outcome into a file."""
+    torch.save(train_until_killed(run, options), result)
 
 
-def train(run: Path, options: dict[str, Any], result: Path, resume: str | None = None) -> None:
-    """Train to the end: from the checkpoint named, else from the newest if there is one, else from the beginning."""
+def train_until_killed(
+    run: Path, options: dict[str, Any], resume: str | None = None, seconds: float = 0.0, rank: int = -1
+) -> dict[str, Any]:
+    """Train to the end: from the checkpoint named, else from the newest if there is one, else from the beginning.
+
+    After so many seconds the kernel ends this process, if it is of that rank or the rank is -1, and not done before;
+    nothing in Python takes part in it. With 0 it does not.
+    """
+    if rank in (-1, int(os.environ.get("RANK", "0"))):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+    drop_shared_locks()
     trainer = make_trainer(run, options)
     trainer.train(resume_from_checkpoint=resume or (bool(list_checkpoints(run)) or None))
-    torch.save(outcome(trainer), result)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return outcome(trainer)
 
 
 def outcome(trainer: RAdamTrainer) -> dict[str, Any]:
-    """Everything that a run ends with and that its twin must end with, too."""
+    """Everything that a run ends with on this rank and that its twin must end with, too."""
     average = trainer.average
-    return {
-        "weights": tiny.parameters(trainer.model),
-        "average": None if average is None else (average.counters(), average.averaged_state_dict()),
-        "optimizer": trainer.optimizer.state_dict(),
-        "schedule": trainer.lr_scheduler.state_dict(),
-        "steps": trainer.state.global_step,
-        "losses": {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
-        "best": (trainer.state.best_metric, trainer.state.best_global_step),
-    }
+    return on_this_rank(
+        {
+            "weights": tiny.parameters(trainer.model),
+            "average": None if average is None else (average.counters(), average.averaged_state_dict()),
+            "optimizer": trainer.optimizer.state_dict(),
+            "schedule": trainer.lr_scheduler.state_dict(),
+            "steps": trainer.state.global_step,
+            "losses": {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e},
+            "best": (trainer.state.best_metric, trainer.state.best_global_step),
+        }
+    )
+
+
+def on_this_rank(value: Any) -> Any:
+    """The same with this rank's part of every sharded tensor."""
+    if isinstance(value, DTensor):
+        return value.to_local().clone()
+    if isinstance(value, dict):
+        return {key: on_this_rank(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(on_this_rank(inner) for inner in value)
+    return value
 
 
 def differences(a: Any, b: Any, name: str = "") -> list[str]:

@@ -2,7 +2,8 @@
 
 The interpreter's audit events tell of every operation before it happens: opening for writing (to flush a file, too),
 making and removing folders and files, links, renames. Forked children do the same work in copies of a folder, and the
-n-th child dies before its n-th operation, until one comes through.
+n-th child dies before its n-th operation, until one comes through. In a row of operations of one kind, such as a link
+for every file of a checkpoint, only the first two count: nothing of it done, a part, and (the next operation) all.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import tiny
 import torch
 
 from hf_radam import RAdamTrainer
-from hf_radam.checkpoints import storage
+from hf_radam.checkpoints.runs import list_checkpoints
 
 DIED = 9
 OPERATIONS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.link", "os.symlink", "os.truncate", "shutil.rmtree"}
@@ -30,13 +32,17 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 def die_before_operation(number: int, note: Path) -> None:
     """End this process at once before its operation of that number, and note down which that is."""
-    counter = itertools.count(1)
+    counter, row = itertools.count(1), [""]
     note.touch()
     descriptor = os.open(note, os.O_WRONLY)
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         writes = event == "open" and isinstance(args[2], int) and args[2] & WRITING
-        if (writes or event in OPERATIONS) and next(counter) == number:
+        there_already = event == "os.mkdir" and os.path.isdir(args[0])
+        if not (writes or event in OPERATIONS) or there_already:
+            return
+        row[:] = [*row, event] if event == row[-1] else [event]
+        if len(row) <= 2 and next(counter) == number:
             os.write(descriptor, f"{event} {args[0]}".encode())
             os._exit(DIED)
 
@@ -102,11 +108,12 @@ def train_forking(folder: Path, options: dict[str, Any], die_at: int, saved_alre
     torch.save(attempts.outcome(trainer), folder / "outcome")
 
 
-def recover_forking(source: Path, copies: Path) -> None:
-    """`storage.recover_interrupted_save`, dying before each operation."""
-    die_at_every_operation(source, copies, storage.recover_interrupted_save)
-
-
-def resume_forking(source: Path, copies: Path, options: dict[str, Any]) -> None:
-    """Resuming, dying before each operation."""
-    die_at_every_operation(source, copies, lambda run: attempts.train(run, options, run.with_name("outcome")))
+def resume_forking(folder: Path, options: dict[str, Any], steps: set[int]) -> None:
+    """Train as `train_forking` does, keep the checkpoints of some steps, none pinned, and have every resume die."""
+    run = folder / "run"  # trained here, so that the children begin with everything loaded
+    torch.save(attempts.train_until_killed(run, options | {"save_total_limit": None}), folder / "outcome")
+    for place in list_checkpoints(run):
+        if place.pinned_in or place.step not in steps:
+            shutil.rmtree(place.path)
+    resume = partial(attempts.train_until_killed, options=options | {"save_strategy": "no"})
+    die_at_every_operation(run, folder / "copies", resume)

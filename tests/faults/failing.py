@@ -30,9 +30,7 @@ class Fault(TrainerCallback):
     """
 
     def __init__(self, at: int, kind: str, run: Path):
-        self.at = at
-        self.kind = kind
-        self.run = run
+        self.at, self.kind, self.run = at, kind, run
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Upstream saves after this."""
@@ -42,16 +40,11 @@ class Fault(TrainerCallback):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (int(self.kind.split()[1]), resource.RLIM_INFINITY))
         elif self.kind.startswith("fill"):
-            fill(self.run.parent / "filler", leave=int(self.kind.split()[1]))
+            room = os.statvfs(self.run.parent)
+            taken = max(0, room.f_bavail * room.f_frsize - int(self.kind.split()[1]))
+            (self.run.parent / "filler").write_bytes(bytes(taken))
         else:
             self.run.chmod(0o555)
-
-
-def fill(file: Path, *, leave: int) -> None:
-    """Fill a file system with one file until only `leave` bytes are left."""
-    room = os.statvfs(file.parent)
-    with file.open("wb") as stream:
-        stream.write(bytes(max(0, room.f_bavail * room.f_frsize - leave)))
 
 
 def train_into_fault(run: Path, options: dict[str, Any], at: int, kind: str, message: Path) -> None:
@@ -66,9 +59,8 @@ def train_into_fault(run: Path, options: dict[str, Any], at: int, kind: str, mes
         os.seteuid(NOBODY)
     trainer = attempts.make_trainer(run, options)
     trainer.add_callback(Fault(at, kind, run))
-    resumes = bool(list_checkpoints(run)) and not options.get("save_only_model")
     try:
-        trainer.train(resume_from_checkpoint=resumes or None)
+        trainer.train(resume_from_checkpoint=bool(list_checkpoints(run)) or None)
     except CheckpointSaveError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         os.write(descriptor, str(error).encode())

@@ -1,26 +1,24 @@
 """Kill training processes at random moments, let a user resume them, and compare with uninterrupted twins.
 
-Run as a script this is the long form: `python tests/faults/kills.py --kills 50 --seed 0`.
+Run as a script this is the long form: `python tests/faults/kills.py --kills 50 --seed 0`. Of several processes one is
+killed or all are; as a launcher does, the harness ends the others soon after it.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import attempts
-import many_kills
-import tiny
 import torch
+from processes import harness
 from transformers.utils import logging
 
 from hf_radam import load_evaluation_model
@@ -34,25 +32,24 @@ class Twin:
 
     Attributes:
         options: keywords of its arguments.
+        how: back-end and number of processes, as keywords of `harness.run`.
         run: its folder.
-        seconds: how long it took, from the start of its process.
-        outcome: what it ended with.
+        seconds: how long it took, from the start of its processes.
+        outcomes: what each rank ended with.
     """
 
     options: dict[str, Any]
+    how: dict[str, Any]
     run: Path
     seconds: float
-    outcome: dict[str, Any]
+    outcomes: list[dict[str, Any]]
 
     @classmethod
-    def trained(cls, folder: Path, options: dict[str, Any]) -> Twin:
-        """Train it in a process of its own."""
-        folder.mkdir(parents=True)
+    def trained(cls, run: Path, options: dict[str, Any], how: dict[str, Any]) -> Twin:
+        """Train it."""
         began = time.monotonic()
-        kept = options | {"save_total_limit": None}
-        attempts.finish(attempts.train, folder / "run", kept, folder / "outcome", log=folder / "log")
-        seconds = time.monotonic() - began
-        return cls(options, folder / "run", seconds, torch.load(folder / "outcome"))
+        outcomes = harness.run(attempts.train_until_killed, run, options | {"save_total_limit": None}, **how)
+        return cls(options, how, run, time.monotonic() - began, outcomes)
 
 
 @dataclass
@@ -60,37 +57,30 @@ class Victim:
     """A run whose processes are killed: after each kill its folder is looked at, as its user would.
 
     Attributes:
-        folder: holds the run's folder and what is noted about it.
+        run: its folder.
         twin: the same run, not interrupted.
         pins: folder and step of each checkpoint that must be kept permanently.
         inside: for each kill, whether it came in the middle of a save.
+        newest: step of the newest checkpoint after the last kill.
+        outcomes: what each rank ended with.
     """
 
-    folder: Path
+    run: Path
     twin: Twin
     pins: list[tuple[str, int]]
     inside: list[bool] = field(default_factory=list)
     newest: int = 0
+    outcomes: list[dict[str, Any]] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
-        self.run = self.folder / "run"
-
-    def attempt(self, *, kill_after: float | None, resume: str | None = None) -> bool:
-        """Let a process train; whether it came to its end before it was killed."""
+    def attempt(self, *, kill_after: float = 0.0, rank: int = -1, resume: str | None = None) -> bool:
+        """Let the processes train; whether they came to their end before one was killed."""
         staging = _identity(self.run / STAGING)
-        process = attempts.start(
-            attempts.train, self.run, self.twin.options, self.folder / "outcome", resume, log=self.folder / "log"
-        )
-        if kill_after is not None:
-            process.join(kill_after)
-            if process.exitcode is None:
-                os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        if process.exitcode == 0:
+        options = self.twin.options, resume, kill_after, rank
+        ended = harness.run(attempts.train_until_killed, self.run, *options, check=False, grace=5, **self.twin.how)
+        if all(outcome.error is None for outcome in ended):
+            self.outcomes = [outcome.value for outcome in ended]
             return True
-        log = (self.folder / "log").read_text(errors="replace")
-        assert process.exitcode == -signal.SIGKILL, f"exit code {process.exitcode}\n{log[-3000:]}"
+        assert -signal.SIGALRM in [outcome.exit_code for outcome in ended], ended
         self.inside.append(_identity(self.run / STAGING) not in (None, staging))
         self.inspect()
         return False
@@ -110,9 +100,7 @@ class Victim:
         kept = [(place.pinned_in, place.step) for place in places]
         assert all(pin in kept for pin in self.pins if pin[1] <= newest), f"pinned {kept}, newest {newest}"
         if places:
-            loaded = load_evaluation_model(self.run)
-            whole = load_evaluation_model(self.twin_of(places[0]))
-            assert tiny.same(tiny.parameters(loaded), tiny.parameters(whole))
+            load_evaluation_model(self.run)
 
     def twin_of(self, place: CheckpointRef) -> Path:
         """The twin's checkpoint of the same step: pinned, if it is not at the root."""
@@ -135,10 +123,6 @@ class Victim:
             return str(root[1].path)
         return None
 
-    def differences(self) -> list[str]:
-        """What is not as the twin's, at the end."""
-        return attempts.differences(self.twin.outcome, torch.load(self.folder / "outcome"))
-
 
 def _identity(folder: Path) -> tuple[int, int] | None:
     """What tells a folder from another of its name, and from itself before something happened in it."""
@@ -158,13 +142,14 @@ def kill_and_resume(victim: Victim, random_source: random.Random, *, most: int) 
         # Starting and ending take a part of the time; the steps that are left, the rest.
         expected = victim.twin.seconds * (0.2 + 0.8 * (1 - victim.newest / last))
         resume = victim.before_newest() if random_source.random() < 0.25 else None
-        if victim.attempt(kill_after=random_source.uniform(0, expected), resume=resume):
+        rank = random_source.randrange(-1, victim.twin.how["world"])
+        if victim.attempt(kill_after=random_source.uniform(0.01, expected), rank=rank, resume=resume):
             break
     else:
-        victim.attempt(kill_after=None)
+        victim.attempt()
 
 
-def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
+def soak(folder: Path, *, kills: int, most_each: int, seed: int, backend: str = "one", processes: int = 1) -> str:
     """Kill processes `kills` times, over one method after another; every run must end as its twin.
 
     Args:
@@ -172,6 +157,8 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
         kills: how many in all.
         most_each: how many one run may suffer.
         seed: of the moments.
+        backend: of each run, as for `harness.run`.
+        processes: of each run.
 
     Returns:
         The count, in words.
@@ -179,29 +166,27 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int) -> str:
     Raises:
         AssertionError: if a run does not, or if something damaged was found on the way.
     """
-    random_source = random.Random(seed)
-    attempts.warm_up(folder / "log")
-    twins = {name: Twin.trained(folder / name / "twin", options) for name, options in attempts.SCENARIOS.items()}
-    inside: dict[str, list[bool]] = {name: [] for name in twins}
+    random_source, how = random.Random(seed), {"backend": backend, "world": processes}
+    harness.run(int, **how)  # the first start takes longer, as the fork server imports everything
+    twins: dict[str, Twin] = {}
+    inside: dict[str, list[bool]] = {name: [] for name in attempts.SCENARIOS}
     done = run = 0
     while done < kills:
-        name = list(twins)[run % len(twins)]
+        name = list(inside)[run % len(inside)]
+        if name not in twins:
+            options = attempts.SCENARIOS[name] | harness.arguments(backend)
+            twins[name] = Twin.trained(folder / name / "twin", options, how)
         victim = Victim(folder / name / str(run), twins[name], attempts.PINS.get(name, []))
         kill_and_resume(victim, random_source, most=min(random_source.randint(1, most_each), kills - done))
-        wrong = victim.differences()
-        assert not wrong, f"{victim.folder}: not as the twin after {len(victim.inside)} kills: {wrong}"
+        wrong = attempts.differences(twins[name].outcomes, victim.outcomes)
+        assert not wrong, f"{victim.run}: not as the twin after {len(victim.inside)} kills: {wrong}"
         inside[name] += victim.inside
         done += len(victim.inside)
         run += 1
     in_a_save = sum(kind for kinds in inside.values() for kind in kinds)
     assert kills < 50 or in_a_save * 5 >= kills, f"only {in_a_save} of {kills} kills came inside a save"
-    return _words(done, kills, inside)
-
-
-def _words(done: int, kills: int, inside: dict[str, list[bool]]) -> str:
     each = "; ".join(f"{name}: {len(kinds)}, {sum(kinds)}" for name, kinds in inside.items())
-    total = Counter(kind for kinds in inside.values() for kind in kinds)
-    words = f"soak: {done} of {kills} kills ended bitwise equal, {total[True]} inside a save"
+    words = f"soak: {done} of {kills} kills ended bitwise equal, {in_a_save} inside a save"
     return f"{words} (kills, inside by method: {each})"
 
 
@@ -214,10 +199,7 @@ if __name__ == "__main__":
     flags = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable_progress_bar()
+    several = {"backend": flags.backend, "processes": flags.processes} if flags.processes > 1 else {}
     with tempfile.TemporaryDirectory() as scratch:
-        if flags.processes > 1:
-            several = {"processes": flags.processes, "backend": flags.backend}
-            print(many_kills.soak(Path(scratch), kills=flags.kills, seed=flags.seed, **several))
-        else:
-            print(soak(Path(scratch), kills=flags.kills, most_each=4, seed=flags.seed))
+        print(soak(Path(scratch), kills=flags.kills, most_each=4, seed=flags.seed, **several))
     sys.exit(0)

@@ -14,10 +14,8 @@ import crash_points
 import tiny
 import torch.distributed as dist
 from processes import harness
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hf_radam import RAdamTrainer
 from hf_radam.checkpoints.runs import list_checkpoints
 
 SCENARIOS = {
@@ -78,15 +76,10 @@ def kill_myself() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def make_trainer(run: Path, backend: str, options: dict[str, Any]) -> RAdamTrainer:
-    """The trainer of one process of a run."""
-    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
-    return tiny.trainer(run, **COMMON | sizes | options | harness.arguments(backend))
-
-
 def train(run: Path, backend: str, options: dict[str, Any], dies: tuple[int, int, str] | None = None) -> dict:
     """Train to the end, from the newest checkpoint if there is one; returns what this rank ended with."""
-    trainer, begins = make_trainer(run, backend, options), Begins()
+    sizes = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+    trainer, begins = tiny.trainer(run, **COMMON | sizes | options | harness.arguments(backend)), Begins()
     trainer.add_callback(begins)
     if dies is not None:
         trainer.add_callback(Dies(*dies))
@@ -96,15 +89,4 @@ def train(run: Path, backend: str, options: dict[str, Any], dies: tuple[int, int
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert harness.is_really(trainer, backend)
     dist.barrier()
-    return {"began at": begins.at} | on_this_rank(attempts.outcome(trainer))
-
-
-def on_this_rank(value: Any) -> Any:
-    """The same with this rank's part of every sharded tensor."""
-    if isinstance(value, DTensor):
-        return value.to_local().clone()
-    if isinstance(value, dict):
-        return {key: on_this_rank(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(on_this_rank(inner) for inner in value)
-    return value
+    return {"began at": begins.at} | attempts.outcome(trainer)

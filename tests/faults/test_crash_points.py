@@ -4,14 +4,13 @@ Oracles: the checksums in the manifests, the state before the save, and the run 
 a resumed run must have bit for bit.
 """
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import attempts
 import crash_points
 import pytest
+import tiny
 import torch
 
 from hf_radam import load_evaluation_model
@@ -19,17 +18,6 @@ from hf_radam.checkpoints.runs import check_resumable, list_checkpoints, newest_
 from hf_radam.checkpoints.storage import STAGING, interrupted, recover_interrupted_save
 
 LIMIT = attempts.COMMON["save_total_limit"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A folder in memory, if there is one: hundreds of flushed saves; nothing here depends on the disk."""
-    memory = Path("/dev/shm")
-    if not (memory.is_dir() and os.access(memory, os.W_OK)):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir=memory) as name:
-        yield Path(name)
 
 
 def names(run) -> set[tuple[str, int]]:
@@ -71,7 +59,6 @@ SAVES = [
     ("wsd+ewa", 7, False, set(), {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
     ("wsd+ewa", 7, True, {("_pre_decay", 7)}, {("_pre_decay", 7)}, {"os.link", "os.rename", "os.remove"}),
     ("wsd_s", 7, False, set(), {("_budgets", 7)}, {"os.rename"}),
-    ("ewa, best", 6, False, set(), set(), {"os.rename", "os.remove"}),
 ]
 
 
@@ -80,54 +67,44 @@ SAVES = [
     SAVES,
     ids=[f"{s[0]}, step {s[1]}{' again' if s[2] else ''}" for s in SAVES],
 )
-def test_a_save_may_die_anywhere(folder, scenario, step, again, before, after, operations):
+def test_a_save_may_die_anywhere(tmp_path, scenario, step, again, before, after, operations):
     options = attempts.SCENARIOS[scenario]
-    attempts.finish(crash_points.train_forking, folder, options, step, again, log=folder / "log")
+    attempts.finish(crash_points.train_forking, tmp_path, options, step, again, log=tmp_path / "log")
     every = options["save_steps"]
     at_least = step if again else (step - 1) // every * every
-    left = states(folder / "copies", at_least=at_least, pins=before)
-    deaths = [file.read_text().split()[0] for file in folder.glob("copies/*/died") if file.read_text()]
-    assert operations | {"open", "os.mkdir"} <= set(deaths) and len(deaths) > 30
-    whole = folder / "copies" / str(len(deaths) + 1) / "run"
+    left = states(tmp_path / "copies", at_least=at_least, pins=before)
+    deaths = [file.read_text().split()[0] for file in tmp_path.glob("copies/*/died") if file.read_text()]
+    assert operations | {"open", "os.mkdir"} <= set(deaths) and len(deaths) > 15
+    whole = tmp_path / "copies" / str(len(deaths) + 1) / "run"
     assert after <= names(whole) and not (whole / STAGING).exists()
-    check_resumes(left, options, torch.load(folder / "outcome"))
+    check_resumes(left, options, torch.load(tmp_path / "outcome"))
 
     between = [copy for copy in left.values() if list(interrupted(copy))]
     assert bool(between) == again  # only where a folder gives its name to another are there two renames
     for number, copy in enumerate(between):
-        attempts.finish(
-            crash_points.recover_forking, copy, folder / f"recovering-{number}", log=folder / "log of recovering"
-        )
-        for recovering in states(folder / f"recovering-{number}", at_least=step, pins=before).values():
+        work = copy, tmp_path / f"recovering-{number}", recover_interrupted_save
+        attempts.finish(crash_points.die_at_every_operation, *work, log=tmp_path / "log of recovering")
+        for recovering in states(tmp_path / f"recovering-{number}", at_least=step, pins=before).values():
             recover_interrupted_save(recovering)
             assert names(recovering) == names(copy) and not list(interrupted(recovering))
 
 
-def test_pinning_what_is_resumed_may_die_anywhere(folder):
+def test_pinning_what_is_resumed_may_die_anywhere(tmp_path):
     options = attempts.SCENARIOS["wsd+ewa"]
-    attempts.finish(
-        attempts.train, folder / "run", options | {"save_total_limit": None}, folder / "o", log=folder / "log"
-    )
-    shutil.rmtree(folder / "run/_pre_decay")
-    for step in range(1, 13):
-        if step not in (6, 7):
-            shutil.rmtree(folder / f"run/checkpoint-{step}")
-    quiet = options | {"save_strategy": "no"}
-    attempts.finish(crash_points.resume_forking, folder / "run", folder / "copies", quiet, log=folder / "log")
-    left = states(folder / "copies", at_least=7, pins=set())
+    attempts.finish(crash_points.resume_forking, tmp_path, options, {6, 7}, log=tmp_path / "log")
+    left = states(tmp_path / "copies", at_least=7, pins=set())
     assert any(("_pre_decay", 7) in names(copy) for copy in left.values())
-    check_resumes(left, options, torch.load(folder / "o"))
+    check_resumes(left, options, torch.load(tmp_path / "outcome"))
 
 
-def test_a_run_that_died_between_two_renames_is_extended(folder):
+def test_a_run_that_died_between_two_renames_is_extended(tmp_path):
     """The budget's checkpoint is moved aside here, as by a process that died before its successor took its place."""
     options = attempts.SCENARIOS["wsd_s"] | {"save_strategy": "no", "max_steps": 7, "budgets": None}
-    attempts.finish(attempts.train, folder / "run", options, folder / "o", log=folder / "log")
-    aside = folder / "run" / STAGING / "replaced/_budgets"
+    tiny.trained(tmp_path / "run", **options)
+    aside = tmp_path / "run" / STAGING / "replaced/_budgets"
     aside.mkdir(parents=True)
-    (folder / "run/_budgets/checkpoint-7").rename(aside / "checkpoint-7")
-    longer = options | {"max_steps": 12, "extend_from": str(folder / "run")}
-    attempts.finish(attempts.begin, folder / "run", longer, folder / "o", log=folder / "log")
-    assert names(folder / "run") == {("_budgets", 7), ("_budgets", 12)}
-    for place in list_checkpoints(folder / "run"):
+    (tmp_path / "run/_budgets/checkpoint-7").rename(aside / "checkpoint-7")
+    tiny.trained(tmp_path / "run", **options | {"max_steps": 12, "extend_from": str(tmp_path / "run")})
+    assert names(tmp_path / "run") == {("_budgets", 7), ("_budgets", 12)}
+    for place in list_checkpoints(tmp_path / "run"):
         check_resumable(place.path)

@@ -18,20 +18,14 @@ from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError
 from hf_radam.checkpoints.runs import check_resumable
 from hf_radam.checkpoints.verify import verify_checkpoint
 
-MODEL = ("config.json", "generation_config.json", "model.safetensors")
-ROOT = (*MODEL, "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin")
 METHODS = {**tiny.METHODS, "wsd": tiny.METHODS["wsd"] | {"decay_steps": 3}}
-KINDS = {
-    "wsd": ("", (*ROOT, MANIFEST_NAME)),
-    "ewa": ("ewa/", (*ROOT, MANIFEST_NAME, *(f"ewa/{name}" for name in MODEL))),
-    "schedule_free": ("schedule_free/", (*ROOT, MANIFEST_NAME, *(f"schedule_free/{name}" for name in MODEL))),
-}
-"""By method: the folder of the evaluation weights, and every file in the checkpoint."""
-CASES = [
-    *[("wsd", file) for file in (MANIFEST_NAME, "trainer_state.json", *MODEL)],
-    *[("ewa", file) for file in KINDS["ewa"][1]],
-    *[("schedule_free", file) for file in (*MODEL, *KINDS["schedule_free"][1][-4:])],
-]
+BESIDE = {"wsd": "", "ewa": "ewa/", "schedule_free": "schedule_free/"}
+"""By method: the folder of the evaluation weights in a checkpoint."""
+MODEL = ("config.json", "generation_config.json", "model.safetensors")
+STATE = ("optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json", "training_args.bin", MANIFEST_NAME)
+CASES = [("ewa", file) for file in (*STATE, *MODEL, *(f"ewa/{name}" for name in MODEL))]  # every file
+CASES += [(method, folder + "model.safetensors") for method, folder in BESIDE.items() if method != "ewa"]
+CASES += [("wsd", MANIFEST_NAME), ("schedule_free", "model.safetensors")]
 SIX = {"max_steps": 6, "save_strategy": "no"}
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
 
@@ -43,10 +37,8 @@ def flipped(data: bytes, position: int, bit: int) -> bytes:
 def damages(data: bytes) -> dict[str, bytes | None]:
     """Contents that a file may be left with instead of `data`; None where it is gone."""
     last = len(data) - 1
-    flips = {
-        f"bit of byte {p}": flipped(data, p, bit) for p, bit in ((0, 0), (last // 3, 4), (last // 2, 7), (last, 1))
-    }
-    cuts = {"half": data[: len(data) // 2], "one byte short": data[:-1], "empty": b"", "one byte long": data + b"\0"}
+    flips = {f"bit of byte {p}": flipped(data, p, bit) for p, bit in ((0, 0), (last // 2, 7), (last, 1))}
+    cuts = {"half": data[: len(data) // 2], "empty": b"", "one byte long": data + b"\0"}
     return {"gone": None, "zeroed": bytes(len(data))} | cuts | flips
 
 
@@ -60,16 +52,15 @@ def leave(file, content: bytes | None) -> None:
 def runs(tmp_path_factory):
     """Runs of each method with checkpoint-3 and checkpoint-6, and the weights they ended with."""
     made = {}
-    for method in KINDS:
+    for method in BESIDE:
         run = tmp_path_factory.mktemp(method)
         trainer = tiny.trainer(run, **METHODS[method] | SAVING)
         trainer.train()
         made[method] = run, tiny.parameters(trainer.model)
+    checkpoint = made["ewa"][0] / "checkpoint-6"
+    files = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {file for method, file in CASES if method == "ewa"} == files
     return made
-
-
-def new_trainer(run, method):
-    return tiny.trainer(run, tiny.llama(), **METHODS[method] | SIX)
 
 
 @pytest.mark.parametrize(("method", "file"), CASES, ids=[f"{m}, {f}" for m, f in CASES])
@@ -78,9 +69,8 @@ def test_any_damage_is_named_and_passed_over(runs, tmp_path, caplog, method, fil
     shutil.copytree(run, tmp_path / "run")
     bad = tmp_path / "run/checkpoint-6" / file
     evaluated = {step: tiny.parameters(load_evaluation_model(run / f"checkpoint-{step}")) for step in (3, 6)}
-    folder = KINDS[method][0]
-    concerns_evaluation = file == MANIFEST_NAME or file in {folder + name for name in MODEL}
-    trainer = new_trainer(tmp_path / "run", method)
+    concerns_evaluation = file == MANIFEST_NAME or file in {BESIDE[method] + name for name in MODEL}
+    trainer = tiny.trainer(tmp_path / "run", **METHODS[method] | SIX)
     before = tiny.parameters(trainer.model)
     whole = bad.read_bytes()
     for how, content in damages(whole).items():

@@ -3,10 +3,7 @@
 Oracles: the twin, the checksums in the manifests, and the list of the files that are there.
 """
 
-import os
 import signal
-import tempfile
-from pathlib import Path
 
 import attempts
 import many
@@ -19,37 +16,29 @@ from hf_radam.checkpoints.runs import check_resumable, list_checkpoints, newest_
 from hf_radam.checkpoints.storage import STAGING
 
 # Which rank is lost, after which step, where. One run suffers them in turn, each time resumed from step 2.
+STAGING_FAILS = [
+    (1, 3, "limit 5000"),  # in its random state
+    (0, 3, "fails 70000"),
+    (0, 4, "before open ewa/model.safetensors"),
+]
 DEATHS = {
-    "wsd+ewa": [
+    ("ddp", "wsd+ewa"): [
         (1, 3, "in training"),
-        (0, 3, "before open model.safetensors"),
         (0, 3, "limit 130000"),  # in the optimizer
-        (1, 3, "limit 5000"),  # in its random state
         (0, 3, f"before open {MANIFEST_NAME}"),
-        (0, 3, "fails 70000"),
-        (1, 3, "fails 5000"),
-        (0, 4, "before open ewa/model.safetensors"),
+        *STAGING_FAILS,
     ],
-    "schedule_free+ewa": [
+    ("ddp", "schedule_free+ewa"): [
         (0, 3, "in training"),
         (1, 3, "before os.mkdir checkpoint-3"),
         (0, 3, "before os.rename checkpoint-3"),
         (0, 4, "before shutil.rmtree removed"),  # the old one goes when the new one is there
     ],
+    ("fsdp2", "wsd+ewa"): STAGING_FAILS,
+    ("fsdp2_sharded", "wsd+ewa"): [(1, 3, "fails 5000"), (0, 3, f"before open {MANIFEST_NAME}"), *STAGING_FAILS],
 }
-NEWEST = {
-    "before open ewa/model.safetensors": 3,
-    "before shutil.rmtree removed": 4,
-}
+NEWEST = {"before open ewa/model.safetensors": 3, "before shutil.rmtree removed": 4}
 """The step of the newest checkpoint after a death; 2 unless told."""
-
-
-@pytest.fixture(scope="module")
-def memory():
-    """A folder in memory, if there is one: nothing here depends on the disk."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as name:
-        yield Path(name)
 
 
 def check_files(run, backend) -> None:
@@ -63,15 +52,12 @@ def check_files(run, backend) -> None:
             assert len([name for name in there if name.startswith("optimizer_0/__1_")]) == 1
 
 
-@pytest.mark.parametrize(
-    ("backend", "scenario"),
-    [("ddp", "wsd+ewa"), ("ddp", "schedule_free+ewa"), ("fsdp2", "wsd+ewa"), ("fsdp2_sharded", "wsd+ewa")],
-)
-def test_whichever_rank_is_lost_wherever(memory, backend, scenario):
-    options, run = many.SCENARIOS[scenario], memory / f"{backend} {scenario}"
-    twins = harness.run(many.train, memory / "twin" / run.name, backend, options, backend=backend)
-    check_files(memory / "twin" / run.name, backend)
-    for rank, step, where in DEATHS[scenario]:
+@pytest.mark.parametrize(("backend", "scenario"), DEATHS)
+def test_whichever_rank_is_lost_wherever(tmp_path, backend, scenario):
+    options, run = many.SCENARIOS[scenario], tmp_path / f"{backend} {scenario}"
+    twins = harness.run(many.train, tmp_path / "twin" / run.name, backend, options, backend=backend)
+    check_files(tmp_path / "twin" / run.name, backend)
+    for rank, step, where in DEATHS[backend, scenario]:
         here = where
         if backend == "fsdp2_sharded":  # other files hold the weights
             here = where.replace("ewa/model.safetensors", "ewa/sharded/__0_0")

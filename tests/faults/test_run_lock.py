@@ -18,60 +18,42 @@ from pathlib import Path
 from hf_radam.checkpoints.storage import run_lock
 with run_lock(Path(sys.argv[1])):
     started, tell = os.pipe()
-    child = os.fork() if sys.argv[2] == "fork" else -1
+    child = os.fork()
     if child == 0:
         os.close(1)
         os.write(tell, b"1")
         time.sleep(60)
-    if child > 0:
-        os.read(started, 1)
+    os.read(started, 1)
     print(os.getpid(), child, flush=True)
     sys.stdin.readline()
 """
 
 
 @pytest.fixture
-def hold(tmp_path):
-    """Start a process that holds the lock of `tmp_path`; returns it, its id, and that of a child it has forked."""
-    started, children = [], []
-
-    def start(how="alone"):
-        environment = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[2])}
-        process = subprocess.Popen(
-            [sys.executable, "-c", HOLD, str(tmp_path), how],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        started.append(process)
-        holder, child = map(int, process.stdout.readline().split())
-        children.extend([child] if child > 0 else [])
-        return process, holder
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
-    for child in children:
-        os.kill(child, signal.SIGKILL)
+def holder(tmp_path):
+    """A process that holds the lock of `tmp_path`, and has a forked child; the process, and its id."""
+    environment = os.environ | {"PYTHONPATH": str(Path(storage.__file__).parents[2])}
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    pid, child = map(int, process.stdout.readline().split())
+    yield process, pid
+    process.kill()
+    process.communicate()
+    os.kill(child, signal.SIGKILL)
 
 
-def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, hold):
-    process, holder = hold()
-    with pytest.raises(RunInUseError, match=rf"is in use: process {holder} on .* Wait until it ends, or choose"):
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, holder):
+    process, pid = holder
+    with pytest.raises(RunInUseError, match=rf"is in use: process {pid} on .* Wait until it ends, or choose"):
         with run_lock(tmp_path):
             pass
     process.communicate("\n")
     with run_lock(tmp_path):
-        pass
-    with run_lock(tmp_path):
         assert (tmp_path / LOCK_NAME).is_file()
 
 
-@pytest.mark.parametrize("how", ["alone", "fork"])
-def test_a_killed_process_leaves_no_lock(tmp_path, hold, how):
-    process, _ = hold(how)
+def test_a_killed_process_leaves_no_lock(tmp_path, holder):
+    process, _ = holder
     process.kill()
     process.wait()
     with run_lock(tmp_path):  # the forked child lives on

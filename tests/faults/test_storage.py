@@ -1,6 +1,10 @@
-"""What `hf_radam.checkpoints.storage` does where a file system cannot, or fails."""
+"""What `hf_radam.checkpoints.storage` does where a file system cannot, or fails, and the hashes it takes.
+
+Oracle of the hashes: hashlib over the bytes read afterwards.
+"""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -64,15 +68,6 @@ def test_both_folders_of_a_rename_are_flushed(folder, monkeypatch):
     assert {run, run / "_pre_decay", run / storage.STAGING / "_pre_decay"} <= set(flushed)
 
 
-def test_removing_a_folder_leaves_what_else_is_staged(folder):
-    aside = folder.parent / storage.STAGING / storage.REPLACED / "checkpoint-9"
-    storage.link_tree(folder, aside)
-    storage.remove(folder.parent, folder)
-    assert not folder.exists() and aside.is_dir()
-    storage.recover_interrupted_save(folder.parent)
-    assert (folder.parent / "checkpoint-9" / "a.json").is_file() and not (folder.parent / storage.STAGING).exists()
-
-
 def test_the_successor_is_taken_where_both_are_there(folder):
     """It was whole before the older one lost its place."""
     staging = folder.parent / storage.STAGING
@@ -82,3 +77,19 @@ def test_the_successor_is_taken_where_both_are_there(folder):
     assert [now for _, now in storage.interrupted(folder.parent)] == [staging / "checkpoint-9"]
     storage.recover_interrupted_save(folder.parent)
     assert (folder.parent / "checkpoint-9" / "new.json").is_file()
+
+
+def test_files_hashed_early_and_late_and_rewritten(tmp_path):
+    sizes = {"a": 0, "b": 1, "c": storage.CHUNK, "d": 3 * storage.CHUNK + 1, "deep/e": 5}
+    (tmp_path / "deep").mkdir()
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"1" * size)
+    hasher = storage.FileHasher(tmp_path)
+    hasher.submit([tmp_path / "b", tmp_path / "d"])
+    hasher.submit([tmp_path / "b"])
+    (tmp_path / "d").write_bytes(b"2" * sizes["d"])  # of the same size
+    facts = (tmp_path / "d").stat()
+    os.utime(tmp_path / "d", ns=(facts.st_atime_ns, facts.st_mtime_ns + 10**7))  # a clock tick later
+    assert hasher.finish() == {
+        name: (size, hashlib.sha256((tmp_path / name).read_bytes()).hexdigest()) for name, size in sizes.items()
+    }

@@ -49,23 +49,19 @@ TAIL = 3000
 
 @dataclass
 class Outcome:
-    """How one process ended.
-
-    Attributes:
-        rank: its rank.
-        value: what the function returned.
-        error: type and message of the exception that it raised, or why there is neither.
-        output: traceback or stacks, and the end of what the process wrote to standard output and error.
-        exit_code: of the process; negative is the number of a signal, and None if the harness killed it.
-        raised_at: when it raised, in seconds of `time.monotonic`.
-    """
+    """How one process ended."""
 
     rank: int
     value: Any = None
+    """What the function returned."""
     error: str | None = None
+    """Type and message of the exception that it raised, or why there is neither."""
     output: str = ""
+    """Traceback or stacks, and the end of what the process wrote to standard output and error."""
     exit_code: int | None = None
+    """Negative is the number of a signal; None if the harness killed the process."""
     raised_at: float = 0.0
+    """In seconds of `time.monotonic`."""
 
 
 def context() -> Any:
@@ -151,12 +147,9 @@ def run(
 ) -> list[Any]:
     """Call `function(*args, **kwargs)` in every process of a group.
 
-    The function must be one of a module that can be imported, and everything that goes in or out must be picklable. It
-    makes the process group itself, as a training does (`Trainer`, `accelerate.PartialState`, or `join_group`); when it
-    returns the group is left.
-
     Args:
-        function: what to call.
+        function: one of a module that can be imported; its arguments and what it returns must be picklable. It makes
+            the process group itself, as a training does (or `join_group`), which is left when it returns.
         *args: its arguments.
         backend: one of `BACKENDS`; the processes can have the others as well, except between FSDP2 and DeepSpeed.
         world: how many processes; with ``"one"`` there is one.
@@ -177,7 +170,20 @@ def run(
     world = 1 if backend == "one" else world
     if grace is None:
         grace = GRACE if check else timeout
-    call = pickle.dumps((function, args, kwargs))
+    outcomes = _run_processes(pickle.dumps((function, args, kwargs)), backend, world, timeout, grace)
+    if not check:
+        return outcomes
+    failed = [outcome for outcome in outcomes if outcome.error is not None]
+    # The cause first: the others lost a connection, or were killed after it.
+    failed.sort(key=lambda outcome: (outcome.exit_code is None, outcome.raised_at))
+    assert not failed, "\n".join(
+        f"rank {outcome.rank} of {world} ({backend}): {outcome.error}\n{outcome.output}" for outcome in failed
+    )
+    return [outcome.value for outcome in outcomes]
+
+
+def _run_processes(call: bytes, backend: str, world: int, timeout: float, grace: float) -> list[Outcome]:
+    """Start the processes, wait for them, and kill those that are left."""
     # The port is taken as long as the processes live, and the store is where they meet: as torchrun has it.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory(prefix="processes-") as name:
@@ -198,16 +204,7 @@ def run(
             for process in started:
                 process.kill()
                 process.join()
-        outcomes = [_outcome(folder, rank, code, rank in hung) for rank, code in enumerate(codes)]
-    failed = [outcome for outcome in outcomes if outcome.error is not None]
-    if not check:
-        return outcomes
-    # The cause first: the others lost a connection, or were killed after it.
-    failed.sort(key=lambda outcome: (outcome.exit_code is None, outcome.raised_at))
-    assert not failed, "\n".join(
-        f"rank {outcome.rank} of {world} ({backend}): {outcome.error}\n{outcome.output}" for outcome in failed
-    )
-    return [outcome.value for outcome in outcomes]
+        return [_outcome(folder, rank, code, rank in hung) for rank, code in enumerate(codes)]
 
 
 def join_group() -> None:

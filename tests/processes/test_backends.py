@@ -2,7 +2,7 @@
 
 Oracles: the run of one process with as many sequences in each step; plain `from_pretrained` on what was written, with
 a loss that no trainer computed; the run that was never interrupted, and the one that was planned longer, bit for bit;
-the schedule's own function.
+the schedule's own function. The resumed run's averages move as late as a busy device allows, the others' at once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_moving import MOVES
+from processes.test_moving import MOVES, ODD
+from processes.test_sharded_details import error_of
 from safetensors.torch import load_file
+from test_host_average import LateCopies
 from transformers import AutoModelForCausalLM
 
-from hf_radam import load_evaluation_model
+from hf_radam import averaging, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
 from hf_radam.checkpoints.manifest import read_manifest
+from hf_radam.optim import fused
 from hf_radam.schedules import wsd, wsd_s
 
 STEPS, LONGER, SAVED = 8, 11, 4
@@ -34,7 +37,6 @@ METHODS = {
     "schedule_free": {"optim": "radam_schedulefree"},
 }
 BACKENDS = harness.BACKENDS
-ODD = {"vocab_size": 67, "intermediate_size": 45, "attention_dropout": 0.0}  # no first dimension is a multiple of 2
 # A gradient is summed over 4 sequences at once or over 2 and 2: float32 sums in another order, 8 steps long.
 TOLERANCE = 2e-6
 BESIDE = {"ewa": "ewa", "schedule_free": "schedule_free"}
@@ -83,40 +85,35 @@ def train_one(folder, backend, method):
         "loss": loss,
         "weights": weights,
         "average": average.averaged_state_dict() if average else None,
+        "fused": trainer._bare_optimizer.fused,
         "bytes": sum(shard.numel() * shard.element_size() for shard in shards),
     }
     saved = str(folder / "run" / f"checkpoint-{SAVED}")
-    resumed = made(folder / "resumed", model(method))
-    resumed.train(resume_from_checkpoint=saved)
+    resumed, copiers = made(folder / "resumed", model(method)), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging, "host_copies", lambda weights, _: copiers.append(LateCopies(weights)) or copiers[-1])
+        resumed.train(resume_from_checkpoint=saved)
     facts["resumed is the same"] = tiny.same(weights, harness.gathered(resumed))
     facts["resumed loss"] = resumed.evaluate()["eval_loss"]
     if average:
+        facts["moved late"] = [copier.started for copier in copiers]
         facts["resumed average is the same"] = tiny.same(facts["average"], resumed.average.averaged_state_dict())
     if method == "wsd":
-        facts["refused"] = [refusal(made, folder / "refused", saved, {key: value}) for key, value in REFUSED.items()]
+        facts["refused"] = [
+            error_of(made(folder / "refused", model(method), **{key: value}).train, resume_from_checkpoint=saved)
+            for key, value in REFUSED.items()
+        ]
     if method in ("wsd", "wsd_s"):
         rates = Rates()
         longer = made(folder / "longer", model(method), max_steps=LONGER, extend_from=str(folder / "run"))
         longer.add_callback(rates)
         longer.train()
-        twin = made(folder / "planned", model(method), max_steps=LONGER, **planned(method), save_strategy="no")
+        planned = {"budgets": [5, STEPS]} if method == "wsd_s" else {}
+        twin = made(folder / "planned", model(method), max_steps=LONGER, save_strategy="no", **planned)
         twin.train()
         facts["longer is the planned"] = tiny.same(harness.gathered(longer), harness.gathered(twin))
         facts["rates"] = rates.used
     return facts
-
-
-def planned(method):
-    return {"budgets": [5, STEPS]} if method == "wsd_s" else {}
-
-
-def refusal(made, folder, checkpoint, changed):
-    """What is said of a checkpoint that was trained with other hyper-parameters."""
-    trainer = made(folder, model("wsd"), **changed)
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    except ValueError as error:
-        return str(error)
 
 
 def train_all(folder, backend):
@@ -149,8 +146,9 @@ def check(folder, method, backend, ranks, one):
             torch.testing.assert_close(facts["weights"][name], value, rtol=0, atol=TOLERANCE, msg=f"{method} {name}")
         assert tiny.same(facts["weights"], ranks[0]["weights"])
         assert facts["resumed is the same"] and facts["resumed loss"] == facts["loss"], method
+        assert facts["fused"] == (METHODS[method]["optim"] == "radam" or not isinstance(fused.load_library(), str))
         if one["average"]:
-            assert facts["resumed average is the same"]
+            assert facts["resumed average is the same"] and facts["moved late"] == [2]  # with steps 5 and 7
             for name, value in one["average"].items():
                 torch.testing.assert_close(facts["average"][name], value, rtol=0, atol=TOLERANCE)
         check_schedule(facts, method)

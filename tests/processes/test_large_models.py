@@ -44,70 +44,47 @@ def in_status(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def peaks_of_a_save(folder, sharded, file_size):
+def peaks_of_saves(folder, file_size):
     """Return how much the memory of a process grows while it saves, and the bytes of the model in float32."""
     weights.MAX_FILE_BYTES = file_size
     trainer = tiny.trainer(folder, tiny.llama(**LARGE), **harness.arguments("fsdp2"), max_steps=1)
     trainer.train()
     assert harness.is_really(trainer, "fsdp2")
-    sharding = trainer._evaluation.sharding
-    size = sum(4 * sharding.shape(name).numel() for name in sharding.parameters)
-    write = weights.save_sharded_folder if sharded else weights.save_model_folder
-    for name in ("first", "model"):  # the first loads modules, and all-gathers the ranges
-        before = reset_peak()
-        write(folder / name, trainer._bare_model, Weights.of_model(sharding), processing_class=None)
-    return in_status("VmHWM") - before, size
+    sharding, peaks = trainer._evaluation.sharding, {}
+    for kind, write in (("complete", weights.save_model_folder), ("sharded", weights.save_sharded_folder)):
+        for name in ("first", "model"):  # the first loads modules, and all-gathers the ranges
+            before = reset_peak()
+            write(folder / kind / name, trainer._bare_model, Weights.of_model(sharding), processing_class=None)
+        peaks[kind] = in_status("VmHWM") - before
+    return peaks, sum(4 * sharding.shape(name).numel() for name in sharding.parameters)
 
 
-counts_peaks = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew"
-)
+def peaks_of_consolidating(source, folder, file_sizes):
+    """Return how much the memory of a process grows while it consolidates into files of each size."""
+    peaks = []
+    for size in file_sizes:
+        weights.MAX_FILE_BYTES = size
+        for name in ("first", "second"):  # the first loads modules
+            target = folder / f"{name} {size}"
+            target.mkdir()
+            before = reset_peak()
+            load.write_consolidated(source, target)
+        peaks.append(in_status("VmHWM") - before)
+    return peaks
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """The folder of a large model, in shards or complete, and what each rank measured while saving it."""
-    made = {}
-
-    def of(sharded):
-        if sharded not in made:
-            folder = tmp_path_factory.mktemp("large")
-            made[sharded] = folder, harness.run(peaks_of_a_save, folder, sharded, FILE, backend="fsdp2")
-        return made[sharded]
-
-    return of
-
-
-@counts_peaks
-@pytest.mark.parametrize("sharded", [False, True])
-def test_a_process_holds_one_file_of_the_model_at_most(saved, sharded):
-    _, ranks = saved(sharded)
-    for rank, (more, size) in enumerate(ranks):
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="has the kernel count the peak anew")
+def test_a_process_holds_one_file_of_the_model_at_most(tmp_path):
+    """While it saves, complete or in shards, and while it consolidates."""
+    for rank, (peaks, size) in enumerate(harness.run(peaks_of_saves, tmp_path, FILE, backend="fsdp2")):
         assert size > 12 * FILE
         # A file; and, whatever its size, 40 to 80 MB for rank 0, which gathers, and 20 for others.
-        allowed = FILE + 110 * MEGABYTE if rank == 0 and not sharded else 30 * MEGABYTE
-        assert more < allowed, (rank, more / MEGABYTE)
-
-
-def peak_of_consolidating(folder, file_size):
-    """Return how much the memory of a process grows while it consolidates."""
-    weights.MAX_FILE_BYTES = file_size
-    for name in ("first", "second"):  # the first loads modules
-        (folder / name).mkdir()
-        before = reset_peak()
-        load.write_consolidated(folder / "model", folder / name)
-    return in_status("VmHWM") - before
-
-
-@counts_peaks
-def test_consolidating_holds_one_file_of_the_model_at_most(saved, tmp_path):
-    folder, ((_, size), _) = saved(True)
-    peaks = []
-    for name, file_size in (("files", FILE), ("one file", 2**40)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model").symlink_to(folder / "model")
-        peaks += harness.run(peak_of_consolidating, tmp_path / name, file_size, backend="one")
-    assert peaks[0] < FILE + 110 * MEGABYTE < size < peaks[1], peaks
+        for kind, more in peaks.items():
+            allowed = FILE + 110 * MEGABYTE if rank == 0 and kind == "complete" else 30 * MEGABYTE
+            assert more < allowed, (rank, kind, more / MEGABYTE)
+    source = tmp_path / "sharded" / "model"
+    ((files, one_file),) = harness.run(peaks_of_consolidating, source, tmp_path, [FILE, 2**40], backend="one")
+    assert files < FILE + 110 * MEGABYTE < size < one_file, (files, one_file)
 
 
 # ---- Load and consolidate ----
@@ -125,7 +102,7 @@ def train_sharded(folder, method):
     return trainer.evaluate()["eval_loss"]
 
 
-@pytest.fixture(scope="module", params=["wsd", "ewa", "schedule_free"])
+@pytest.fixture(scope="module", params=["wsd", "schedule_free"])
 def sharded(request, tmp_path_factory):
     """A run with all weights in shards, the loss it reported, and the folder of its evaluation weights."""
     folder = tmp_path_factory.mktemp(request.param)
@@ -167,6 +144,9 @@ def test_the_command_consolidates_once(sharded, checkpoint, capsys):
     assert main(["consolidate", str(checkpoint)]) == 0
     assert capsys.readouterr().out.strip() == str(checkpoint / beside)
     assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint / beside)) == pytest.approx(loss, abs=1e-6)
+    assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0
+    trained = tiny.parameters(AutoModelForCausalLM.from_pretrained(checkpoint))
+    assert tiny.same(trained, torch.load(sharded[0] / "training.pt"))
     assert not verify_checkpoint(checkpoint) and not list(checkpoint.rglob(".consolidating-*"))
     file = checkpoint / beside / "model.safetensors"
     written = file.stat()
@@ -176,13 +156,6 @@ def test_the_command_consolidates_once(sharded, checkpoint, capsys):
     content[-1] ^= 1
     file.write_bytes(content)
     assert (Path(beside) / "model.safetensors").as_posix() in verify_checkpoint(checkpoint)
-
-
-def test_the_training_weights_are_consolidated_too(sharded, checkpoint):
-    assert main(["consolidate", str(checkpoint), "--training_weights"]) == 0
-    model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    saved = torch.load(sharded[0] / "training.pt")
-    assert tiny.same(tiny.parameters(model), saved) and not verify_checkpoint(checkpoint)
 
 
 def test_damaged_shards_are_named(sharded, checkpoint, capsys):
@@ -196,7 +169,7 @@ def test_damaged_shards_are_named(sharded, checkpoint, capsys):
     assert main(["consolidate", str(checkpoint)]) == 1 and "__1_0.distcp" in capsys.readouterr().err
 
 
-def test_shards_of_a_larger_model_are_refused(sharded, checkpoint):
+def test_shards_of_a_larger_model_are_refused(checkpoint):
     smaller = tiny.llama(tie_word_embeddings=True, num_hidden_layers=1)
     with pytest.raises(CheckpointError, match=r"unexpected \['model.layers.1."):
         load_model_shards(checkpoint, smaller, find_sharding(smaller))

@@ -33,41 +33,30 @@ def write(folder, backend):
     Trainer(tiny.llama(), arguments, train_dataset=tiny.TRAIN).train()
 
 
-@pytest.fixture(scope="module", params=EXPECTED)
-def written(request, tmp_path_factory):
-    if reason := harness.missing(request.param):
+@pytest.mark.parametrize("backend", EXPECTED)
+def test_the_layout_is_recognized_and_its_optimizer_needed(tmp_path, backend, capsys):
+    if reason := harness.missing(backend):
         pytest.skip(reason)
-    folder = tmp_path_factory.mktemp(request.param)
-    harness.run(write, folder, request.param, backend=request.param)
-    return request.param, folder / f"checkpoint-{STEP}"
-
-
-def test_the_layout_is_recognized(written, capsys):
-    backend, checkpoint = written
+    harness.run(write, tmp_path, backend, backend=backend)
+    checkpoint = tmp_path / f"checkpoint-{STEP}"
     layout = layout_of(checkpoint)
     assert (layout, process_count(checkpoint), verify_checkpoint(checkpoint)) == (EXPECTED[backend], 2, {})
     check_resumable(checkpoint)
     code, text = inspect(checkpoint, capsys)
     assert code == 0 and f"layout {layout.words}, written by 2 processes" in text
-    if layout is DEEPSPEED:
-        assert zero_stages(checkpoint) == ((1, 2) if backend == "zero2" else (3,))
     if backend in ("fsdp2_sharded", "zero3_ungathered"):  # without a configuration
         with pytest.raises(CheckpointError, match="model.safetensors is missing: the weights lie in .*/, in shards"):
             load_evaluation_model(checkpoint)
     else:
         load_evaluation_model(checkpoint)
-
-
-def test_a_checkpoint_without_its_optimizer_cannot_be_resumed(written, tmp_path):
-    backend, checkpoint = written
-    if EXPECTED[backend] is DEEPSPEED:
-        pytest.skip("DeepSpeed has everything in one folder")
-    copy = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
-    lost = copy / EXPECTED[backend].optimizer
+    if layout is DEEPSPEED:  # which has everything in one folder
+        assert zero_stages(checkpoint) == ((1, 2) if backend == "zero2" else (3,))
+        return
+    lost = checkpoint / layout.optimizer
     shutil.rmtree(lost) if lost.is_dir() else lost.unlink()
-    assert verify_checkpoint(copy) == {}
+    assert verify_checkpoint(checkpoint) == {}
     with pytest.raises(CheckpointError, match=f"has no {lost.name}"):
-        check_resumable(copy)
+        check_resumable(checkpoint)
 
 
 class Trap:

@@ -8,12 +8,12 @@ import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_sharded_details import ODD, options
+from processes.test_moving import ODD
+from processes.test_sharded_details import error_of, options, zero
 from torch import nn
 
 from hf_radam import RAdamTrainer
 
-zero = pytest.mark.skipif(bool(harness.missing("zero3")), reason=str(harness.missing("zero3")))
 SAVING = {
     "optim": "radam",
     "lr_scheduler_type": "constant",
@@ -43,14 +43,6 @@ def with_adapter():
 
 
 MODELS = {with_adapter: r"PEFT model .*\. Train it under DDP", Normalised: "recalibrate_batch_norm_batches=0"}
-
-
-def error_of(do, *args, **kwargs):
-    """The error that a call raises, or None."""
-    try:
-        do(*args, **kwargs)
-    except ValueError as error:
-        return f"{type(error).__name__}: {error}"
 
 
 def refused(folder, backend, checkpoints=()):

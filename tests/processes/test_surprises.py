@@ -1,24 +1,26 @@
-"""What users do that nobody planned for: evaluating first, freezing half-way, other classes, a process that is late.
+"""What nobody planned for: evaluating first, freezing half-way, other classes; processes late, stopped, or apart.
 
-Oracles: the run without the surprise, bit for bit; clones taken before; counting every tensor that torch makes.
+Oracles: the run without the surprise, bit for bit; clones taken before.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 
 import pytest
 import tiny
 import torch
 from processes import harness
-from processes.test_sharded_details import ODD, options
+from processes.test_moving import ODD
+from processes.test_sharded_details import error_of, options, zero
 
 from hf_radam import RAdamScheduleFree, WeightAverage, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
+from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.optim import schedule_free_x
-
-zero = pytest.mark.skipif(bool(harness.missing("zero3")), reason=str(harness.missing("zero3")))
-
+from hf_radam.trainer import ranks
 
 # ---- Evaluating before training ----
 
@@ -48,14 +50,7 @@ def test_evaluating_first_does_not_undo_ddp(tmp_path):
 def evaluate_first_where_sharded(folder, backend):
     """What is said of evaluating first, of training then, and of training once more; and how far each training came."""
     trainer = tiny.trainer(folder, tiny.llama(**ODD), **options(backend, optim="radam", ewa=True))
-    said = []
-    for do in (trainer.evaluate, trainer.train, trainer.train):
-        try:
-            do()
-            said.append(trainer.state.global_step)
-        except ValueError as error:
-            said.append(str(error))
-    return said
+    return [error_of(do) or trainer.state.global_step for do in (trainer.evaluate, trainer.train, trainer.train)]
 
 
 @zero
@@ -192,10 +187,59 @@ def wait_for_a_late_one(folder, backend):
     return None
 
 
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", pytest.param("zero2", marks=zero)])
+@pytest.mark.parametrize("backend", ["ddp", pytest.param("zero2", marks=zero)])  # which has a group of its own
 def test_nobody_waits_longer_than_the_time_limit(tmp_path, backend):
     first, _ = harness.run(wait_for_a_late_one, tmp_path, backend, backend=backend, check=False, grace=2)
     assert first.value is not None and 3 < first.value < 300, (first.error, first.output)
 
 
-# ---- Memory of gathering where one rank may have all of a parameter ----
+# ---- A process that is stopped ----
+
+
+class Stopped(tiny.TrainerCallback):
+    """A SIGTERM reaches the last process alone, in the middle of a step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 3 and args.process_index == args.world_size - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def stop_all(folder, backend):
+    trainer = tiny.trainer(folder, **options(backend, ewa=True, optim="radam", enable_jit_checkpoint=True))
+    trainer.add_callback(Stopped())
+    trainer.train()
+    return trainer.state.global_step, [path.name for path in folder.glob("checkpoint-*")]
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2_sharded"])
+def test_a_sigterm_that_one_process_has_seen_stops_all_of_them(tmp_path, backend):
+    assert harness.run(stop_all, tmp_path, backend, backend=backend) == [(4, ["checkpoint-4"])] * 2
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= set(read_manifest(tmp_path / "checkpoint-4")["files"])
+
+
+# ---- Several machines: one folder that all see, or an error on all of them ----
+
+
+def train_on_two_machines(folder, apart):
+    """Train as one process on a machine of its own; `apart` gives each machine a folder of the same name."""
+    rank = os.environ["RANK"]
+    os.environ["LOCAL_WORLD_SIZE"], os.environ["LOCAL_RANK"] = "1", "0"
+    ranks.PATIENCE = 2.0
+    home = folder / rank if apart else folder
+    home.mkdir(exist_ok=True)
+    os.chdir(home)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2} | harness.arguments("ddp")
+    with pytest.raises(ValueError, match="save_on_each_node is not supported"):
+        tiny.trainer("run", save_on_each_node=True, **options | tiny.METHODS["ewa"]).train()
+    tiny.trainer("run", **options | tiny.METHODS["ewa"]).train()
+    return sorted(file.name for file in (home / "run" / "checkpoint-2").glob("rng_state*"))
+
+
+def test_one_folder_holds_the_files_of_both(tmp_path):
+    assert harness.run(train_on_two_machines, tmp_path, False) == [["rng_state_0.pth", "rng_state_1.pth"]] * 2
+
+
+def test_folders_apart_are_refused_on_both(tmp_path):
+    for outcome in harness.run(train_on_two_machines, tmp_path, True, check=False):
+        assert "is not shared by all machines: ranks [1] do not see" in outcome.error
+    assert not list(tmp_path.rglob("seen-by-all*"))
