@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from hf_radam.checkpoints import weights
 from hf_radam.checkpoints.weights import Tensors, model_tensors, save_model_folder, write_weights
 from hf_radam.sharding import LocalSharding, Weights
 
@@ -22,7 +23,7 @@ def weights_of(model):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_files_are_those_of_upstream_and_several_hold_the_same_model(tmp_path, kind):
+def test_the_files_are_those_of_upstream_and_several_hold_the_same_model(tmp_path, monkeypatch, kind):
     model = MODELS[kind]()
     model.save_pretrained(tmp_path / "stock")
     save_model_folder(tmp_path / "folder", model, weights_of(model), processing_class=None, in_float32=False)
@@ -30,7 +31,8 @@ def test_the_files_are_those_of_upstream_and_several_hold_the_same_model(tmp_pat
     assert folder == stock
     (tmp_path / "folder" / "model.safetensors").unlink()
     tensors = model_tensors(model, weights_of(model), in_float32=False)
-    write_weights(tmp_path / "folder", model, tensors, writes=True, max_bytes=20_000)
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 20_000)
+    write_weights(tmp_path / "folder", model, tensors, writes=True)
     files = sorted((tmp_path / "folder").glob("model-*.safetensors"))
     assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
     largest = max(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -48,9 +50,10 @@ def test_a_full_disk_is_reported_after_the_last_tensor_was_gathered(tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
+    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 20_000)
     watched = Tensors(tensors.like, lambda key: gathered.append(key) or tensors.read(key))
     with pytest.raises(OSError, match="No space left"):
-        write_weights(tmp_path, model, watched, writes=True, max_bytes=20_000)
+        write_weights(tmp_path, model, watched, writes=True)
     assert gathered == list(tensors.like)  # the other ranks take part in every one
 
 
