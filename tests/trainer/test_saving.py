@@ -172,8 +172,7 @@ BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": Tru
 
 def graded(folder, grades, **options):
     """A trainer whose evaluations have given grades, by step; the lowest is the best."""
-    options = tiny.METHODS["ewa"] | SAVING | BEST | {"greater_is_better": False} | options
-    trainer = tiny.trainer(folder, **options)
+    trainer = tiny.trainer(folder, **tiny.METHODS["ewa"] | SAVING | BEST | {"greater_is_better": False} | options)
     trainer.compute_metrics = lambda prediction: {"grade": grades[trainer.state.global_step]}
     return trainer
 

@@ -56,7 +56,7 @@ SEARCHES = {
     "optimizers": ({"ewa": True}, {"optim": ["radam", "schedule_free_radam", "adamw_torch"], "ewa_decay": [0.9]}),
     "schedules, with and without an average": (
         {"optim": "radam", "warmup_steps": 2},
-        {"lr_scheduler_type": ["wsd", "wsd_s", "auto"], "ewa": [True, False]},
+        {"lr_scheduler_type": ["wsd", "wsd_s"], "ewa": [True, False]},
     ),
 }
 
