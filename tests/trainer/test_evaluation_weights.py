@@ -20,52 +20,52 @@ from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 
 # The mean of 16 fp32 losses in other batches: a few roundings of 6e-8 on values of size 4.
 CLOSE = 2e-6
-
-
-def folder_of(options: dict) -> str | None:
-    if options.get("ewa"):
-        return "ewa"
-    return "schedule_free" if options.get("optim") == "radam_schedulefree" else None
+FOLDERS = {"ewa": "ewa", "schedule_free": "schedule_free", "schedule_free_ewa": "ewa"}
 
 
 @pytest.mark.parametrize("method", tiny.METHODS)
 def test_evaluate_is_what_ships(tmp_path, method):
     options = tiny.METHODS[method]
-    trainer = tiny.trained(
-        tmp_path, **options, save_strategy="steps", save_steps=15, eval_strategy="steps", eval_steps=5
-    )
-    reported = [
-        entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == 15
-    ]
+    every = {"save_strategy": "steps", "save_steps": 15, "eval_strategy": "steps", "eval_steps": 5}
+    trainer = tiny.trained(tmp_path, **options, **every, ewa_eval_raw="ewa" in options)
+    history = trainer.state.log_history
+    (reported,) = (entry["eval_loss"] for entry in history if "eval_loss" in entry and entry["step"] == 15)
     checkpoint = tmp_path / "checkpoint-15"
-    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(reported[0], abs=CLOSE)
-    folder = checkpoint / (folder_of(options) or ".")
-    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(folder)) == pytest.approx(reported[0], abs=CLOSE)
-    assert read_manifest(checkpoint)["evaluation"]["folder"] == folder_of(options)
+    assert tiny.loss_of(load_evaluation_model(checkpoint)) == pytest.approx(reported, abs=CLOSE)
+    folder = checkpoint / (FOLDERS.get(method) or ".")
+    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(folder)) == pytest.approx(reported, abs=CLOSE)
+    assert read_manifest(checkpoint)["evaluation"]["folder"] == FOLDERS.get(method)
     assert (checkpoint / "ewa").is_dir() == ("ewa" in options)
     assert (checkpoint / "schedule_free").is_dir() == (options["optim"] == "radam_schedulefree")
     # save_model(), the folder of the run, and predict()
-    loss = trainer.evaluate()["eval_loss"]
+    metrics = trainer.evaluate()
+    loss = metrics["eval_loss"]
     trainer.save_model()
     assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(loss, abs=CLOSE)
     assert tiny.loss_of(load_evaluation_model(tmp_path)) == pytest.approx(loss, abs=CLOSE)
-    assert trainer.predict(tiny.EVAL).metrics["test_loss"] == pytest.approx(loss, abs=CLOSE)
+    predicted = trainer.predict(tiny.EVAL).metrics
+    assert predicted["test_loss"] == pytest.approx(loss, abs=CLOSE) and "test_raw_loss" not in predicted
     with trainer.evaluation_weights():
         assert tiny.loss_of(trainer.model) == pytest.approx(loss, abs=CLOSE)
     # ... which are not the training weights, that the checkpoint's root holds
-    if folder_of(options):
+    if FOLDERS.get(method):
         raw = tiny.loss_of(AutoModelForCausalLM.from_pretrained(checkpoint))
-        assert abs(raw - reported[0]) > 100 * CLOSE
+        assert abs(raw - reported) > 100 * CLOSE
+    # Beside an average the training weights are evaluated, of a schedule-free run y
+    assert ("eval_raw_loss" in metrics) == ("ewa" in options)
+    if "ewa" in options:
+        raw = tiny.loss_of(trainer.model)
+        assert metrics["eval_raw_loss"] == pytest.approx(raw, abs=CLOSE) and metrics["eval_raw_loss"] != loss
+        both = trainer.evaluate({"a": tiny.EVAL, "b": tiny.EVAL[:4]})
+        assert both["eval_a_raw_loss"] == pytest.approx(raw, abs=CLOSE)
+        assert {"eval_a_loss", "eval_b_loss", "eval_b_raw_loss"} <= set(both) and "eval_raw_loss" not in both
 
 
-KINDS = [("ewa", build) for build in (tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen)] + [
-    ("schedule_free", build)
-    for build in (tiny.mixtral, tiny.tied, tiny.partly_frozen)  # bf16 parameters are refused
-]
+KINDS = [("ewa", build) for build in (tiny.mixtral, tiny.tied, tiny.bf16, tiny.partly_frozen)]
 
 
-@pytest.mark.parametrize(("method", "build"), KINDS)
-def test_other_kinds_of_model(tmp_path, method, build):
+@pytest.mark.parametrize(("method", "build"), [*KINDS, ("schedule_free", tiny.mixtral)])
+def test_other_kinds_of_model_ship_and_resume_bitwise(tmp_path, method, build):
     options = tiny.METHODS[method] | ({"optim": "adamw_torch"} if build is tiny.bf16 else {})
     trainer = tiny.trained(tmp_path, build(), **options, save_strategy="steps", save_steps=10)
     loss = trainer.evaluate()["eval_loss"]
@@ -76,26 +76,11 @@ def test_other_kinds_of_model(tmp_path, method, build):
     assert tiny.loss_of(shipped) == pytest.approx(loss, abs=close)
     with trainer.evaluation_weights():
         assert tiny.same(tiny.parameters(shipped), tiny.parameters(trainer.model))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-20" / folder_of(options))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-20" / method)
     assert plain.dtype == torch.float32  # also for a bf16 model: the average is kept in fp32
     assert tiny.loss_of(plain) == pytest.approx(loss, abs=close)
-    if build is tiny.tied:
-        assert shipped.lm_head.weight is shipped.model.embed_tokens.weight
-    if build is tiny.partly_frozen:
-        assert torch.equal(shipped.model.embed_tokens.weight, trainer.model.model.embed_tokens.weight)
-
-
-@pytest.mark.parametrize("method", ["ewa", "schedule_free_ewa"])
-def test_raw_weights_are_evaluated_beside_the_average(tmp_path, method):
-    """Of a schedule-free run they are y."""
-    trainer = tiny.trained(tmp_path, **tiny.METHODS[method], ewa_eval_raw=True)
-    metrics = trainer.evaluate()
-    assert tiny.loss_of(trainer.model) == pytest.approx(metrics["eval_raw_loss"], abs=CLOSE)
-    assert metrics["eval_raw_loss"] != metrics["eval_loss"]
-    assert "test_raw_loss" not in trainer.predict(tiny.EVAL).metrics
-    both = trainer.evaluate({"a": tiny.EVAL, "b": tiny.EVAL[:4]})
-    assert both["eval_a_raw_loss"] == pytest.approx(metrics["eval_raw_loss"], abs=CLOSE)
-    assert {"eval_a_loss", "eval_b_loss", "eval_b_raw_loss"} <= set(both) and "eval_raw_loss" not in both
+    again = tiny.trained(tmp_path / "again", build(), **options, resume=tmp_path / "checkpoint-10")
+    assert tiny.same(tiny.state(trainer), tiny.state(again))
 
 
 def test_before_the_first_averaging_the_training_weights_are_evaluated(tmp_path, caplog):
@@ -109,25 +94,6 @@ def test_before_the_first_averaging_the_training_weights_are_evaluated(tmp_path,
     assert (tmp_path / "checkpoint-20" / "ewa").is_dir()
     root = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-10")
     assert tiny.same(tiny.parameters(root), tiny.parameters(load_evaluation_model(tmp_path / "checkpoint-10")))
-
-
-@pytest.mark.parametrize("method", ["ewa", "schedule_free", "wsd"])
-def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
-    options = tiny.METHODS[method] | {"learning_rate": 4e-2, "max_steps": 24, "load_best_model_at_end": True}
-    saving = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4}
-    trainer = tiny.trainer(tmp_path, **options, **saving)
-    trainer.train_dataset = tiny.TRAIN[:4]  # soon known by heart, so that the best evaluation is not the last
-    trainer.train()
-    best = trainer.state.best_metric
-    reported = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    assert best == min(reported) < reported[-1] - 1e-3
-    for _ in range(2):
-        assert trainer.evaluate()["eval_loss"] == pytest.approx(best, abs=CLOSE)
-    assert tiny.loss_of(trainer.model) == pytest.approx(best, abs=CLOSE)
-    trainer.save_model()
-    assert tiny.loss_of(AutoModelForCausalLM.from_pretrained(tmp_path)) == pytest.approx(best, abs=CLOSE)
-    with pytest.raises(RuntimeError, match="holds the best evaluation weights"):
-        trainer.train()
 
 
 def test_a_model_of_two_dtypes_ships_as_it_was_evaluated(tmp_path):
@@ -162,14 +128,13 @@ def run(tmp_path, finished_run):
     return shutil.copytree(finished_run[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("lost", ["hf_radam.json", "trainer_state.json"])
-def test_an_unfinished_checkpoint_is_never_taken_for_the_training_weights(run, lost):
+def test_an_unfinished_checkpoint_is_never_taken_for_the_training_weights(run):
     (run / "model.safetensors").unlink()
-    for name in {"hf_radam.json", lost}:
-        (run / "checkpoint-20" / name).unlink()
-    with pytest.raises(CheckpointError, match="has ewa/ but no hf_radam.json"):
-        load_evaluation_model(run / "checkpoint-20")
-    assert newest_loadable_checkpoint(run).name == "checkpoint-10"
+    for lost in ("hf_radam.json", "trainer_state.json"):
+        (run / "checkpoint-20" / lost).unlink()
+        with pytest.raises(CheckpointError, match="has ewa/ but no hf_radam.json"):
+            load_evaluation_model(run / "checkpoint-20")
+        assert newest_loadable_checkpoint(run).name == "checkpoint-10"
     (run / "checkpoint-10" / "hf_radam.json").write_text("{}")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_evaluation_model(run / "checkpoint-10")
@@ -177,15 +142,21 @@ def test_an_unfinished_checkpoint_is_never_taken_for_the_training_weights(run, l
         load_evaluation_model(run)
 
 
-def test_a_checkpoint_kept_without_its_optimizer_still_ships(run, finished_run):
+def test_a_checkpoint_without_its_optimizer_and_a_run_with_an_average_elsewhere_still_ship(run, finished_run):
+    shutil.copytree(run / "checkpoint-20" / "ewa", run / "ewa")
     for name in ("optimizer.pt", "scheduler.pt"):
         (run / "checkpoint-20" / name).unlink()
-    shipped = run / "final"  # under another name, too
-    (run / "checkpoint-20").rename(shipped)
-    assert tiny.loss_of(load_evaluation_model(shipped)) == pytest.approx(finished_run[1], abs=CLOSE)
+    (run / "checkpoint-20").rename(run / "final")  # under another name, too
+    for folder in (run / "final", run):
+        assert tiny.loss_of(load_evaluation_model(folder)) == pytest.approx(finished_run[1], abs=CLOSE)
 
 
-def test_an_incomplete_model_is_one_sentence(run):
+def test_a_model_older_than_a_checkpoint_is_logged_and_an_incomplete_one_is_one_sentence(run, caplog):
+    later = (run / "config.json").stat().st_mtime + 10
+    for time in (later - 20, later):
+        os.utime(run / "checkpoint-20" / "trainer_state.json", (time, time))
+        load_evaluation_model(run)
+        assert ("which is older than its checkpoint-20" in caplog.text) == (time == later)
     os.truncate(run / "model.safetensors", 5000)
     load_evaluation_model(run)  # its newest checkpoint
     for checkpoint in run.glob("checkpoint-*"):
@@ -194,26 +165,10 @@ def test_an_incomplete_model_is_one_sentence(run):
         load_evaluation_model(run)
 
 
-def test_a_root_older_than_a_checkpoint_is_logged(run, caplog):
-    later = (run / "config.json").stat().st_mtime + 10
-    os.utime(run / "checkpoint-20" / "trainer_state.json", (later - 20, later - 20))
-    load_evaluation_model(run)
-    assert "older than" not in caplog.text
-    os.utime(run / "checkpoint-20" / "trainer_state.json", (later, later))
-    load_evaluation_model(run)
-    assert "which is older than its checkpoint-20" in caplog.text
-
-
-def test_a_run_that_keeps_its_average_elsewhere_is_no_checkpoint(run, finished_run):
-    shutil.copytree(run / "checkpoint-20" / "ewa", run / "ewa")
-    assert tiny.loss_of(load_evaluation_model(run)) == pytest.approx(finished_run[1], abs=CLOSE)
-
-
 def test_settings_are_edited_in_a_copy_of_the_weights(run):
-    shutil.copytree(run / "checkpoint-20" / "ewa", run / "copy")
-    for folder in (run / "copy", run / "checkpoint-20" / "ewa"):
-        settings = folder / "generation_config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 7}))
+    settings = run / "checkpoint-20" / "ewa" / "generation_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"max_new_tokens": 7}))
+    shutil.copytree(settings.parent, run / "copy")
     assert load_evaluation_model(run / "copy").generation_config.max_new_tokens == 7
     with pytest.raises(CheckpointError, match="ewa/generation_config.json is .* bytes long, not"):
         load_evaluation_model(run / "checkpoint-20")
@@ -232,25 +187,22 @@ def test_manifest_lists_every_file_with_its_hash(finished_run):
     assert json.loads((checkpoint / "ewa" / "config.json").read_text())["dtype"] == "float32"
 
 
-def test_a_checkpoints_root_is_not_overwritten_with_evaluation_weights(tmp_path):
-    trainer = tiny.trained(tmp_path, **tiny.METHODS["schedule_free"], save_strategy="steps", save_steps=20)
-    with pytest.raises(ValueError, match="would overwrite the training weights of that checkpoint"):
-        trainer.save_model(str(tmp_path / "checkpoint-20"))
-    root = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-20")
-    assert tiny.same(tiny.parameters(root), tiny.parameters(trainer.model))
-
-
-def test_no_checkpoint_is_saved_while_the_model_holds_the_evaluation_weights(tmp_path):
+def test_a_checkpoint_never_holds_the_evaluation_weights_at_its_root(tmp_path):
     class Enter(tiny.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            trainer.stack.enter_context(trainer.evaluation_weights())
+            if state.global_step == 6:
+                trainer.stack.enter_context(trainer.evaluation_weights())
 
     trainer = tiny.trainer(tmp_path, **tiny.METHODS["schedule_free"], save_strategy="steps", save_steps=5)
     trainer.add_callback(Enter())
     with ExitStack() as trainer.stack:
         with pytest.raises(RuntimeError, match=r"holds the evaluation weights here .* Save the checkpoint outside"):
             trainer.train()
-    assert not list(tmp_path.glob("checkpoint-*"))
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-5"]
+    before = (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="would overwrite the training weights of that checkpoint"):
+        trainer.save_model(str(tmp_path / "checkpoint-5"))
+    assert (tmp_path / "checkpoint-5" / "model.safetensors").read_bytes() == before
 
 
 def test_weights_that_the_class_does_not_save_stay_the_models_own(tmp_path, monkeypatch):
@@ -271,9 +223,6 @@ def test_evaluation_weights_that_a_later_stock_run_left_behind_are_not_loaded(ru
 
 
 def test_the_trainer_refuses_stock_arguments(tmp_path):
-    from transformers import TrainingArguments
-
-    with pytest.raises(
-        TypeError, match="RAdamTrainer has arguments of class TrainingArguments. Make them with RAdamTrainingA"
-    ):
-        RAdamTrainer(tiny.llama(), TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    message = "RAdamTrainer has arguments of class TrainingArguments. Make them with RAdamTrainingA"
+    with pytest.raises(TypeError, match=message):
+        RAdamTrainer(tiny.llama(), tiny.stock_arguments(tmp_path))

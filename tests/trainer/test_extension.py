@@ -21,8 +21,12 @@ EWA = tiny.METHODS["ewa"]
 
 
 def run(folder, *, source=None, **options):
+    """Train; the arguments are left as they were given, so that another run may use them."""
     extension = {} if source is None else {"extend_from": str(source)}
-    return tiny.trained(folder, **options, **extension)
+    trainer = tiny.trained(folder, **options, **extension)
+    given = {name: value for name, value in options.items() if name not in ("resume", "until")}
+    assert trainer.args.to_dict() == tiny.arguments(folder, **given, **extension).to_dict()
+    return trainer
 
 
 def assert_same(one, other):
@@ -62,25 +66,34 @@ def pinned_weights(folder):
     return {place: read_manifest(folder / place)["files"]["model.safetensors"]["sha256"] for place in places}
 
 
-def test_wsd_of_20_steps_extended_to_40_is_the_run_of_40_up_to_its_decay_and_after(tmp_path, short, planned):
-    extended, whole = run(tmp_path, source=short / "wsd", **WSD, max_steps=40), planned(**WSD, max_steps=40)
+def test_wsd_of_20_steps_extended_to_40_and_60_is_the_run_of_40_or_60(tmp_path, capsys, short, planned):
+    extended = run(tmp_path / "a", source=short / "wsd", **WSD | EVERY_6, max_steps=40)
+    whole = planned(**WSD, max_steps=40)
     assert_same(extended, whole)
     pins = pinned_weights(Path(whole.args.output_dir))
-    assert [*pins] == ["_pre_decay/checkpoint-36"] and pinned_weights(tmp_path) == pins
+    assert [*pins] == ["_pre_decay/checkpoint-36"] and pinned_weights(tmp_path / "a") == pins
+    capsys.readouterr()
+    longer = run(tmp_path / "b", source=tmp_path / "a", **WSD, max_steps=60)
+    assert f"from {tmp_path / 'a' / 'checkpoint-36'}\n" in capsys.readouterr().out
+    assert_same(longer, planned(**WSD, max_steps=60))
 
 
-def test_wsd_s_with_two_budgets_is_the_first_extended_to_the_second(tmp_path, short, planned):
-    extended, whole = run(tmp_path, source=short / "wsd_s", **WSD_S, max_steps=40), planned(**BUDGETS, max_steps=40)
+def test_wsd_s_with_several_budgets_is_the_first_extended_to_the_next(tmp_path, short, planned):
+    extended = run(tmp_path / "a", source=short / "wsd_s", **WSD_S, max_steps=40)
+    whole = planned(**BUDGETS, max_steps=40)
     assert_same(extended, whole)
     pins = pinned_weights(Path(whole.args.output_dir))
-    assert [*pins] == ["_budgets/checkpoint-20", "_budgets/checkpoint-40"] and pinned_weights(tmp_path) == pins
+    assert [*pins] == ["_budgets/checkpoint-20", "_budgets/checkpoint-40"] and pinned_weights(tmp_path / "a") == pins
     last = [read_manifest(Path(one.args.output_dir, "_budgets/checkpoint-40"))["schedule"] for one in (extended, whole)]
     assert last[0] == last[1]
+    longer = run(tmp_path / "b", source=tmp_path / "a", **WSD_S, budgets=[50], max_steps=60)
+    assert_same(longer, planned(**WSD_S, budgets=[20, 40, 50], max_steps=60))
+    with pytest.raises(ValueError, match="budgets=\\[30\\] must lie after step 40, the last budget that the run"):
+        run(tmp_path / "x", source=tmp_path / "a", **WSD_S, budgets=[30], max_steps=60)
 
 
-@pytest.mark.parametrize(("method", "warmup"), [("ewa", 0), ("schedule_free", 0), ("schedule_free_ewa", 4)])
-def test_constant_rates_are_extended_from_the_last_checkpoint(tmp_path, planned, method, warmup):
-    options = tiny.METHODS[method] | {"warmup_steps": warmup} | EVERY_6
+def test_a_constant_rate_after_a_warm_up_is_extended_from_the_last_checkpoint(tmp_path, planned):
+    options = tiny.METHODS["schedule_free_ewa"] | {"warmup_steps": 4} | EVERY_6
     run(tmp_path / "short", **options, max_steps=20)
     extended = run(tmp_path / "extended", source=tmp_path / "short", **options, max_steps=36)
     assert_same(extended, planned(**options, max_steps=36))
@@ -94,23 +107,6 @@ def test_the_warm_up_stays_where_it_was_though_it_was_a_ratio(tmp_path, capsys, 
     assert_same(extended, planned(**options | {"warmup_steps": 10}, max_steps=40))
     with pytest.raises(ValueError, match="warmup_steps=12, but the run that is extended had 10. Leave it out"):
         run(tmp_path / "x", source=tmp_path / "short", **options | {"warmup_steps": 12}, max_steps=40)
-
-
-def test_several_extensions_in_a_row_in_place_and_elsewhere(tmp_path, capsys, short, planned):
-    first = shutil.copytree(short / "wsd", tmp_path / "a")
-    run(first, source=first, **WSD | EVERY_6, max_steps=40)
-    last = run(tmp_path / "b", source=first, **WSD, max_steps=60)
-    assert f"from {first / 'checkpoint-36'}\n" in capsys.readouterr().out
-    assert_same(last, planned(**WSD, max_steps=60))
-    assert sorted(os.listdir(first / "_pre_decay")) == ["checkpoint-18", "checkpoint-36"]
-
-
-def test_wsd_s_several_extensions_in_a_row(tmp_path, short, planned):
-    run(tmp_path / "b", source=short / "wsd_s", **WSD_S, max_steps=40)
-    last = run(tmp_path / "c", source=tmp_path / "b", **WSD_S, budgets=[50], max_steps=60)
-    assert_same(last, planned(**WSD_S, budgets=[20, 40, 50], max_steps=60))
-    with pytest.raises(ValueError, match="budgets=\\[30\\] must lie after step 40, the last budget that the run"):
-        run(tmp_path / "x", source=tmp_path / "b", **WSD_S, budgets=[30], max_steps=60)
 
 
 def test_several_decays_branch_from_one_pre_decay_checkpoint(tmp_path, short, planned):
@@ -131,18 +127,24 @@ def test_a_decay_branches_from_a_constant_run(tmp_path, short, planned):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "whole"), [("wsd", WSD, WSD), ("wsd_s", WSD_S, BUDGETS), ("ewa", EWA, EWA)]
+    ("name", "options", "whole", "in_place", "pins"),
+    [
+        ("wsd", WSD, WSD, True, ["_pre_decay/checkpoint-18", "_pre_decay/checkpoint-36"]),
+        ("wsd_s", WSD_S, BUDGETS, False, ["_budgets/checkpoint-20", "_budgets/checkpoint-40"]),
+        ("ewa", EWA, EWA, True, []),
+    ],
 )
-def test_the_command_can_be_given_again(tmp_path, name, options, whole, capsys, short, planned):
+def test_the_command_can_be_given_again(tmp_path, name, options, whole, in_place, pins, capsys, short, planned):
     """After an interruption, and at the end."""
-    for folder in (tmp_path / "elsewhere", shutil.copytree(short / name, tmp_path / "in place")):
-        command = options | EVERY_6 | {"max_steps": 40, "source": folder if folder.is_dir() else short / name}
-        run(folder, until=31, **command)
-        capsys.readouterr()
-        again = run(folder, **command)
-        assert f"from {folder / 'checkpoint-30'}\n" in capsys.readouterr().out
-        assert_same(again, planned(**whole, max_steps=40))
-        assert_same(run(folder, **command), again)
+    folder = shutil.copytree(short / name, tmp_path / "run") if in_place else tmp_path / "elsewhere"
+    command = options | EVERY_6 | {"max_steps": 40, "source": folder if in_place else short / name}
+    run(folder, until=31, **command)
+    capsys.readouterr()
+    again = run(folder, **command)
+    assert f"from {folder / 'checkpoint-30'}\n" in capsys.readouterr().out
+    assert_same(again, planned(**whole, max_steps=40))
+    assert_same(run(folder, **command), again)
+    assert [*pinned_weights(folder)] == pins
 
 
 @pytest.mark.parametrize("options", [WSD, WSD_S | {"budgets": [10]}], ids=["wsd", "wsd_s"])
@@ -160,6 +162,13 @@ def test_resuming_into_a_longer_schedule_is_refused_with_the_right_command(tmp_p
     for resume in (True, str(finished / "checkpoint-20")):
         with pytest.raises(CheckpointError, match=re.escape(command)):
             run(finished, resume=resume, **options, max_steps=40)
+
+
+@pytest.mark.parametrize(("step", "change"), [(18, {"max_steps": 19}), (6, {"warmup_steps": 9})], ids=str)
+def test_no_command_is_named_that_would_be_refused(tmp_path, short, step, change):
+    checkpoint, options = short / "wsd" / f"checkpoint-{step}", WSD | {"max_steps": 20} | change
+    with pytest.raises(CheckpointError, match="Resume with the flags the run was started with\\.$"):
+        run(tmp_path, resume=str(checkpoint), **options)
 
 
 def test_what_is_no_extension_is_refused(tmp_path, short):
@@ -219,7 +228,7 @@ def test_the_pre_decay_checkpoint_is_stored_once_and_outlives_rotation(tmp_path,
 def test_pins_do_not_depend_on_the_save_strategy_and_change_nothing(tmp_path, planned):
     best = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 9, "metric_for_best_model": "loss"}
     pinned = planned(**WSD, max_steps=20)
-    for name, saving in (("no", {}), ("epoch", {"save_strategy": "epoch"}), ("best", best)):
+    for name, saving in (("no", {}), ("best", best)):
         assert_same(run(tmp_path / name, **WSD | saving, max_steps=20), pinned)
         assert [*pinned_weights(tmp_path / name)] == ["_pre_decay/checkpoint-18"]
     checkpoint = tmp_path / "no/_pre_decay/checkpoint-18"
@@ -230,21 +239,12 @@ def test_pins_do_not_depend_on_the_save_strategy_and_change_nothing(tmp_path, pl
     assert tiny.same(tiny.parameters(at_18), tiny.parameters(plain.model))
 
 
-@pytest.mark.parametrize(("name", "options"), [("wsd", WSD), ("ewa", EWA)])
-def test_another_run_in_the_output_folder_is_not_continued(tmp_path, short, name, options):
-    options = options | EVERY_6
+def test_another_run_in_the_output_folder_is_not_continued(tmp_path, short):
+    options = EWA | EVERY_6
     run(tmp_path / "other", **options, max_steps=20, seed=2)
-    run(tmp_path / "c", source=short / name, **options, max_steps=30)
+    run(tmp_path / "c", source=short / "ewa", **options, max_steps=30)
     with pytest.raises(HorizonError, match="-30 in output_dir is not of this extension of .*other. Use another output"):
         run(tmp_path / "c", source=tmp_path / "other", **options, max_steps=30, seed=2)
-    assert run(tmp_path / "c", source=short / name, **options, max_steps=30).state.global_step == 30
-
-
-def test_a_plain_resume_of_an_extended_run_remembers_the_budgets_that_were_passed(tmp_path, short):
-    options = WSD_S | EVERY_6 | {"max_steps": 40}
-    run(tmp_path, source=short / "wsd_s", until=31, **options)
-    run(tmp_path, resume=True, **options)
-    assert read_manifest(tmp_path / "checkpoint-36")["schedule"]["budgets"] == [20, 40]
 
 
 def test_a_damaged_pin_is_written_again_from_a_complete_checkpoint(tmp_path, short):
@@ -252,10 +252,3 @@ def test_a_damaged_pin_is_written_again_from_a_complete_checkpoint(tmp_path, sho
     (copy / "_pre_decay/checkpoint-18/optimizer.pt").unlink()
     run(copy, resume=str(copy / "checkpoint-18"), **WSD, max_steps=20)
     assert verify_checkpoint(copy / "_pre_decay/checkpoint-18") == {}
-
-
-@pytest.mark.parametrize(("step", "change"), [(18, {"max_steps": 19}), (6, {"warmup_steps": 9})], ids=str)
-def test_no_command_is_named_that_would_be_refused(tmp_path, short, step, change):
-    checkpoint, options = short / "wsd" / f"checkpoint-{step}", WSD | {"max_steps": 20} | change
-    with pytest.raises(CheckpointError, match="Resume with the flags the run was started with\\.$"):
-        run(tmp_path, resume=str(checkpoint), **options)

@@ -34,45 +34,31 @@ def options(method):
     return tiny.METHODS[method] | {"gradient_accumulation_steps": 2, "enable_jit_checkpoint": True}
 
 
+ONLY_MODELS = {"save_strategy": "steps", "save_only_model": True}
+# An evaluation in that step says that there is nothing to save: the first is the best.
+BEST = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
+
+
 @pytest.mark.parametrize(
-    ("event", "method"),
+    ("event", "method", "step", "saving"),
     [
-        ("on_step_begin", "wsd_s"),
-        ("on_substep_end", "schedule_free_ewa"),
-        ("on_pre_optimizer_step", "ewa"),
-        ("on_optimizer_step", "wsd"),
+        ("on_step_begin", "wsd_s", 8, {}),  # the last of its epoch
+        ("on_substep_end", "schedule_free_ewa", 8, {}),
+        ("on_pre_optimizer_step", "ewa", 3, BEST | {"greater_is_better": True}),
+        ("on_optimizer_step", "wsd", 4, ONLY_MODELS | {"save_steps": 3}),
+        ("on_optimizer_step", "ewa", 4, ONLY_MODELS | {"save_steps": 4}),
     ],
 )
-def test_a_request_at_any_moment_of_a_step_is_met_after_it(tmp_path, method, event):
+def test_a_request_at_any_moment_of_a_step_is_met_after_it(tmp_path, method, event, step, saving):
+    """Whatever the strategy says about saving: what is saved can be resumed."""
     twin = tiny.trained(tmp_path / "twin", **options(method))
-    for step in (3, 8):  # 8 is the last of its epoch
-        folder = tmp_path / str(step)
-        trainer = tiny.trainer(folder, **options(method))
-        trainer.add_callback(Request(trainer, step, event))
-        trainer.train()
-        assert [path.name for path in folder.glob("checkpoint-*")] == [f"checkpoint-{step}"]
-        resumed = tiny.trained(folder, **options(method), resume=True)
-        assert tiny.same(tiny.state(twin), tiny.state(resumed))
-
-
-def test_the_evaluation_that_decides_about_saving_does_not_decide_about_this_save(tmp_path):
-    """With `save_strategy="best"` an evaluation in that step says there is nothing to save."""
-    strategy = {"save_strategy": "best", "eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss"}
-    trainer = tiny.trainer(tmp_path, **options("ewa"), **strategy, greater_is_better=True)  # the first is the best
-    trainer.add_callback(Request(trainer, 5, "on_pre_optimizer_step"))
+    trainer = tiny.trainer(tmp_path / "run", **options(method), **saving)
+    trainer.add_callback(Request(trainer, step, event))
     trainer.train()
-    assert trainer.state.global_step == 5 and (tmp_path / "checkpoint-5" / "hf_radam.json").is_file()
-
-
-@pytest.mark.parametrize("save_steps", [3, 4])
-def test_what_is_saved_can_be_resumed_though_other_checkpoints_have_no_optimizer(tmp_path, save_steps):
-    trainer = tiny.trainer(
-        tmp_path, **options("ewa"), save_strategy="steps", save_steps=save_steps, save_only_model=True
-    )
-    trainer.add_callback(Request(trainer, 4, "on_pre_optimizer_step"))
-    trainer.train()
-    resumed = tiny.trained(tmp_path, **options("ewa"), resume=tmp_path / "checkpoint-4")
-    assert resumed.state.global_step == 20
+    assert trainer.state.global_step == step
+    assert saving or [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == [f"checkpoint-{step}"]
+    resumed = tiny.trained(tmp_path / "run", **options(method), resume=tmp_path / "run" / f"checkpoint-{step}")
+    assert tiny.same(tiny.state(twin), tiny.state(resumed))
 
 
 def test_with_none_of_our_methods_the_callback_is_upstreams(tmp_path):

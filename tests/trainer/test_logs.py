@@ -73,44 +73,34 @@ def test_no_training_weights_are_evaluated_where_the_model_holds_the_evaluation_
     assert metrics["eval_loss"] == pytest.approx(best.state.best_metric, abs=2e-6) and "eval_raw_loss" not in metrics
 
 
-def test_a_metric_with_the_name_of_one_of_the_training_weights_is_refused(tmp_path):
+def test_metrics_and_data_sets_with_a_name_of_the_training_weights_are_refused(tmp_path):
     run = trainer(tmp_path, BOTH, metrics=lambda prediction: {"x": 1.0, "raw_x": 2.0}, ewa_eval_raw=True)
     with pytest.raises(ValueError, match="The metric eval_a_raw_x of compute_metrics has the name of a metric of the"):
         run.evaluate()
     run.args.ewa_eval_raw = False
     assert run.evaluate()["eval_a_raw_x"] == 2.0
 
-
-@pytest.mark.parametrize("names", [("a", "a_raw"), ("b", "raw")])
-def test_a_data_set_with_the_name_of_losses_of_the_training_weights_is_refused(tmp_path, names):
-    datasets = dict.fromkeys(names, tiny.EVAL)
-    refused = f"data set '{names[1]}', whose eval_{names[1]}_loss is the name of a loss of the training weights"
-    with pytest.raises(ValueError, match=refused):
-        trainer(tmp_path, datasets, ewa_eval_raw=True)
-    run = trainer(tmp_path, ewa_eval_raw=True)
-    for args, kwargs in (((datasets,), {}), ((), {"eval_dataset": datasets})):
+    for names in (("a", "a_raw"), ("b", "raw")):
+        datasets = dict.fromkeys(names, tiny.EVAL)
+        refused = f"data set '{names[1]}', whose eval_{names[1]}_loss is the name of a loss of the training weights"
         with pytest.raises(ValueError, match=refused):
-            run.evaluate(*args, **kwargs)
-    run.eval_dataset = datasets
-    with pytest.raises(ValueError, match=refused):
-        run.evaluate()
-    assert {"eval_a_loss", "eval_a_raw_loss"} <= run.evaluate({"a": tiny.EVAL}).keys()
-    assert {f"eval_{name}_loss" for name in names} <= trainer(tmp_path, datasets).evaluate().keys()
+            trainer(tmp_path, datasets, ewa_eval_raw=True)
+        with pytest.raises(ValueError, match=refused):
+            trainer(tmp_path, ewa_eval_raw=True).evaluate(datasets)
+        assert {f"eval_{name}_loss" for name in names} <= trainer(tmp_path, datasets).evaluate().keys()
 
 
-@pytest.mark.parametrize(("metric", "datasets"), [("raw_score", tiny.EVAL), ("eval_a_raw_score", BOTH)])
-def test_the_best_model_may_be_chosen_by_a_metric_of_the_user_that_is_called_raw(tmp_path, metric, datasets):
-    run = trainer(tmp_path, datasets, **BEST, metric_for_best_model=metric, ewa_eval_raw=True)
-    run.train()
-    name = f"eval_{metric.removeprefix('eval_')}"
-    assert run.state.best_metric == max(entry[name] for entry in run.state.log_history if name in entry)
-
-
-def test_the_best_model_is_not_chosen_by_the_training_weights(tmp_path):
+def test_the_best_model_may_be_chosen_by_a_metric_called_raw_but_not_by_the_training_weights(tmp_path):
     options = BEST | {"ewa_eval_raw": True}
+    for metric, datasets in (("raw_score", tiny.EVAL), ("eval_a_raw_score", BOTH)):
+        run = trainer(tmp_path, datasets, **options, metric_for_best_model=metric)
+        run.train()
+        name = f"eval_{metric.removeprefix('eval_')}"
+        assert run.state.best_metric == max(entry[name] for entry in run.state.log_history if name in entry)
+    refused = "metric_for_best_model={} is of the training weights, but load_".format
     for metric, datasets in (("raw_loss", tiny.EVAL), ("eval_a_raw_loss", BOTH)):
-        with pytest.raises(ValueError, match=f"metric_for_best_model={metric} is of the training weights, but load_"):
+        with pytest.raises(ValueError, match=refused(metric)):
             trainer(tmp_path, datasets, **options, metric_for_best_model=metric)
     late = trainer(tmp_path, **options, metric_for_best_model="raw_raw_score")  # known at the first evaluation
-    with pytest.raises(ValueError, match="metric_for_best_model=raw_raw_score is of the training weights, but load_"):
+    with pytest.raises(ValueError, match=refused("raw_raw_score")):
         late.train()

@@ -1,20 +1,16 @@
 """The model card: its metadata, its numbers, and its code, which is run in the folder of the card.
 
 Oracles: huggingface_hub's reader of cards, a forward pass without a trainer (`tiny.loss_of`), the weights in the
-trainer, upstream's card.
+trainer. (That it is upstream's card without our methods: `test_inert_and_resume.py`.)
 """
 
 import re
-import shutil
 
 import pytest
 import tiny
 from huggingface_hub import ModelCard
 from test_peft import lora
-from transformers import LlamaForCausalLM, Trainer
-
-from hf_radam import RAdamTrainer
-from hf_radam.trainer.reporting import last_evaluation
+from transformers import LlamaForCausalLM
 
 SAVED = {"save_strategy": "steps", "save_steps": 10}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 10, "metric_for_best_model": "loss", "ewa_eval_raw": True}
@@ -25,6 +21,7 @@ TAGS = {
     "schedule_free": ["hf_radam", "schedule-free"],
     "schedule_free_ewa": ["hf_radam", "schedule-free", "ewa"],
 }
+OURS = {tag for tags in TAGS.values() for tag in tags}
 SENTENCES = {
     "wsd": "- Schedule: wsd, 20 steps: peak, 1-sqrt decay over steps 12-20 to 0 of the peak\n- Averaging: none\n",
     "wsd_s": "- Schedule: wsd_s, 20 steps: peak, 1-sqrt decay over steps 6-10, 12-20 to 0 of the peak\n",
@@ -56,15 +53,24 @@ def models_of(card, folder, monkeypatch) -> list[dict]:
     return found
 
 
-@pytest.mark.parametrize("method", tiny.METHODS)
-def test_the_method_is_described_and_the_code_loads_the_evaluation_weights(tmp_path, monkeypatch, method):
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS[method], **SAVED)
+MODELS = [*((method, None) for method in tiny.METHODS), ("schedule_free_ewa", lora), ("schedule_free_ewa", Own)]
+
+
+@pytest.mark.parametrize(("method", "build"), MODELS)
+def test_the_method_is_described_and_the_code_loads_the_evaluation_weights(tmp_path, monkeypatch, method, build):
+    """Of a model, of an adapter on its base, and of a class of the user from its module."""
+    model = lora(tmp_path) if build is lora else build and build(tiny.llama().config)
+    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS[method], **SAVED)
     card = card_of(trainer, tasks="text-generation")
-    assert ModelCard.load(tmp_path / "README.md").data.tags == ["generated_from_trainer", *TAGS[method]]
+    data = ModelCard.load(tmp_path / "run" / "README.md").data
+    assert [tag for tag in data.tags if tag in OURS] == TAGS[method]
+    assert ("generated_from_trainer" in data.tags) == (build is not lora)  # as upstream's cards
     assert SENTENCES[method] in card and "This model was trained from scratch" in card
+    assert (data.library_name == "peft" and "lora" in data.tags) == (build is lora)
+    assert ("card import Own\n" in card) == (build is Own)
     with trainer.evaluation_weights():
         evaluated = tiny.parameters(trainer.model)
-    found = models_of(card, tmp_path, monkeypatch)
+    found = models_of(card, tmp_path / "run", monkeypatch)
     assert len(found) == 2 and all(tiny.same(one, evaluated) for one in found)
     assert tiny.same(evaluated, tiny.parameters(trainer.model)) == (method in ("wsd", "wsd_s"))
 
@@ -84,43 +90,21 @@ def test_the_table_has_the_metrics_of_both_weights(tmp_path):
 
 
 def test_of_the_best_model_it_has_the_metrics_of_its_step(tmp_path, monkeypatch):
-    """The first evaluation is made the best; those after it are of other weights."""
-    best = {"greater_is_better": True, "load_best_model_at_end": True}
-    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVED, **EVALUATED, **best)
+    """The first evaluation is made the best, of two data sets; those after it are of other weights."""
+    best = {"greater_is_better": True, "load_best_model_at_end": True, "metric_for_best_model": "a_loss"}
+    trainer = tiny.trainer(tmp_path, **tiny.METHODS["ewa"] | SAVED | EVALUATED | best)
+    trainer.eval_dataset = {"a": tiny.EVAL, "b": tiny.EVAL[:4]}
     card = card_of(trainer)
-    (history,) = (entry for entry in trainer.state.log_history if entry["step"] == 10 and "eval_loss" in entry)
-    assert f"| loss | {history['eval_loss']:.4f} | {history['eval_raw_loss']:.4f} |\n" in card
-    assert "After step 10:" in card and "(EWA) after step 10, the best by `loss`." in card
+    logged = {}
+    for entry in trainer.state.log_history:
+        logged |= entry if entry["step"] == 10 else {}
+    for name in ("a", "b"):
+        averaged, raw = logged[f"eval_{name}_loss"], logged[f"eval_{name}_raw_loss"]
+        assert f"| {name}_loss | {averaged:.4f} | {raw:.4f} |\n" in card
+    assert "After step 10:" in card and "(EWA) after step 10, the best by `a_loss`." in card
     assert "checkpoint-10" in card and "checkpoint-20" not in card
     for found in models_of(card, tmp_path, monkeypatch):
         assert tiny.same(found, tiny.parameters(trainer.model))
-
-
-def test_the_last_of_several_evaluations_and_the_first_after_the_best_step():
-    history = [
-        {"step": 5, "eval_a_loss": 9.0},
-        {"step": 9, "eval_a_loss": 1.0, "eval_a_runtime": 3.0, "epoch": 1},
-        {"step": 9, "eval_b_loss": 5.0},
-        {"step": 9, "eval_a_loss": 2.0},
-        {"step": 9, "loss": 7.0},
-    ]
-    assert last_evaluation(history, step=None) == {"step": 9, "eval_a_loss": 2.0, "eval_b_loss": 5.0}
-    assert last_evaluation(history, step=9) == {"step": 9, "eval_a_loss": 1.0, "eval_b_loss": 5.0}
-    assert last_evaluation(history, step=7) == last_evaluation(history[-1:], step=None) == {}
-
-
-@pytest.mark.parametrize("kind", ["adapter", "class of the user"])
-def test_the_code_loads_an_adapter_on_its_base_and_a_class_from_its_module(tmp_path, monkeypatch, kind):
-    model = lora(tmp_path) if kind == "adapter" else Own(tiny.llama().config)
-    trainer = tiny.trainer(tmp_path / "run", model, **tiny.METHODS["schedule_free_ewa"], **SAVED)
-    card = card_of(trainer)
-    data = ModelCard.load(tmp_path / "run" / "README.md").data
-    assert set(TAGS["schedule_free_ewa"]) <= set(data.tags)
-    assert (data.library_name == "peft" and "lora" in data.tags) if kind == "adapter" else "card import Own\n" in card
-    with trainer.evaluation_weights():
-        evaluated = tiny.parameters(trainer.model)
-    found = models_of(card, tmp_path / "run", monkeypatch)
-    assert len(found) == 2 and all(tiny.same(one, evaluated) for one in found)
 
 
 def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monkeypatch):
@@ -134,23 +118,12 @@ def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monke
     assert sent[-1].count("## Training method") == sent[-1].count("## Weights") == 1
 
 
-@pytest.mark.parametrize("metadata", ["key: [", "5", "1: 2", "tags: 5"])
-def test_a_card_that_was_damaged_is_only_logged(tmp_path, caplog, metadata):
+def test_a_card_that_was_damaged_is_only_logged(tmp_path, caplog):
     trainer = tiny.trained(tmp_path, **tiny.METHODS["ewa"], max_steps=1)
-    damaged = f"---\n{metadata}\n---\n<!-- hf_radam -->\n<!-- hf_radam: end -->\n"
-    (tmp_path / "README.md").write_text(damaged)
-    trainer.save_model()
-    assert f"The model card {tmp_path / 'README.md'} could not be renewed: " in caplog.text
-    assert (tmp_path / "README.md").read_text() == damaged
-
-
-def test_without_our_methods_it_is_upstreams_byte_for_byte(tmp_path):
-    cards = []
-    for cls, make in ((Trainer, tiny.stock_arguments), (RAdamTrainer, tiny.arguments)):
-        args = make(tmp_path / "run", eval_strategy="steps", eval_steps=10, **SAVED)
-        trainer = cls(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
-        trainer.train()
-        trainer.create_model_card(tags=["mine"], tasks="text-generation", dataset_tags="me/data", dataset="data")
-        cards.append((tmp_path / "run" / "README.md").read_bytes())
-        shutil.rmtree(tmp_path / "run")
-    assert cards[0] == cards[1] and b"hf_radam" not in cards[0]
+    for metadata in ("key: [", "5", "1: 2", "tags: 5"):
+        damaged = f"---\n{metadata}\n---\n<!-- hf_radam -->\n<!-- hf_radam: end -->\n"
+        (tmp_path / "README.md").write_text(damaged)
+        caplog.clear()
+        trainer.save_model()
+        assert f"The model card {tmp_path / 'README.md'} could not be renewed: " in caplog.text
+        assert (tmp_path / "README.md").read_text() == damaged

@@ -1,9 +1,10 @@
 """PEFT models with averaging: the adapter folders in a checkpoint, loaded by PEFT itself, are what was evaluated.
 
-The oracles: the average (see test_average.py); x from y and the optimizer's z; PEFT's own loading; a forward pass over
-the evaluation data without a trainer (`tiny.loss_of`).
+The oracles: the average (see test_combinations.py); x from y and the optimizer's z; PEFT's own loading; a forward pass
+over the evaluation data without a trainer (`tiny.loss_of`).
 """
 
+import copy
 import math
 
 import peft
@@ -26,7 +27,8 @@ def lora(folder, *, build=tiny.llama, autocast=True, **options) -> peft.PeftMode
         build().save_pretrained(folder / "base")
     base = LlamaForCausalLM.from_pretrained(folder / "base")
     torch.manual_seed(1)
-    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"} | options
+    config = {"r": 2, "target_modules": ["q_proj", "v_proj"], "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
+    config |= copy.deepcopy(options)  # PEFT appends to its lists
     return peft.get_peft_model(base, peft.LoraConfig(**config), autocast_adapter_dtype=autocast)
 
 
@@ -42,13 +44,18 @@ def only(weights, names) -> dict[str, torch.Tensor]:
     return {name: weights[name] for name in names}
 
 
+HEAD, EMBEDDINGS = {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}
+TIED = EMBEDDINGS | {"build": tiny.tied, "ensure_weight_tying": True}
+
+
 @pytest.mark.parametrize(
-    ("method", "modules"),
-    [("ewa", None), ("schedule_free", ["lm_head"]), ("schedule_free_ewa", ["embed_tokens"]), ("wsd", ["lm_head"])],
+    ("method", "kind"),
+    [("ewa", {}), ("ewa", TIED), ("schedule_free", HEAD), ("schedule_free_ewa", EMBEDDINGS), ("wsd", HEAD)],
+    ids=["ewa", "ewa tied", "schedule_free", "schedule_free_ewa", "wsd"],
 )
-def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, method, modules):
+def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, method, kind):
     run, options = tmp_path / "run", tiny.METHODS[method] | SAVING
-    model = lora(tmp_path, modules_to_save=modules)
+    model = lora(tmp_path, **kind)
     trainer = tiny.trained(run, model, **options)
     weights, loss, checkpoint = trained(model), trainer.evaluate()["eval_loss"], run / "checkpoint-20"
     averages = trainer.average.averaged_state_dict() if trainer.average else {}
@@ -69,7 +76,8 @@ def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, meth
     # The root holds the adapter that trains, and no file holds more than an adapter
     root = tiny.parameters(peft.PeftModel.from_pretrained(base_of(tmp_path), checkpoint))
     assert tiny.same(weights, only(root, weights))
-    assert {len(load_file(one / "adapter_model.safetensors")) for one in (checkpoint, folder)} == {len(weights)}
+    count = len(weights) + (kind is TIED)  # PEFT writes the tied weights twice
+    assert {len(load_file(one / "adapter_model.safetensors")) for one in (checkpoint, folder)} == {count}
     # Every way to load it gives the loss that was reported
     shipped = load_evaluation_model(run)  # the newest checkpoint
     assert isinstance(shipped, peft.PeftModelForCausalLM) and not shipped.training
@@ -79,31 +87,39 @@ def test_the_adapter_ships_what_was_evaluated_and_resumes_bitwise(tmp_path, meth
         assert tiny.loss_of(one) == pytest.approx(loss, abs=CLOSE)
     assert tiny.same(weights, trained(model))
     assert (abs(tiny.loss_of(model) - loss) > 10 * CLOSE) == (source is not None)
-    again = lora(tmp_path, modules_to_save=modules)
+    again = lora(tmp_path, **kind)
     resumed = tiny.trained(tmp_path / "again", again, resume=run / "checkpoint-15", **options)
     assert tiny.same(tiny.state(trainer), tiny.state(resumed))
 
 
-def bf16_based(folder, kind):
-    """PEFT makes fp32 adapters and leaves modules_to_save in the dtype of the base."""
-    model = lora(folder, build=tiny.bf16, autocast=kind != "all bf16", modules_to_save=["lm_head"])
-    for parameter in model.parameters():
-        if parameter.requires_grad and kind == "all that trains in fp32":
-            parameter.data = parameter.data.float()
+def shifted():
+    model = tiny.llama()
+    model.model.norm.weight.data += 1e-4  # no bf16 number
     return model
 
 
-@pytest.mark.parametrize("kind", ["as PEFT makes it", "all bf16"])
-def test_bf16_parameters_that_train_are_refused_with_schedule_free(tmp_path, kind):
-    with pytest.raises(ValueError, match="Keep float32 parameters"):
-        tiny.trainer(tmp_path, bf16_based(tmp_path, kind), **tiny.METHODS["schedule_free"])
+def bf16_based(folder, kind):
+    """PEFT makes fp32 adapters and leaves modules_to_save in the dtype of the base."""
+    build = shifted if kind == "norms in fp32" else tiny.bf16
+    model = lora(folder, build=build, autocast=kind != "all bf16", modules_to_save=["lm_head"])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and kind == "all that trains in fp32":
+            parameter.data = parameter.data.float()
+        elif not parameter.requires_grad and "norm" not in name:
+            parameter.data = parameter.data.bfloat16()
+    return model
 
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("ewa", "as PEFT makes it"), ("ewa", "all bf16"), ("schedule_free", "all that trains in fp32")],
+    [
+        ("ewa", "as PEFT makes it"),
+        ("ewa", "all bf16"),
+        ("ewa", "norms in fp32"),
+        ("schedule_free", "all that trains in fp32"),
+    ],
 )
-def test_a_bf16_base(tmp_path, method, kind):
+def test_a_bf16_base_comes_back_as_it_was(tmp_path, method, kind):
     def make():
         return bf16_based(tmp_path, kind)
 
@@ -112,6 +128,9 @@ def test_a_bf16_base(tmp_path, method, kind):
     trainer = tiny.trained(tmp_path / "run", make(), **options)
     again = tiny.trained(tmp_path / "again", make(), **options, resume=tmp_path / "run" / "checkpoint-5")
     assert tiny.same(tiny.state(trainer), tiny.state(again))
+    if kind in ("as PEFT makes it", "all bf16"):  # parameters that train are bf16
+        with pytest.raises(ValueError, match="Keep float32 parameters"):
+            tiny.trainer(tmp_path / "x", make(), **tiny.METHODS["schedule_free"])
     file = load_file(tmp_path / "run" / "checkpoint-20" / method / "adapter" / "adapter_model.safetensors")
     assert {value.dtype for value in file.values()} == {torch.float32}
     with trainer.evaluation_weights():
@@ -122,48 +141,13 @@ def test_a_bf16_base(tmp_path, method, kind):
     as_told = load_evaluation_model(tmp_path / "run", dtype=torch.float32)
     assert {p.dtype for p in as_told.parameters()} == {torch.float32}
     if method == "ewa":  # in float32 nothing of the average is lost
-        averages = trainer.average.averaged_state_dict()
-        names = trained(trainer.model)
-        assert tiny.same(only(tiny.parameters(as_told), names), only(averages, names))
+        averages = only(trainer.average.averaged_state_dict(), trained(trainer.model))
+        assert tiny.same(only(tiny.parameters(as_told), averages), averages)
 
 
-def test_a_base_of_two_dtypes_comes_back_as_it_was(tmp_path):
-    base = tiny.llama()
-    with torch.no_grad():
-        base.model.norm.weight += 1e-4  # no bf16 number
-    model = lora(tmp_path, build=lambda: base)
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and "norm" not in name:
-            parameter.data = parameter.data.bfloat16()
-    for module in model.modules():
-        if "Norm" in type(module).__name__:
-            module.register_forward_hook(lambda module, args, output: output.bfloat16())
-    trainer = tiny.trained(tmp_path / "run", model, **tiny.METHODS["ewa"], **SAVING)
-    shipped = tiny.parameters(load_evaluation_model(tmp_path / "run"))
-    assert {p.dtype for n, p in shipped.items() if "q_proj.base" in n} == {torch.bfloat16}
-    with trainer.evaluation_weights():
-        assert {n: p.dtype for n, p in model.named_parameters()} == {n: p.dtype for n, p in shipped.items()}
-        assert tiny.same(tiny.parameters(model), shipped)
-
-
-@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
-def test_tied_embeddings_that_train(tmp_path, method):
-    def make():
-        return lora(tmp_path, build=tiny.tied, modules_to_save=["embed_tokens"], ensure_weight_tying=True)
-
-    options = tiny.METHODS[method] | SAVING
-    trainer = tiny.trained(tmp_path / "run", make(), **options)
-    again = tiny.trained(tmp_path / "again", make(), **options, resume=tmp_path / "run" / "checkpoint-5")
-    assert tiny.same(tiny.state(trainer), tiny.state(again))
-    plain = peft.PeftModel.from_pretrained(base_of(tmp_path), tmp_path / "run" / "checkpoint-20" / method / "adapter")
-    for shipped in (plain, load_evaluation_model(tmp_path / "run")):
-        assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
-
-
-@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
-def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
+def test_the_best_model_is_the_best_evaluation_weights(tmp_path):
     # Far too high on purpose, so that the best comes before the end.
-    options = tiny.METHODS[method] | {"learning_rate": 3.0, "max_steps": 40, "max_grad_norm": 0.0}
+    options = tiny.METHODS["schedule_free"] | {"learning_rate": 3.0, "max_steps": 40, "max_grad_norm": 0.0}
     saving = {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
     model = lora(tmp_path, modules_to_save=["lm_head"])
     trainer = tiny.trained(tmp_path / "run", model, **options, **saving, load_best_model_at_end=True)
@@ -178,30 +162,34 @@ def test_the_best_model_is_the_best_evaluation_weights(tmp_path, method):
         trainer.train()
 
 
-def test_a_base_model_that_is_not_named(tmp_path):
-    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    trainer = tiny.trainer(tmp_path, peft.get_peft_model(tiny.llama(), config), **tiny.METHODS["ewa"], **SAVING)
-    trainer.train()
-    with pytest.raises(ValueError, match=r"does not name the base model .* peft.PeftModel.from_pretrained\(base"):
-        load_evaluation_model(tmp_path)
-    shipped = peft.PeftModel.from_pretrained(tiny.llama(), tmp_path / "checkpoint-20" / "ewa" / "adapter")
-    assert tiny.loss_of(shipped) == pytest.approx(trainer.evaluate()["eval_loss"], abs=CLOSE)
-
-
 class MyLlama(LlamaForCausalLM):
     """A class of the user's."""
 
 
-def test_the_class_of_the_base_model_may_be_given_or_found_without_a_task(tmp_path):
-    trainer = tiny.trained(tmp_path / "run", lora(tmp_path, task_type=None), **tiny.METHODS["ewa"], **SAVING)
-    loss = trainer.evaluate()["eval_loss"]
-    for options, expected in (({}, LlamaForCausalLM), ({"model_class": MyLlama}, MyLlama)):
-        shipped = load_evaluation_model(tmp_path / "run" / "checkpoint-20", **options)
+def test_an_adapter_without_a_task_is_loaded_and_no_other_or_damaged_one_is_resumed(tmp_path):
+    run, options = tmp_path / "run", tiny.METHODS["ewa"] | SAVING
+    loss = tiny.trained(run, lora(tmp_path, task_type=None), **options).evaluate()["eval_loss"]
+    for given, expected in (({}, LlamaForCausalLM), ({"model_class": MyLlama}, MyLlama)):
+        shipped = load_evaluation_model(run / "checkpoint-20", **given)
         assert type(shipped.get_base_model()) is expected
         assert tiny.loss_of(shipped) == pytest.approx(loss, abs=CLOSE)
 
+    def refused(model, message):
+        before = tiny.parameters(model)
+        with pytest.raises(CheckpointError, match=message):
+            tiny.trained(tmp_path / "again", model, resume=run / "checkpoint-5", **options)
+        assert tiny.same(before, tiny.parameters(model))
 
-def test_an_adapter_for_another_task(tmp_path):
+    refused(lora(tmp_path, target_modules=["q_proj", "k_proj"]), "missing .*k_proj.* unexpected .*v_proj")
+    refused(lora(tmp_path, r=3), "of another shape .*q_proj")
+    refused(tiny.llama(), "does not hold the weights of this model")  # nor is it the checkpoint of a full model
+    (run / "checkpoint-5" / "adapter_model.safetensors").write_bytes(b"cut short")
+    refused(lora(tmp_path), "is 9 bytes long, not")
+    write_manifest(run / "checkpoint-5", read_manifest(run / "checkpoint-5"))  # as if it had been written so
+    refused(lora(tmp_path), "cannot be read as an adapter")
+
+
+def test_an_adapter_is_loaded_by_its_task_on_the_base_that_it_names(tmp_path):
     torch.manual_seed(0)
     LlamaForSequenceClassification(LlamaConfig(**tiny.SIZES)).save_pretrained(tmp_path / "base")
     base = LlamaForSequenceClassification.from_pretrained(tmp_path / "base")
@@ -210,6 +198,9 @@ def test_an_adapter_for_another_task(tmp_path):
     shipped = load_evaluation_model(tmp_path / "run")
     assert isinstance(shipped, peft.PeftModelForSequenceClassification)
     assert tiny.same(tiny.parameters(model), tiny.parameters(shipped))
+    peft.get_peft_model(tiny.llama(), peft.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "unnamed")
+    with pytest.raises(ValueError, match=r"does not name the base model .* peft.PeftModel.from_pretrained\(base"):
+        load_evaluation_model(tmp_path / "unnamed")
 
 
 def test_embeddings_that_were_resized_and_train_are_kept(tmp_path):
@@ -259,27 +250,3 @@ def test_what_an_adapter_cannot_hold_is_refused(tmp_path):
     added._hf_peft_config_loaded = True  # by add_adapter(), for which transformers 5.24 needs PEFT 0.22
     with pytest.raises(ValueError, match="Use peft.get_peft_model"):
         tiny.trainer(tmp_path, added, **tiny.METHODS["wsd"])
-
-
-@pytest.mark.parametrize("method", ["ewa", "wsd"])
-def test_another_or_a_damaged_adapter_is_refused(tmp_path, method):
-    options = tiny.METHODS[method] | SAVING
-    tiny.trained(tmp_path / "run", lora(tmp_path), **options)
-    checkpoint = tmp_path / "run" / "checkpoint-5"
-    for other, message in (
-        ({"target_modules": ["q_proj", "k_proj"]}, "missing .*k_proj.* unexpected .*v_proj"),
-        ({"r": 3}, "of another shape .*q_proj"),
-    ):
-        model = lora(tmp_path, **other)
-        before = tiny.parameters(model)
-        with pytest.raises(CheckpointError, match=message):
-            tiny.trained(tmp_path / "again", model, resume=checkpoint, **options)
-        assert tiny.same(before, tiny.parameters(model))
-    with pytest.raises(CheckpointError):  # nor is it the checkpoint of a full model
-        tiny.trained(tmp_path / "again", tiny.llama(), resume=checkpoint, **options)
-    (checkpoint / "adapter_model.safetensors").write_bytes(b"cut short")
-    with pytest.raises(CheckpointError, match="is 9 bytes long, not"):
-        tiny.trained(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)
-    write_manifest(checkpoint, read_manifest(checkpoint))  # as if it had been written so
-    with pytest.raises(CheckpointError, match="cannot be read as an adapter"):
-        tiny.trained(tmp_path / "again", lora(tmp_path), resume=checkpoint, **options)

@@ -13,7 +13,7 @@ import tiny
 import torch
 from transformers import Trainer
 
-from hf_radam import RAdamTrainer, load_evaluation_model
+from hf_radam import load_evaluation_model
 from hf_radam.checkpoints.manifest import CheckpointError, read_manifest
 from hf_radam.checkpoints.storage import STAGING
 from hf_radam.checkpoints.verify import verify_checkpoint
@@ -35,12 +35,16 @@ def finished_run(tmp_path_factory):
 
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="the names of open files are read in /proc")
 def test_a_checkpoint_is_verified_and_flushed_when_it_gets_its_name(tmp_path, monkeypatch):
+    """Also on a file system that cannot flush folders, and says so."""
     flushed, renamed = set(), []
     fsync, rename = os.fsync, Path.rename
 
     def flush(descriptor):
-        flushed.add(os.readlink(f"/proc/self/fd/{descriptor}"))
-        return fsync(descriptor)
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        flushed.add(path)
+        if os.path.isdir(path):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
 
     def look(path, target):
         if path.parent.name == STAGING and Path(target).parent == tmp_path:
@@ -57,25 +61,15 @@ def test_a_checkpoint_is_verified_and_flushed_when_it_gets_its_name(tmp_path, mo
     assert str(tmp_path) in flushed  # the name itself
 
 
-def test_rotation_keeps_what_upstream_keeps(tmp_path):
-    """Oracle: stock `Trainer` with the same options."""
-    options = SAVING | {
-        "save_total_limit": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "metric_for_best_model": "loss",
-    }
-    for greater in (True, False):
-        args = tiny.stock_arguments(tmp_path / f"stock{greater}", **options, greater_is_better=greater)
-        Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL).train()
-        tiny.trainer(tmp_path / f"ours{greater}", **tiny.METHODS["ewa"], **options, greater_is_better=greater).train()
-        assert names(tmp_path / f"stock{greater}") == names(tmp_path / f"ours{greater}")
-
-
-def test_folders_of_the_users_own_are_not_rotated(tmp_path):
-    (tmp_path / "checkpoint-best-of-all").mkdir()
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, save_total_limit=1).train()
-    assert names(tmp_path) == ["checkpoint-20", "checkpoint-best-of-all"]
+def test_rotation_keeps_what_upstream_keeps_and_folders_of_the_users_own(tmp_path):
+    """Oracle: stock `Trainer` with the same options; the first evaluation is the best."""
+    best = {"eval_strategy": "steps", "eval_steps": 5, "metric_for_best_model": "loss", "greater_is_better": True}
+    options = SAVING | best | {"save_total_limit": 2}
+    args = tiny.stock_arguments(tmp_path / "stock", **options)
+    Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL).train()
+    (tmp_path / "ours" / "checkpoint-best-of-all").mkdir(parents=True)
+    tiny.trainer(tmp_path / "ours", **tiny.METHODS["ewa"], **options).train()
+    assert names(tmp_path / "ours") == [*names(tmp_path / "stock"), "checkpoint-best-of-all"]
 
 
 def test_what_is_being_uploaded_is_not_rotated_away(tmp_path, monkeypatch):
@@ -108,16 +102,14 @@ def test_stock_trainer_continues_and_its_checkpoints_are_stock(tmp_path):
     args = tiny.stock_arguments(tmp_path, **common)
     Trainer(tiny.llama(), args, train_dataset=tiny.TRAIN).train(resume_from_checkpoint=True)
     assert read_manifest(tmp_path / "checkpoint-10") is not None and read_manifest(tmp_path / "checkpoint-15") is None
-    again = tiny.trained(tmp_path, **common, ewa=True, max_steps=25, resume=True)
-    assert again.average.start_step == 20
 
 
 def test_a_run_that_begins_in_the_folder_of_another_is_logged(tmp_path, caplog):
-    options = tiny.METHODS["wsd"] | {"decay_steps": 5}
+    options = tiny.METHODS["wsd"] | {"decay_steps": 2, "max_steps": 3}
     tiny.trainer(tmp_path, **options).train()
     assert "earlier run" not in caplog.text
     tiny.trainer(tmp_path, **options).train()
-    assert "_pre_decay/checkpoint-15 belongs to an earlier run. This run starts anew" in caplog.text
+    assert "_pre_decay/checkpoint-1 belongs to an earlier run. This run starts anew" in caplog.text
 
 
 def test_save_only_model_is_evaluated_and_not_resumed(tmp_path, caplog):
@@ -138,12 +130,9 @@ def test_nothing_is_unpickled(tmp_path, finished_run, monkeypatch):
         loads.append(kwargs.get("weights_only"))
         return load(*args, **kwargs)
 
-    def refuse(*args, **kwargs):
-        raise AssertionError("unpickled")
-
     monkeypatch.setattr(torch, "load", spy)
-    monkeypatch.setattr(pickle, "load", refuse)
-    monkeypatch.setattr(pickle, "loads", refuse)
+    monkeypatch.delattr(pickle, "load")
+    monkeypatch.delattr(pickle, "loads")
     checkpoint = finished_run / "checkpoint-15"
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=str(checkpoint))
     load_evaluation_model(checkpoint)
@@ -166,51 +155,25 @@ def test_a_refused_resume_is_refused_again(tmp_path, finished_run, changed, mess
             trainer.train(resume_from_checkpoint=again)
 
 
-def test_an_earlier_checkpoint_may_be_resumed_and_later_ones_are_logged(tmp_path, finished_run, caplog):
+def test_an_earlier_checkpoint_may_be_resumed_by_name_or_as_the_newest(tmp_path, finished_run, caplog):
     run = shutil.copytree(finished_run, tmp_path / "run")
     tiny.trainer(run, **tiny.METHODS["ewa"]).train(resume_from_checkpoint=str(run / "checkpoint-10"))
     assert "checkpoint-20 is later than" in caplog.text and "from which this run resumes" in caplog.text
-
-
-def test_true_may_be_the_text_that_the_arguments_hold(tmp_path, finished_run):
-    run = shutil.copytree(finished_run, tmp_path / "run")
     shutil.rmtree(run / "checkpoint-20")
-    trainer = tiny.trained(run, **tiny.METHODS["ewa"], resume="true")
+    trainer = tiny.trained(run, **tiny.METHODS["ewa"], resume="true")  # the text that the arguments may hold
     weights = load_evaluation_model(finished_run / "checkpoint-20")
     assert tiny.same(tiny.parameters(weights), trainer.average.averaged_state_dict())
 
 
-def test_a_file_system_that_cannot_flush_folders(tmp_path, monkeypatch):
-    fsync = os.fsync
-
-    def of_files_only(descriptor):
-        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
-            raise OSError(errno.EINVAL, "Invalid argument")
-        fsync(descriptor)
-
-    monkeypatch.setattr(os, "fsync", of_files_only)
-    tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, max_steps=5).train()
-    assert verify_checkpoint(tmp_path / "checkpoint-5") == {}
-
-
 # ---- The best model ----
 
-BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True}
+BEST = {"eval_strategy": "steps", "eval_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "grade"}
 
 
-class Graded(RAdamTrainer):
-    """Evaluations with given losses, by step."""
-
-    losses: dict
-
-    def _determine_best_metric(self, metrics, trial):
-        return super()._determine_best_metric(metrics | {"eval_loss": self.losses[self.state.global_step]}, trial)
-
-
-def graded(folder, losses, **options):
-    args = tiny.arguments(folder, **tiny.METHODS["ewa"] | SAVING | BEST | options)
-    trainer = Graded(tiny.llama(), args, train_dataset=tiny.TRAIN, eval_dataset=tiny.EVAL)
-    trainer.losses = losses
+def graded(folder, grades, **options):
+    """A trainer whose evaluations have given grades, by step; the lowest is the best."""
+    trainer = tiny.trainer(folder, **tiny.METHODS["ewa"] | SAVING | BEST | {"greater_is_better": False} | options)
+    trainer.compute_metrics = lambda prediction: {"grade": grades[trainer.state.global_step]}
     return trainer
 
 
@@ -226,7 +189,7 @@ def test_the_last_checkpoint_stays_beside_the_best_one(tmp_path):
 
 
 def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_than_saves(tmp_path):
-    losses = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}
+    grades = {5: 3.0, 10: 2.0, 15: 1.0, 20: 2.0}
     tiny.trainer(tmp_path, **tiny.METHODS["ewa"], **SAVING, learning_rate=1e-3).train()  # another run's checkpoint-15
     saves = []
 
@@ -234,7 +197,7 @@ def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_th
         def on_save(self, args, state, control, **kwargs):
             saves.append(state.global_step)
 
-    trainer = graded(tmp_path, losses, save_steps=10)
+    trainer = graded(tmp_path, grades, save_steps=10)
     trainer.add_callback(Saved())
     trainer.train()
     assert saves == [5, 10, 15, 20]
@@ -243,24 +206,16 @@ def test_the_best_model_has_a_checkpoint_though_evaluations_are_more_frequent_th
     assert tiny.same(tiny.parameters(trainer.model), twin.average.averaged_state_dict())
 
 
-def test_the_best_model_is_found_where_the_run_was_moved(tmp_path):
-    losses = {5: 1.0, 10: 2.0, 15: 2.0, 20: 2.0}
-    first = graded(tmp_path / "old", losses)
-    first.add_callback(tiny.StopAfter(10))
-    first.train()
-    (tmp_path / "old").rename(tmp_path / "new")
-    trainer = graded(tmp_path / "new", losses, save_strategy="best")
-    trainer.train(resume_from_checkpoint=True)
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-5")
-    shipped = load_evaluation_model(tmp_path / "new" / "checkpoint-5")
-    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(shipped))
-
-
-def test_the_best_checkpoint_is_kept_though_the_run_is_named_otherwise(tmp_path, monkeypatch):
-    """The state of the first part names the best one by a relative path."""
+@pytest.mark.parametrize("name", ["moved", "run"])
+def test_the_best_checkpoint_is_found_and_kept_under_another_path(tmp_path, monkeypatch, name):
+    """Where the run was moved, or is named by another path than in the state of its first part."""
     monkeypatch.chdir(tmp_path)
-    options = tiny.METHODS["ewa"] | SAVING | {"eval_strategy": "steps", "eval_steps": 5, "greater_is_better": True}
-    options |= {"metric_for_best_model": "loss", "save_total_limit": 2}
-    tiny.trainer(Path("run"), **options, max_steps=10).train()
-    tiny.trained(tmp_path / "run", **options, resume=True)
-    assert names(tmp_path / "run") == ["checkpoint-20", "checkpoint-5"]
+    grades = {5: 1.0, 10: 2.0, 15: 2.0, 20: 2.0}
+    graded(Path("run"), grades, max_steps=10, load_best_model_at_end=False).train()
+    Path("run").rename(name)
+    trainer = graded(tmp_path / name, grades, save_total_limit=2)
+    trainer.train(resume_from_checkpoint=True)
+    assert names(name) == ["checkpoint-20", "checkpoint-5"]
+    assert Path(trainer.state.best_model_checkpoint).resolve() == tmp_path / name / "checkpoint-5"
+    shipped = load_evaluation_model(tmp_path / name / "checkpoint-5")
+    assert tiny.same(tiny.parameters(trainer.model), tiny.parameters(shipped))

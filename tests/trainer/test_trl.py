@@ -15,6 +15,7 @@ import tiny
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
+from test_model_card import models_of
 from transformers import LlamaForCausalLM
 
 from hf_radam import RAdamTrainerMixin, RAdamTrainingArguments, load_evaluation_model
@@ -23,7 +24,6 @@ from hf_radam.checkpoints.manifest import read_manifest
 CLOSE = 2e-6  # as in test_evaluation_weights.py
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 PACKED = {"packing": True, "packing_strategy": "wrapped", "max_length": 16, "eval_packing": False}
-KINDS = {"texts": {}, "completions": {"completion": True}, "packed": PACKED}
 
 
 def lora(folder):
@@ -32,6 +32,9 @@ def lora(folder):
         sft.llama().save_pretrained(folder / "base")
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1, task_type="CAUSAL_LM")
     return {"model": LlamaForCausalLM.from_pretrained(folder / "base"), "peft_config": config}
+
+
+KINDS = {"completions": lambda folder: {"completion": True}, "packed": lambda folder: PACKED, "adapter": lora}
 
 
 def finished(trainer, resume=None):
@@ -43,51 +46,39 @@ def finished(trainer, resume=None):
 
 
 @pytest.mark.parametrize(
-    ("method", "kind"),
-    [("wsd", "texts"), ("ewa", "completions"), ("schedule_free", "packed"), ("schedule_free_ewa", "texts")],
+    ("method", "kind"), [("ewa", "completions"), ("schedule_free", "packed"), ("schedule_free_ewa", "adapter")]
 )
 def test_what_was_evaluated_ships_and_the_run_resumes_bitwise(tmp_path, method, kind):
     def make(name):
-        return sft.trainer(tmp_path / name, **KINDS[kind], **tiny.METHODS[method], **SAVING)
+        return sft.trainer(tmp_path / name, **KINDS[kind](tmp_path), **tiny.METHODS[method], **SAVING)
+
+    def plain(folder):
+        if kind == "adapter":
+            return peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), folder)
+        return LlamaForCausalLM.from_pretrained(folder)
 
     run, completion = tmp_path / "run", kind == "completions"
     trainer = finished(make("run"))
     before = tiny.parameters(trainer.model)
     metrics = trainer.evaluate()
-    shipped = sft.measured(load_evaluation_model(run), completion=completion)  # the newest checkpoint
+    model = load_evaluation_model(run)  # the newest checkpoint
+    assert isinstance(model, peft.PeftModelForCausalLM) == (kind == "adapter")
+    shipped = sft.measured(model, completion=completion)
     assert {name: metrics[f"eval_{name}"] for name in shipped} == pytest.approx(shipped, abs=CLOSE)
     assert tiny.same(before, tiny.parameters(trainer.model))
     trainer.save_model()
-    saved = sft.measured(LlamaForCausalLM.from_pretrained(run), completion=completion)
-    assert saved == pytest.approx(shipped, abs=CLOSE)
+    assert sft.measured(plain(run), completion=completion) == pytest.approx(shipped, abs=CLOSE)
     trained = sft.measured(trainer.model, completion=completion)
-    root = sft.measured(LlamaForCausalLM.from_pretrained(run / "checkpoint-20"), completion=completion)
-    assert root == pytest.approx(trained, abs=CLOSE)
-    assert (abs(trained["loss"] - shipped["loss"]) > 10 * CLOSE) == (method != "wsd")
-    for folder in [run, *(run / "checkpoint-20").glob("*/")]:
-        assert (folder / "tokenizer.json").is_file()
+    assert sft.measured(plain(run / "checkpoint-20"), completion=completion) == pytest.approx(trained, abs=CLOSE)
+    assert abs(trained["loss"] - shipped["loss"]) > 10 * CLOSE
+    folder = read_manifest(run / "checkpoint-20")["evaluation"]["folder"]
+    assert folder == ("ewa/adapter" if kind == "adapter" else method)
+    for one in (run, run / "checkpoint-20" / folder):
+        assert (one / "tokenizer.json").is_file()
     assert tiny.same(tiny.state(trainer), tiny.state(finished(make("again"), resume=run / "checkpoint-5")))
 
 
-@pytest.mark.parametrize("method", ["ewa", "schedule_free"])
-def test_an_adapter_made_by_the_trainer(tmp_path, method):
-    def make(name):
-        return sft.trainer(tmp_path / name, **lora(tmp_path), **tiny.METHODS[method], **SAVING)
-
-    trainer = finished(make("run"))
-    loss = trainer.evaluate()["eval_loss"]
-    trainer.save_model()
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    saved = peft.PeftModel.from_pretrained(base, tmp_path / "run")
-    shipped = load_evaluation_model(tmp_path / "run" / "checkpoint-20")
-    assert isinstance(shipped, peft.PeftModelForCausalLM)
-    for one in (shipped, saved):
-        assert sft.measured(one)["loss"] == pytest.approx(loss, abs=CLOSE)
-    assert read_manifest(tmp_path / "run" / "checkpoint-20")["evaluation"]["folder"] == f"{method}/adapter"
-    assert tiny.same(tiny.state(trainer), tiny.state(finished(make("again"), resume=tmp_path / "run" / "checkpoint-5")))
-
-
-def test_metrics_of_both_evaluations_are_apart(tmp_path):
+def test_metrics_of_both_evaluations_are_apart_and_in_the_card(tmp_path):
     """TRL's trainer collects accuracies and entropies while it computes losses, and logs what it has collected."""
     logging = {"logging_strategy": "steps", "logging_steps": 5, "eval_strategy": "steps", "eval_steps": 7}
     trainer = finished(sft.trainer(tmp_path, **tiny.METHODS["ewa"], **logging, ewa_eval_raw=True))
@@ -95,7 +86,12 @@ def test_metrics_of_both_evaluations_are_apart(tmp_path):
     with trainer.evaluation_weights():
         averaged = sft.measured(trainer.model)
     raw = sft.measured(trainer.model)
+    trainer.create_model_card()
+    rows = re.findall(r"^\| (\S+) \| (.*) \|$", (tmp_path / "README.md").read_text("utf-8"), re.MULTILINE)
+    table = {name: [float(value) for value in values.split(" | ")] for name, values in rows if name in averaged}
+    assert not any("raw" in name for name, _ in rows)
     for name in averaged:
+        assert table[name] == pytest.approx([averaged[name], raw[name]], abs=1e-4)
         assert metrics[f"eval_{name}"] == pytest.approx(averaged[name], abs=CLOSE)
         assert metrics[f"eval_raw_{name}"] == pytest.approx(raw[name], abs=CLOSE)
         assert abs(raw[name] - averaged[name]) > 10 * CLOSE
@@ -113,11 +109,10 @@ def test_metrics_of_both_evaluations_are_apart(tmp_path):
 
 
 def test_an_extended_run_is_the_one_planned_longer(tmp_path):
-    options = tiny.METHODS["wsd"] | SAVING
-    finished(sft.trainer(tmp_path / "short", **options))
-    longer = options | {"max_steps": 40}
-    extended = finished(sft.trainer(tmp_path / "extended", **longer, extend_from=str(tmp_path / "short")))
-    assert tiny.same(tiny.state(extended), tiny.state(finished(sft.trainer(tmp_path / "planned", **longer))))
+    options = tiny.METHODS["wsd"]
+    finished(sft.trainer(tmp_path / "short", **options | {"max_steps": 14}))
+    extended = finished(sft.trainer(tmp_path / "extended", **options, extend_from=str(tmp_path / "short")))
+    assert tiny.same(tiny.state(extended), tiny.state(finished(sft.trainer(tmp_path / "planned", **options))))
 
 
 # ---- With none of our flags, and the arguments ----
@@ -139,13 +134,9 @@ def test_with_none_of_our_flags_the_run_and_its_card_are_of_the_stock_trainer(tm
 
 
 def test_arguments_that_are_not_of_both_are_refused(tmp_path):
-    for args, message in (
-        (
-            sft.arguments(tmp_path, trl.SFTConfig),
-            "SFT has arguments of class SFTConfig.* derived from it and SFTConfig",
-        ),
-        (tiny.arguments(tmp_path), "Make them with a dataclass derived from RAdamTrainingArguments and that class"),
-    ):
+    wrong = "SFT has arguments of class SFTConfig.* derived from it and SFTConfig"
+    unknown = "Make them with a dataclass derived from RAdamTrainingArguments and that class"
+    for args, message in ((sft.arguments(tmp_path, trl.SFTConfig), wrong), (tiny.arguments(tmp_path), unknown)):
         with pytest.raises(TypeError, match=message):
             sft.SFT(sft.llama(), args, train_dataset=sft.dataset(sft.TRAIN), processing_class=sft.tokenizer())
 
@@ -165,14 +156,11 @@ def test_our_names_are_not_those_of_trls_trainers():
 
 
 def test_vllm_would_keep_generating_with_the_weights_that_were_evaluated(tmp_path):
-    @dataclasses.dataclass
-    class Generating(sft.SFTArguments):  # as GRPOConfig has it
-        use_vllm: bool = True
-
+    kind = dataclasses.make_dataclass("Generating", [("use_vllm", bool, True)], bases=(sft.SFTArguments,))  # as GRPO's
     for method in ("ewa", "schedule_free"):
         with pytest.raises(ValueError, match="vLLM would keep generating with those"):
-            sft.trainer(tmp_path, kinds=(sft.SFT, Generating), **tiny.METHODS[method])
-    sft.trainer(tmp_path, kinds=(sft.SFT, Generating), **tiny.METHODS["wsd"])
+            sft.trainer(tmp_path, kinds=(sft.SFT, kind), **tiny.METHODS[method])
+    sft.trainer(tmp_path, kinds=(sft.SFT, kind), **tiny.METHODS["wsd"])
 
 
 def test_raw_weights_are_not_evaluated_where_what_is_measured_of_them_cannot_be_kept_apart(tmp_path, monkeypatch):
@@ -180,16 +168,14 @@ def test_raw_weights_are_not_evaluated_where_what_is_measured_of_them_cannot_be_
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")  # it would warn that it may change
     orpo = pytest.importorskip("trl.experimental.orpo")
 
-    @dataclasses.dataclass
-    class Arguments(RAdamTrainingArguments, orpo.ORPOConfig):
-        pass
-
     class ORPO(RAdamTrainerMixin, orpo.ORPOTrainer):
         pass
 
+    kind = dataclasses.make_dataclass("Both", [], bases=(RAdamTrainingArguments, orpo.ORPOConfig))
+    data = preferences(sft.TRAIN)
+
     def make(**options):
-        args = sft.arguments(tmp_path, Arguments, **tiny.METHODS["ewa"], **options)
-        data = preferences(sft.TRAIN)
+        args = sft.arguments(tmp_path, kind, **tiny.METHODS["ewa"], **options)
         return ORPO(sft.llama(), args, train_dataset=data, eval_dataset=data, processing_class=sft.tokenizer())
 
     with pytest.raises(ValueError, match="ewa_eval_raw with ORPO: TRL would log the mean of both evaluations"):
@@ -210,13 +196,9 @@ class DPO(RAdamTrainerMixin, trl.DPOTrainer):
 
 
 def preferences(rows):
-    return Dataset.from_dict(
-        {
-            "prompt": [prompt for prompt, _ in rows],
-            "chosen": [rest for _, rest in rows],
-            "rejected": [" " + " ".join(reversed(rest.split())) for _, rest in rows],
-        }
-    )
+    prompts, chosen = zip(*rows, strict=True)
+    rejected = [" " + " ".join(reversed(rest.split())) for rest in chosen]
+    return Dataset.from_dict({"prompt": prompts, "chosen": chosen, "rejected": rejected})
 
 
 def dpo(folder, model=None, kinds=(DPO, DPOArguments), **options):
@@ -258,22 +240,5 @@ def test_the_card_is_of_the_last_checkpoint_and_the_model_beside_it(tmp_path, mo
     assert "This model was trained from scratch" in card.text and card.text.count("## Training method") == 1
     assert "for 20 steps.\n" in card.text and set(re.findall(r"checkpoint-\d+", card.text)) == {"checkpoint-20"}
     assert sent and all('AutoModelForCausalLM.from_pretrained("me/run")' in section(one) for one in sent)
-    monkeypatch.chdir(run)
-    for block in re.findall(r"```python\n(.*?)```", section(card.text).replace("me/run", "."), re.DOTALL):
-        names: dict = {}
-        exec(block, names)
-        assert tiny.same(tiny.parameters(names["model"]), trainer.average.averaged_state_dict())
-
-
-def test_the_table_has_what_trl_collects_of_both_weights(tmp_path):
-    trainer = finished(sft.trainer(tmp_path, **tiny.METHODS["ewa"], ewa_eval_raw=True))
-    trainer.evaluate()
-    trainer.create_model_card()
-    rows = re.findall(r"^\| (\S+) \| (.*) \|$", (tmp_path / "README.md").read_text("utf-8"), re.MULTILINE)
-    table = {name: values.split(" | ") for name, values in rows}
-    with trainer.evaluation_weights():
-        averaged = sft.measured(trainer.model)
-    raw = sft.measured(trainer.model)
-    assert not any("raw" in name for name in table)
-    for name in averaged:
-        assert [float(value) for value in table[name]] == pytest.approx([averaged[name], raw[name]], abs=1e-4)
+    for found in models_of(section(card.text).replace("me/run", "."), run, monkeypatch):
+        assert tiny.same(found, trainer.average.averaged_state_dict())
