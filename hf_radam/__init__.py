@@ -47,8 +47,3 @@ def __getattr__(name: str) -> object:
     value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
-
-
-def __dir__() -> list[str]:
-    """List the public names beside what is already loaded."""
-    return sorted({*globals(), *__all__})

@@ -64,23 +64,20 @@ def check_averaging(
 @torch.no_grad()
 def move_averages(averages: Sequence[Tensor], weights: Sequence[Tensor], size: float) -> None:
     """Move float32 averages by `size` of their distance towards weights of the same shapes, in place."""
-    alike: tuple[list[Tensor], list[Tensor]] = ([], [])
-    bf16: tuple[list[Tensor], list[Tensor]] = ([], [])
+    pairs: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
     for average, weight in zip(averages, weights, strict=True):
-        kinds = (average.dtype, average.device.type, weight.dtype, weight.device.type)
-        if average.dtype is weight.dtype and average.device == weight.device:
-            pair = alike
-        elif kinds == (torch.float32, "cpu", torch.bfloat16, "cpu") and fused.can_average_bf16(average, weight):
-            pair = bf16
-        else:
+        kernel = fused.average_kernel(average, weight)
+        if kernel is None and (average.dtype is not weight.dtype or average.device != weight.device):
             average.lerp_(weight.to(average), size)
             continue
-        pair[0].append(average)
-        pair[1].append(weight)
-    if alike[0]:
-        torch._foreach_lerp_(*alike, size)
-    if bf16[0]:
-        fused.call("average_bfloat16", bf16, [size], written=bf16[0])
+        of_kernel = pairs.setdefault(kernel or "torch", ([], []))
+        of_kernel[0].append(average)
+        of_kernel[1].append(weight)
+    for name, (moved, towards) in pairs.items():
+        if name == "torch":
+            torch._foreach_lerp_(moved, towards, size)
+        else:
+            fused.call(name, (moved, towards), [size], written=moved)
 
 
 class _HostCopies:

@@ -29,13 +29,7 @@ DEEPSPEED_LATEST, DEEPSPEED_FOLDER = "latest", "global_step"
 
 @dataclass(frozen=True)
 class Layout:
-    """One of the four layouts.
-
-    Attributes:
-        words: what wrote it.
-        optimizer: name of the file or folder that holds the optimizer's state.
-        fsdp_weights: name of the one from which upstream's FSDP takes the weights, or None.
-    """
+    """What wrote a checkpoint, its file or folder with the optimizer, and the one with the weights that FSDP reads."""
 
     words: str
     optimizer: str

@@ -40,17 +40,12 @@ def run_of(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class CheckpointRef:
-    """A checkpoint of a run.
-
-    Attributes:
-        step: the step in its name.
-        pinned_in: the folder that keeps it permanently, or ``""`` at the root of the run.
-        path: where it is: in the run, or in its staging folder if its replacement was interrupted.
-    """
+    """A checkpoint of a run: the step in its name, the folder that keeps it permanently (or ``""``), and its place."""
 
     step: int
     pinned_in: str
     path: Path
+    """In the run, or in its staging folder if its replacement was interrupted."""
 
 
 def list_checkpoints(run: PathLike) -> list[CheckpointRef]:

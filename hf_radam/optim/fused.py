@@ -1,7 +1,7 @@
 """Decide whether optimizers take their steps in one pass over memory, and call the kernels for that.
 
-RAdam's fused step is torch's fused AdamW (`radam.py`). The schedule-free step has C++ kernels on CPUs, for averages
-of bf16 weights, too (`schedule_free.cpp`, built when first needed and cached), and one made by `torch.compile` on GPUs.
+RAdam's fused step is torch's fused AdamW (`radam.py`). The schedule-free step and averages have C++ kernels on CPUs
+(`schedule_free.cpp`, built when first needed and cached); on GPUs, `torch.compile` makes one for the former.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ OPTIONS = "-std=c++17 -O3 -shared -fPIC -fopenmp -ffp-contract=off -fno-math-err
 DTYPES, DEVICES = {torch.float32: "float32", torch.float64: "float64"}, ("cpu", "cuda")
 MIN_NUMEL = 2  # elements of a tensor below which torch.compile would make a kernel for just that size
 TENSORS_PER_CALL = 4  # of the compiled kernel
+AVERAGED = {torch.float32: "average_float32", torch.bfloat16: "average_bfloat16"}
 PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 Entry = tuple[Tensor, ...]  # a parameter, its gradient and its states
 Kernel = Callable[[Sequence[list[Tensor]], list[float]], None]
@@ -175,9 +176,15 @@ def schedule_free_step(columns: Sequence[list[Tensor]], scalars: list[float]) ->
         compiled_kernel(ys[0].dtype, ys[0].device)(columns, scalars)
 
 
-def can_average_bf16(*tensors: Tensor) -> bool:
-    """Return whether `call("average_bfloat16", ...)` takes a float32 average and bf16 weights on a CPU."""
-    return are_plain(*tensors) and not isinstance(load_library(), str)
+def average_kernel(average: Tensor, weight: Tensor) -> str | None:
+    """Return the kernel that moves a float32 average on a CPU towards a weight of its shape; None for torch's `lerp_`.
+
+    Both round alike. Torch's takes 1.25 times as long (2.13, 34 million parameters on 2 cores).
+    """
+    name = AVERAGED.get(weight.dtype)
+    if name is None or not (average.is_cpu and weight.is_cpu and average.dtype is torch.float32):
+        return None
+    return name if are_plain(average, weight) and not isinstance(load_library(), str) else None
 
 
 def call(name: str, columns: Sequence[list[Tensor]], scalars: list[float], *, written: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-// The schedule-free step and averages of bf16 weights, each in one pass over memory and one call for all tensors.
+// The schedule-free step and averages of weights, each in one pass over memory and one call for all tensors.
 //
 // Every function takes `count` tensors of `sizes[t]` elements each, a table of addresses for each kind of tensor, and
 // scalars as doubles, rounded once to the tensors' type. Each operation is rounded on its own (built with
@@ -54,11 +54,33 @@ void schedule_free(int64_t count, const int64_t* sizes, int threads, T* const* y
     });
 }
 
+float widen(float value) { return value; }
+
 float widen(uint16_t bf16) {
     const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
     float value;
     std::memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+// average + size * (weight - average), counted from the nearer end, as torch's lerp.
+template <class W>
+void average(int64_t count, const int64_t* sizes, int threads, float* const* averages, const W* const* weights,
+             float size) {
+    const bool near_average = std::fabs(size) < 0.5f;
+    const float share = near_average ? size : size - 1.0f;
+    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
+        float* __restrict averages_t = averages[t];
+        const W* __restrict weights_t = weights[t];
+        for (int64_t i = begin; i < end; ++i) {
+            const float from = averages_t[i], to = widen(weights_t[i]), base = near_average ? from : to;
+#if defined(__FMA__) || defined(__aarch64__)
+            averages_t[i] = std::fma(share, to - from, base);
+#else
+            averages_t[i] = base + share * (to - from);
+#endif
+        }
+    });
 }
 
 }  // namespace
@@ -72,22 +94,10 @@ float widen(uint16_t bf16) {
 SCHEDULE_FREE(float, float32)
 SCHEDULE_FREE(double, float64)
 
-// average + size * (weight - average), counted from the nearer end, as torch's lerp.
-extern "C" void average_bfloat16(int64_t count, const int64_t* sizes, int threads, float* const* averages,
-                                 const uint16_t* const* weights, const double* scalars) {
-    const float size = scalars[0];
-    const bool near_average = std::fabs(size) < 0.5f;
-    const float share = near_average ? size : size - 1.0f;
-    for_all(count, sizes, threads, [=](int64_t t, int64_t begin, int64_t end) {
-        float* __restrict average = averages[t];
-        const uint16_t* __restrict weight = weights[t];
-        for (int64_t i = begin; i < end; ++i) {
-            const float from = average[i], to = widen(weight[i]), base = near_average ? from : to;
-#if defined(__FMA__) || defined(__aarch64__)
-            average[i] = std::fma(share, to - from, base);
-#else
-            average[i] = base + share * (to - from);
-#endif
-        }
-    });
-}
+#define AVERAGE(type, suffix)                                                                                          \
+    extern "C" void average_##suffix(int64_t count, const int64_t* sizes, int threads, float* const* averages,        \
+                                     const type* const* weights, const double* scalars) {                              \
+        average<type>(count, sizes, threads, averages, weights, scalars[0]);                                           \
+    }
+AVERAGE(float, float32)
+AVERAGE(uint16_t, bfloat16)
