@@ -66,13 +66,13 @@ def plan_resume(args: RAdamTrainingArguments, wanted: str | bool | None, *, veri
     Args:
         args: the arguments; they are only read.
         wanted: `resume_from_checkpoint` of `Trainer.train`: a checkpoint, True for the newest of the run, or nothing.
-        verify: whether to verify what is extended; a preview goes by the manifests alone.
+        verify: whether to verify the checkpoint that is extended; a preview goes by the manifests alone.
 
     Returns:
         The plan, or None to start a new run.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or there is none to resume from.
+        CheckpointError: if the checkpoint is corrupted, or there is none to resume from.
         HorizonError: if `max_steps` is no extension of the run in `extend_from`.
         ValueError: if `extend_from` and a checkpoint are both given.
     """
@@ -203,7 +203,7 @@ def _find_source(args: RAdamTrainingArguments, verify: bool) -> CheckpointRef:
     """Find the latest checkpoint in `extend_from` from which a longer schedule can continue."""
     root = Path(str(args.extend_from))
     found = [CheckpointRef(recorded_step(root) or 0, "", root)] if is_checkpoint(root) else list_checkpoints(root)
-    damaged: list[str] = []
+    corrupted: list[str] = []
     in_decay: list[str] = []
     is_newest = True
     for ref in found:
@@ -220,12 +220,12 @@ def _find_source(args: RAdamTrainingArguments, verify: bool) -> CheckpointRef:
                     continue
             check_resumable(ref.path, verify=verify)
         except CheckpointError as error:
-            damaged.append(str(error))
+            corrupted.append(str(error))
             continue
-        for text in damaged:
+        for text in corrupted:
             logger.warning("Skipping: %s", text)
         return ref
-    why = " ".join([*damaged, *in_decay]) or "There is no checkpoint in it."
+    why = " ".join([*corrupted, *in_decay]) or "There is no checkpoint in it."
     raise CheckpointError(f"extend_from={root} cannot be extended to {args.max_steps} steps. {why}")
 
 

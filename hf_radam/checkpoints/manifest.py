@@ -25,13 +25,13 @@ MARK = "hf_radam"
 EWA_FOLDER, SCHEDULE_FREE_FOLDER = "ewa", "schedule_free"
 EVALUATION_FOLDERS = (EWA_FOLDER, SCHEDULE_FREE_FOLDER)
 UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
-"""What reading raises where a JSON file is missing, damaged, or has another content than expected."""
+"""What reading raises where a JSON file is missing, corrupted, or has another content than expected."""
 
 PathLike = str | os.PathLike[str]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint is damaged, or cannot be used with the given arguments."""
+    """A checkpoint is corrupted, or cannot be used with the given arguments."""
 
 
 def mark_state(stateful_callbacks: dict[str, Any], step: int) -> None:
@@ -120,7 +120,7 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
         own = [f"{folder}/" for folder in EVALUATION_FOLDERS if (path / folder).is_dir()]
         own += [f"our mark in {TRAINER_STATE_NAME}"] if is_marked(path) else []
         if own:
-            raise CheckpointError(f"{path} has {own[0]} but no {MANIFEST_NAME}: it is damaged or incomplete.")
+            raise CheckpointError(f"{path} has {own[0]} but no {MANIFEST_NAME}: it is corrupted or incomplete.")
         return None
     try:
         text = file.read_text(encoding="utf-8")
@@ -131,7 +131,7 @@ def read_manifest(checkpoint: PathLike) -> dict[str, Any] | None:
             if _own_checksum(text.replace(own_checksum, NO_CHECKSUM)) != own_checksum:
                 raise ValueError("its hash does not match its content")
     except UNREADABLE as error:
-        raise CheckpointError(f"{file} cannot be read ({error!r}): the checkpoint is damaged.") from error
+        raise CheckpointError(f"{file} cannot be read ({error!r}): the checkpoint is corrupted.") from error
     if version != FORMAT_VERSION:
         raise CheckpointError(
             f"{file} has format {version}, this hf_radam reads {FORMAT_VERSION}. Use the hf_radam that wrote it, or "

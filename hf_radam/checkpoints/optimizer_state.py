@@ -88,7 +88,7 @@ def read_groups(checkpoint: PathLike) -> list[dict[str, Any]]:
 def _read_file(file: Path, *, mmap: bool) -> State:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # a corrupted pickle raises almost anything
         raise CheckpointError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
     return _checked(state, file)
 

@@ -94,14 +94,14 @@ def check_complete(checkpoint: PathLike, *, only: str | None = None) -> None:
         raise CheckpointError(problems[MANIFEST_NAME])
     if problems:
         listed = "; ".join(f"{Path(checkpoint, name)} {problem}" for name, problem in problems.items())
-        raise CheckpointError(f"The checkpoint is damaged: {listed}.")
+        raise CheckpointError(f"The checkpoint is corrupted: {listed}.")
 
 
 def evaluation_folder(checkpoint: PathLike) -> Path:
     """Return the folder of the model that evaluation used, complete and verified.
 
     Raises:
-        CheckpointError: if that model or the manifest is damaged, or a stock run has written into the checkpoint since.
+        CheckpointError: if model or manifest are corrupted, or a stock run has written into the checkpoint since.
     """
     manifest = read_manifest(checkpoint)
     folder = (manifest["evaluation"]["folder"] if manifest else None) or ""

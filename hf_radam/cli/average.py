@@ -20,7 +20,7 @@ def add(commands: Any) -> None:
         "tensor by tensor on the CPU, in float32. linear, cosine and 1-sqrt stand for a decay of the learning rate "
         "between the first and the last checkpoint, which should have been trained at a constant learning rate "
         "(arXiv:2507.17634). ewa is the average that --ewa would have kept of these checkpoints; uniform is the mean. "
-        "Exit code 1 if a checkpoint is damaged or the folder cannot be written.",
+        "Exit code 1 if a checkpoint is corrupted or the folder cannot be written.",
         examples=[
             "hf-radam average runs/constant/checkpoint-* --weights 1-sqrt -o runs/merged",
             "hf-radam average runs/constant/checkpoint-* --weights ewa --decay 0.998 -o runs/averaged",

@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
         run,
         description="Write the weights that evaluation used, which a checkpoint holds in shards (FSDP2 with sharded "
         "state dicts, ZeRO-3 that does not gather), as files into the same folder. Prints that folder. Exit code 1 if "
-        "the checkpoint is damaged or cannot be written to.",
+        "the checkpoint is corrupted or cannot be written to.",
         examples=["hf-radam consolidate runs/wsd/checkpoint-18", "hf-radam consolidate runs/wsd --training_weights"],
     )
     parser.add_argument("path", metavar="PATH", help="a checkpoint, checkpoint-N, or a run, whose newest one is taken")

@@ -38,7 +38,7 @@ def add(commands: Any) -> None:
         run,
         description="Describe a checkpoint or a run: method, schedule, progress, which weights lie where, and the "
         "commands to resume, extend or evaluate it. Files are compared with the manifest by their sizes, with --verify "
-        "by their hashes. Nothing is written, and no code in the files is run. Exit code 1 if anything is damaged.",
+        "by their hashes. Nothing is written, and no code in the files is run. Exit code 1 if anything is corrupted.",
         examples=["hf-radam inspect runs/wsd", "hf-radam inspect runs/wsd/checkpoint-18 --verify --json"],
     )
     parser.add_argument("path", metavar="PATH", help="a checkpoint, or the folder of a run")
@@ -129,7 +129,7 @@ def _files(path: Path, manifest: Mapping[str, Any] | None) -> dict[str, int | No
 
 def _unfit(facts: Facts) -> str | None:
     if facts["problems"]:
-        return f"no: it is damaged ({', '.join(facts['problems'])})"
+        return f"no: it is corrupted ({', '.join(facts['problems'])})"
     missing = " and ".join(facts["missing_state"])
     advice = "(save_only_model?). Start a new run with it as the model instead."
     return f"no: it has no {missing} {advice}" if missing else None
@@ -163,7 +163,7 @@ def _evaluate(facts: Facts) -> str:
     bad = [name for name in facts["problems"] if name == MANIFEST_NAME or is_model_file(name, inside)]
     model = path / inside
     if bad:
-        return f"no: it is damaged ({', '.join(bad)})"
+        return f"no: it is corrupted ({', '.join(bad)})"
     if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
         return f"no: {model} has no config.json. Read its weights with safetensors instead."
     shards = (layouts.SHARDED_FOLDER, layouts.FSDP_WEIGHTS_FOLDER)
@@ -204,7 +204,7 @@ def inspect_run(path: Path, *, verify: bool = False) -> Facts:
 def checkpoint_report(facts: Facts) -> list[str]:
     """Return the description of a checkpoint as text, by lines."""
     kind = "a stock checkpoint" if facts["written_by"] == "stock Trainer" else f"a checkpoint of {facts['written_by']}"
-    state = "damaged" if facts["problems"] else "verified" if facts["verified"] else "complete"
+    state = "corrupted" if facts["problems"] else "verified" if facts["verified"] else "complete"
     lines = [f"{facts['path']}: {kind}, step {facts['step']} of {facts.get('max_steps', '?')}, {state}", ""]
     lines += [line for label, text in _rows(facts) for line in _row(label, text)]
     problems = facts["problems"]
@@ -240,16 +240,16 @@ def _rows(facts: Facts) -> Iterator[tuple[str, str]]:
 def run_report(facts: Facts) -> list[str]:
     """Return the description of a run as text, by lines: its checkpoints, then the newest complete one."""
     path, checkpoints = facts["path"], facts["checkpoints"]
-    damaged = f"; damaged: {', '.join(facts['damaged'])}" if facts["damaged"] else ""
+    corrupted = f"; corrupted: {', '.join(facts['damaged'])}" if facts["damaged"] else ""
     rows = [["checkpoint", "step", "phase", "state"]]
     for name, one in checkpoints.items():
         if not one["files"]:
             rows.append([name, "-", "-", "holds no checkpoint: the folder is empty"])
             continue
         state = "; ".join(f"{file} {problem}" for file, problem in one["problems"].items())
-        state = f"damaged: {state}" if state else "not resumable" if one["missing_state"] else "complete"
+        state = f"corrupted: {state}" if state else "not resumable" if one["missing_state"] else "complete"
         rows.append([name, f"{one['step']} of {one.get('max_steps', '?')}", one["phase"] or "not known", state])
-    lines = [f"{path}: a run with {len(checkpoints)} checkpoints{damaged}", "", *(table(rows) if checkpoints else ())]
+    lines = [f"{path}: a run with {len(checkpoints)} checkpoints{corrupted}", "", *(table(rows) if checkpoints else ())]
     lines += ["", *_row("model", "at the root: the evaluation weights" if facts["model"] else "none at the root")]
     calls = {
         "resume": "--resume_from_checkpoint true",

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` are its arguments, by default those of the process.
 
     Returns:
-        0; 1 if a checkpoint is damaged, or a file cannot be read or written; 130 after Ctrl-C. SIGTERM exits with 143.
+        0; 1 if a checkpoint is corrupted, or a file cannot be read or written; 130 after Ctrl-C. SIGTERM exits: 143.
     """
     arguments = parse(sys.argv[1:] if argv is None else argv)
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was begun is removed

@@ -160,7 +160,7 @@ def _source(path: Path) -> Source:
     manifest = read_manifest(path)
     step = recorded_step(path) if manifest is None else int(manifest["global_step"])
     if step is None:
-        raise CheckpointError(f"{path / TRAINER_STATE_NAME} is missing or damaged, so its step is not known.")
+        raise CheckpointError(f"{path / TRAINER_STATE_NAME} is missing or corrupted, so its step is not known.")
     source = Source(path, step, files, {})
     for key in files:
         tensor = source.read(key)  # memory-mapped

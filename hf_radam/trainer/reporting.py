@@ -1,4 +1,4 @@
-"""Report a run: the section of its model card, what is pushed to the hub, and what loggers upload at its end."""
+"""Report a run: the section of its model card, uploads to the Hub, and the model that loggers upload at its end."""
 
 from __future__ import annotations
 

@@ -299,7 +299,7 @@ def restore_average(average: WeightAverage, model: nn.Module, plan: ResumePlan, 
     """Load the average of a checkpoint, or start one after `step` if it has none, with a warning.
 
     Raises:
-        CheckpointError: if the checkpoint is damaged, or its run had another `ewa_start_step`.
+        CheckpointError: if the checkpoint is corrupted, or its run had another `ewa_start_step`.
     """
     checkpoint, saved = plan.checkpoint, plan.manifest["averaging"] if plan.manifest else None
     if saved is None:

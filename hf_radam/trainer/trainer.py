@@ -1,7 +1,7 @@
 """`RAdamTrainer`: optimizer, schedule, averaging and checkpoints in `transformers.Trainer`. All overrides are here.
 
-What is evaluated is what ships, and the root of a checkpoint holds the training weights. With none of our methods on,
-every override steps aside and the trainer is upstream's.
+The saved model is the one that was evaluated, and the root of a checkpoint holds the training weights. With none of our
+methods on, every override steps aside and the trainer is upstream's.
 
 `tests/trainer/test_contract.py` lists every private name of upstream that is overridden or called.
 """
@@ -98,7 +98,7 @@ class RAdamTrainerMixin(_Base):
         if self._active:
             self._sigterm = callbacks.replace_jit_callback(self)
 
-    # ---- What is behind the wrappers ----
+    # ---- Behind the wrappers ----
 
     @property
     def _active(self) -> bool:
@@ -188,7 +188,7 @@ class RAdamTrainerMixin(_Base):
 
         Raises:
             DisagreementError: on every rank, if they were started with different flags, models or data.
-            CheckpointError: if the checkpoint named is damaged, or there is none to resume from.
+            CheckpointError: if the checkpoint named is corrupted, or there is none to resume from.
             HorizonError: if schedule or averaging do not fit into the run.
         """
         if not self._active and trial is None:  # a trial of a search may turn a method on

@@ -242,7 +242,8 @@ def test_a_failure_has_code_1_and_leaves_nothing(checkpoints, tmp_path, capsys):
     assert "File name too long" in refused(["average", *folders, *end, too_long], capsys, 1)
     flip(run / "checkpoint-12/model.safetensors")
     line = refused(["average", *folders, *end, str(tmp_path / "merged")], capsys, 1)
-    assert line.startswith("hf-radam average: The checkpoint is damaged") and "checkpoint-12/model.safetensors" in line
+    assert line.startswith("hf-radam average: The checkpoint is corrupted: ")
+    assert "checkpoint-12/model.safetensors" in line
     stock(tmp_path / "stock", lr_scheduler_type="constant").train()
     folders = [tmp_path / "stock" / f"checkpoint-{step}" for step in (5, 10)]
     weights = safetensors.torch.load_file(folders[0] / "model.safetensors")

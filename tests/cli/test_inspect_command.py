@@ -95,7 +95,7 @@ def test_damaged_checkpoints_are_passed_over(run, capsys, caplog):
     assert facts["resumes"] == str(newest_checkpoint(folder, check_resumable).path) == str(folder / "checkpoint-12")
     assert facts["evaluates"] == str(newest_loadable_checkpoint(folder)) == str(folder / "checkpoint-20")
     code, text = inspect(folder, capsys)
-    assert code == 1 and "checkpoint-20 20 of 20 finished damaged: optimizer.pt is 100 bytes long" in text
+    assert code == 1 and "checkpoint-20 20 of 20 finished corrupted: optimizer.pt is 100 bytes long" in text
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "ewa/model.safetensors", "trainer_state.json", "hf_radam.json"])
@@ -105,12 +105,12 @@ def test_each_damaged_file_is_named(run, name, capsys):
     assert inspect(checkpoint, capsys)[0] == int(name == "hf_radam.json")  # without --verify only its own hash is read
     assert cli.main(["inspect", str(checkpoint), "--verify"]) == 1
     text = " ".join(capsys.readouterr().out.split())
-    assert f"resume no: it is damaged ({name})" in text
+    assert f"resume no: it is corrupted ({name})" in text
     (checkpoint / name).unlink()
     code, text = inspect(checkpoint, capsys)
-    assert code == 1 and f"extend no: it is damaged ({name})" in text
+    assert code == 1 and f"extend no: it is corrupted ({name})" in text
     if name in ("hf_radam.json", "ewa/model.safetensors"):
-        assert f"evaluate no: it is damaged ({name})" in text
+        assert f"evaluate no: it is corrupted ({name})" in text
         with pytest.raises(CheckpointError):
             load_evaluation_model(checkpoint)
     else:

@@ -164,7 +164,7 @@ def soak(folder: Path, *, kills: int, most_each: int, seed: int, backend: str = 
         The count, in words.
 
     Raises:
-        AssertionError: if a run does not, or if something damaged was found on the way.
+        AssertionError: if a run does not, or if something corrupted was found on the way.
     """
     random_source, how = random.Random(seed), {"backend": backend, "world": processes}
     harness.run(int, **how)  # the first start takes longer, as the fork server imports everything

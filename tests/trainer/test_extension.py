@@ -188,11 +188,11 @@ def test_what_is_no_extension_is_refused(tmp_path, short):
 
 
 def test_a_damaged_pre_decay_checkpoint_is_skipped(tmp_path, caplog, short, planned):
-    damaged = shutil.copytree(short / "wsd", tmp_path / "damaged")
-    (damaged / "_pre_decay/checkpoint-18/optimizer.pt").unlink()
-    (damaged / "checkpoint-18/hf_radam.json").unlink()
-    extended = run(tmp_path / "extended", source=damaged, **WSD, max_steps=40)
-    for reason in ("_pre_decay/checkpoint-18/optimizer.pt is missing", "no hf_radam.json: it is damaged"):
+    corrupted = shutil.copytree(short / "wsd", tmp_path / "corrupted")
+    (corrupted / "_pre_decay/checkpoint-18/optimizer.pt").unlink()
+    (corrupted / "checkpoint-18/hf_radam.json").unlink()
+    extended = run(tmp_path / "extended", source=corrupted, **WSD, max_steps=40)
+    for reason in ("_pre_decay/checkpoint-18/optimizer.pt is missing", "no hf_radam.json: it is corrupted"):
         assert reason in caplog.text
     assert_same(extended, planned(**WSD, max_steps=40))
 

@@ -121,9 +121,9 @@ def test_what_is_pushed_names_the_repository_and_has_one_section(tmp_path, monke
 def test_a_card_that_was_damaged_is_only_logged(tmp_path, caplog):
     trainer = tiny.trained(tmp_path, **tiny.METHODS["ewa"], max_steps=1)
     for metadata in ("key: [", "5", "1: 2", "tags: 5"):
-        damaged = f"---\n{metadata}\n---\n<!-- hf_radam -->\n<!-- hf_radam: end -->\n"
-        (tmp_path / "README.md").write_text(damaged)
+        corrupted = f"---\n{metadata}\n---\n<!-- hf_radam -->\n<!-- hf_radam: end -->\n"
+        (tmp_path / "README.md").write_text(corrupted)
         caplog.clear()
         trainer.save_model()
         assert f"The model card {tmp_path / 'README.md'} could not be renewed: " in caplog.text
-        assert (tmp_path / "README.md").read_text() == damaged
+        assert (tmp_path / "README.md").read_text() == corrupted
