@@ -105,7 +105,7 @@ REFUSED = [
     ({"optim": "radam", "warmup_steps": 2.5}, "warmup_steps=2.5 must be a whole number"),
     ({"optim": "radam_schedulefree", "adam_beta1": 0.0}, "beta1=0.0 leaves x undefined"),
     ({"optim": "radam_schedulefree", "optim_args": "power=2"}, "radam_schedulefree has no option 'power'"),
-    ({"optim": "radam", "optim_args": "foreach=perhaps"}, "must be true or false"),
+    ({"optim": "radam", "optim_args": "foreach=perhaps"}, "foreach='perhaps' is not valid: invalid truth value"),
     ({"recalibrate_batch_norm_batches": -1}, "recalibrate_batch_norm_batches=-1 is negative. Use 0"),
     ({"ewa": True, "bf16_full_eval": True, "use_cpu": True}, "bf16_full_eval=True leaves the parameters cast"),
     ({"ewa": True, "extend_from": "nowhere"}, "extend_from=nowhere is not a folder"),

@@ -21,7 +21,7 @@ from hf_radam import cli
 
 SECTION = (ROOT / "docs" / "guide.md").read_text("utf-8").split("## 1. A first run")[1].split("\n## ")[0]
 SMALLER = SETTINGS | {"validation_split_percentage": 20, "use_cpu": True, "cache_dir": "cache"}
-MEASURED = ("loss", "perplexity", "bits per byte", "first  ")  # beginnings of lines with numbers of the training
+MEASURED = ("loss", "perplexity", "bits per byte", "runs/first ")  # beginnings of lines with numbers of the training
 
 
 def comparable(line: str) -> str:

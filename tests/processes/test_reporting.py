@@ -127,7 +127,6 @@ def check_card(trainer: RAdamTrainer) -> None:
         dist.barrier()
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert "from transformers import AutoModelForCausalLM\n" in card  # FSDP2 gives the class another name
-    assert 'load_evaluation_model("checkpoint-6")' in card
 
 
 def train_and_check_card(folder: Path) -> None:

@@ -15,7 +15,7 @@ import tiny
 import trl
 from datasets import Dataset
 from huggingface_hub import ModelCard
-from test_model_card import models_of
+from test_model_card import model_of
 from transformers import LlamaForCausalLM
 
 from hf_radam import RAdamTrainerMixin, RAdamTrainingArguments, load_evaluation_model
@@ -238,7 +238,7 @@ def test_the_card_is_of_the_last_checkpoint_and_the_model_beside_it(tmp_path, mo
     card = ModelCard.load(run / "README.md")
     assert {"trl", "sft", "hf_radam", "radam", "ewa"} <= set(card.data.tags)
     assert "This model was trained from scratch" in card.text and card.text.count("## Training method") == 1
-    assert "for 20 steps.\n" in card.text and set(re.findall(r"checkpoint-\d+", card.text)) == {"checkpoint-20"}
+    assert "for 20 steps.\n" in card.text
     assert sent and all('AutoModelForCausalLM.from_pretrained("me/run")' in section(one) for one in sent)
-    for found in models_of(section(card.text).replace("me/run", "."), run, monkeypatch):
-        assert tiny.same(found, trainer.average.averaged_state_dict())
+    found = model_of(section(card.text).replace("me/run", "."), run, monkeypatch)
+    assert tiny.same(found, trainer.average.averaged_state_dict())
