@@ -32,12 +32,8 @@ def close_matches(name: str, known: Sequence[str]) -> str:
 class ConfigArgumentParser(HfArgumentParser):
     """`HfArgumentParser` whose first positional argument may be a file; flags on the command line win over it.
 
-    Args:
-        dataclass_types: The dataclasses, in the order in which `parse` returns them.
-        refuse: Ends the process with a sentence; called for all wrong input.
-        allow_other_keys: Whether the file may have further keys, which `other_keys` then lists, unless they look like
-            misspelt fields.
-        **kwargs: As for `HfArgumentParser`.
+    `refuse` ends the process with a sentence, and is called for all wrong input. With `allow_other_keys` the file may
+    have further keys, which `other_keys` then lists, unless they look like misspelt fields.
     """
 
     def __init__(
@@ -66,6 +62,8 @@ class ConfigArgumentParser(HfArgumentParser):
         """Return one instance of each dataclass, from `[FILE] [--flag value ...]`; fields in `instead` win over it."""
         argv = list(sys.argv[1:] if argv is None else argv)
         tokens = self._file_tokens(argv.pop(0)) if argv and not argv[0].startswith("-") else []
+        if tokens and argv and not argv[0].startswith("-"):  # it would join the last list of the file
+            self.error(f"unexpected argument {argv[0]!r}: values follow their --flags")
         namespace, rest = self.parse_known_args(tokens + argv)
         if rest and not rest[0].startswith("-"):
             self.error(f"unexpected argument {rest[0]!r}: a YAML file comes first, other values follow their --flags")
@@ -108,6 +106,8 @@ class ConfigArgumentParser(HfArgumentParser):
                 text = file.read()
             if path.endswith(".json"):  # YAML would make two characters of an escaped one beyond the BMP
                 texts, values = json.loads(text, parse_int=str, parse_float=str), json.loads(text)
+                # Objects are made from the inside out: the last one is the file.
+                json.loads(text, object_pairs_hook=lambda pairs: keys.__setitem__(slice(None), [k for k, _ in pairs]))
             else:
                 texts, values, node = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), yaml.compose(text)
                 keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []
@@ -119,7 +119,7 @@ class ConfigArgumentParser(HfArgumentParser):
             self.error("holds no settings: write one `name: value` a line")
         for key in keys:
             if keys.count(key) > 1:
-                self.error(f"key {key!r} stands there {keys.count(key)} times: keep one of them")
+                self.error(f"key {key!r} is given {keys.count(key)} times: keep one of them")
         return list(zip(texts, texts.values(), values.values(), strict=True))
 
     def _tokens(self, key: str, text: Any, value: Any) -> list[str]:

@@ -12,11 +12,7 @@ import torch
 
 @contextmanager
 def preserved_random_state(seed: int | None = None) -> Iterator[None]:
-    """Restore the state of all generators on exit.
-
-    Args:
-        seed: Seed them on entry, for code that must draw the same numbers each time.
-    """
+    """Restore the state of all generators on exit; `seed` seeds them on entry, to draw the same numbers each time."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
     device = torch.accelerator.current_accelerator(check_available=True)
     if device is None:

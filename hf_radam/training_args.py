@@ -142,7 +142,7 @@ class RAdamTrainingArguments(TrainingArguments):
         if self.uses_hf_radam:
             self._check_numbers()
             check_combinations(self)
-        if self.max_steps > 0:
+        if self.max_steps > 0 and self.extend_from is None:  # whose past is known when training begins
             self.check_horizon(self.max_steps)
 
     def check_horizon(self, total_steps: int, past: SchedulePast | None = None) -> None:
@@ -252,6 +252,8 @@ class RAdamTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"recalibrate_batch_norm_batches={self.recalibrate_batch_norm_batches} is negative. Use 0 or more."
             )
+        if not isinstance(self.budgets, (list, tuple, type(None))):
+            raise ValueError(f"budgets={self.budgets!r} is not a list. Write [{self.budgets!r}].")
         if self.lr_scheduler_type in Schedule.registered():
             check_decay(self.decay_type, self.min_lr_ratio)
             for name, value in [("decay_steps", self.decay_steps), *(("budgets", b) for b in self.budgets or ())]:
@@ -279,8 +281,8 @@ class RAdamTrainingArguments(TrainingArguments):
         schedule = SchedulerName(self.lr_scheduler_type).value
         if schedule not in (*Schedule.registered(), *CONSTANT_SCHEDULES):
             raise ValueError(
-                f"extend_from={self.extend_from} with lr_scheduler_type={schedule}: a longer run has another past. Use "
-                "wsd, wsd_s or a constant learning rate."
+                f"extend_from={self.extend_from} with lr_scheduler_type={schedule}: its learning rates so far would "
+                "depend on max_steps. Use wsd, wsd_s or a constant learning rate."
             )
         if self.max_steps <= 0:
             raise ValueError(f"extend_from={self.extend_from} needs a new length of the run. Set --max_steps.")

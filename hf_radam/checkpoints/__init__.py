@@ -1,1 +1,1 @@
-"""Checkpoints on disk: written whole, verified, found, gone on from. Nothing here knows a trainer."""
+"""Checkpoints on disk: save, verify, find, load and extend them. Nothing here knows a trainer."""

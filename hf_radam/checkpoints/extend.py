@@ -61,15 +61,12 @@ class ResumePlan:
 
 
 def plan_resume(args: RAdamTrainingArguments, wanted: str | bool | None, *, verify: bool = True) -> ResumePlan | None:
-    """Choose the checkpoint to resume from, complete and verified, and what stays of its schedule.
+    """Choose the checkpoint to resume from, complete and verified, and what stays of its schedule; None for a new run.
 
     Args:
         args: the arguments; they are only read.
         wanted: `resume_from_checkpoint` of `Trainer.train`: a checkpoint, True for the newest of the run, or nothing.
         verify: whether to verify the checkpoint that is extended; a preview goes by the manifests alone.
-
-    Returns:
-        The plan, or None to start a new run.
 
     Raises:
         CheckpointError: if the checkpoint is corrupted, or there is none to resume from.

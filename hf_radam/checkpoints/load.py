@@ -68,12 +68,7 @@ def load_evaluation_model(
         later = later_than_model(root)
         if later is not None:
             logger.warning("Loading the model at the root of %s, which is older than its %s.", root, later)
-        try:
-            return load_model_folder(root, model_class=model_class, **from_pretrained_kwargs)
-        except (OSError, CheckpointError) as error:
-            if not list_checkpoints(root):
-                raise
-            logger.warning("Passing over the model at the root of %s, which is incomplete: %s", root, error)
+        return load_model_folder(root, model_class=model_class, **from_pretrained_kwargs)
     return _load_checkpoint(newest_loadable_checkpoint(root), model_class, from_pretrained_kwargs)
 
 

@@ -67,13 +67,8 @@ def write_manifest(
 ) -> None:
     """Write `hf_radam.json`: `content`, the format version, and size and sha256 of every file in the checkpoint.
 
-    When it returns, everything in the checkpoint is on the disk.
-
-    Args:
-        checkpoint: complete but for this file.
-        content: what else the manifest says.
-        hasher: of that folder, if some of its files were submitted already.
-        known: size and hash, by path, of files that other ranks have hashed.
+    When it returns, everything in the checkpoint is on the disk. `hasher` is of that folder, if some of its files were
+    submitted already; `known` has size and hash, by path, of files that other ranks have hashed.
     """
     path = Path(checkpoint)
     (path / MANIFEST_NAME).unlink(missing_ok=True)

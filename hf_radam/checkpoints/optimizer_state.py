@@ -52,15 +52,10 @@ def _by_name(state: State, names: list[list[str]]) -> State:
 
 
 def read_state(checkpoint: PathLike, names: list[list[str]], *, mmap: bool = False) -> State:
-    """Read the complete state in a checkpoint by parameter names, on the CPU.
+    """Read the complete state in a checkpoint by parameter names, on the CPU; DeepSpeed's cannot be read.
 
-    Args:
-        checkpoint: any, but DeepSpeed's.
-        names: parameter names in each group of the optimizer that it is for.
-        mmap: map tensors into memory instead of reading them, where the file allows it.
-
-    Raises:
-        CheckpointError: if it cannot be read, or belongs to an optimizer with other parameters.
+    `names` are those in each group of the optimizer that it is for; `mmap` maps tensors into memory if possible.
+    Raises `CheckpointError` if it cannot be read, or belongs to an optimizer with other parameters.
     """
     path, layout = Path(checkpoint), layout_of(checkpoint)
     if layout is FSDP_SHARDED:

@@ -104,8 +104,8 @@ def check_resumable(checkpoint: PathLike, *, verify: bool = True) -> None:
 def rotate(run: Path, limit: int | None, *, protected: Collection[Path]) -> None:
     """Remove the oldest checkpoints at the root of a run, by modification time, until `limit` are left.
 
-    Protected checkpoints stay; without a limit (None or 0) all stay. Step numbers do not tell the age where a run was
-    begun anew; they are used on file systems that set all times alike (upstream's rule).
+    Protected checkpoints stay; without a limit (None or 0) all stay. Step numbers are not ages if a run was restarted;
+    they are used on file systems that set all times alike (upstream's rule).
     """
     if limit is None or limit <= 0:
         return

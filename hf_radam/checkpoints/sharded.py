@@ -78,14 +78,10 @@ TRUSTED = {
 class TensorShard:
     """The shard of one tensor that this rank writes."""
 
-    like: Tensor
-    """On the meta device, with the complete shape and the dtype to write."""
-    start: int
-    """Index of the shard's first element in the flattened tensor."""
-    length: int
-    """Number of elements; 0 if other ranks write them all."""
-    read: Callable[[], Tensor]
-    """Makes the elements, in any shape and dtype."""
+    like: Tensor  # on the meta device, with the complete shape and the dtype to write
+    start: int  # index of the shard's first element in the flattened tensor
+    length: int  # number of elements; 0 if other ranks write them all
+    read: Callable[[], Tensor]  # makes the elements, in any shape and dtype
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):

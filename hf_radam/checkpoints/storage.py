@@ -162,12 +162,9 @@ class FileHasher:
     def finish(
         self, *, only: Callable[[Path], bool] = lambda file: True, known: Mapping[str, tuple[int, str]] = NOTHING
     ) -> dict[str, tuple[int, str]]:
-        """Hash and flush the remaining files, and flush the folders.
+        """Hash and flush the remaining files; return size in bytes and sha256 of every file, by its path in the folder.
 
         `only` selects the files that this process hashes; `known` are the results of other ranks.
-
-        Returns:
-            Size in bytes and sha256 of every file, by its path in the folder.
         """
         inside = sorted(path for path in self.folder.rglob("*") if path.is_file() and only(path))
         files = {name: path for path in inside if (name := path.relative_to(self.folder).as_posix()) not in known}
@@ -261,18 +258,10 @@ def remove_staging(run: Path) -> None:
 
 
 def remove(run: Path, folder: Path) -> None:
-    """Remove a folder of the run atomically: it loses its name before its first file goes."""
+    """Remove a folder of the run atomically: rename it away, then delete it."""
     trash = run / STAGING / "removed" / folder.name
     trash.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(trash)
     shutil.rmtree(trash.parent)
     with suppress(OSError):  # something else is staged
         (run / STAGING).rmdir()
-
-
-def free_space(folder: Path) -> str:
-    """Describe the free space of the file system that holds `folder`, for a message."""
-    try:
-        return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
-    except OSError as error:
-        return f"free space unknown: {error}"

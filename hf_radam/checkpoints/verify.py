@@ -36,7 +36,7 @@ def verify_checkpoint(checkpoint: PathLike, *, only: str | None = None, hashes: 
         hashes: whether to hash the files; else only their presence and sizes are compared.
 
     Returns:
-        The problem of each bad file, by its path in the checkpoint; empty if the checkpoint is complete and verified.
+        The problem of each bad file, by its path in the checkpoint; empty if there is none.
     """
     path = Path(checkpoint)
     try:

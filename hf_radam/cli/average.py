@@ -7,7 +7,7 @@ import itertools
 import sys
 from typing import Any
 
-from hf_radam.cli.main import add_command, table
+from hf_radam.cli.main import add_command, exit_on_signals, table
 
 
 def add(commands: Any) -> None:
@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     """Return the output and the exit code; checkpoints that cannot be averaged are a `ValueError`."""
     from hf_radam.cli.merging import coefficients, merge, notes, read_sources
 
+    exit_on_signals()
     weights, decay, ratio = arguments.weights, arguments.decay, arguments.half_life_ratio
     sources = read_sources(arguments.checkpoints)
     shares = coefficients([source.step for source in sources], weights=weights, decay=decay, half_life_ratio=ratio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_radam.cli.main import add_command, folder
+from hf_radam.cli.main import add_command, exit_on_signals, folder
 
 
 def add(commands: Any) -> None:
@@ -38,6 +38,7 @@ def run(arguments: argparse.Namespace) -> tuple[str, int]:
     path = folder(arguments.path)
     if not is_checkpoint(path) and not list_checkpoints(path):
         raise ValueError(f"{arguments.path} is neither a checkpoint nor a run: no checkpoint-N and no model is in it.")
+    exit_on_signals()
     path = path if is_checkpoint(path) else str(newest_loadable_checkpoint(path))
     trust = arguments.trust_remote_code or None
     return f"{consolidate(path, training_weights=arguments.training_weights, trust_remote_code=trust)}\n", 0

@@ -24,6 +24,7 @@ COMMANDS = {
     "consolidate": "join the sharded weights of a checkpoint into one model",
 }
 
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 Run = Callable[[argparse.Namespace], tuple[str, int]]
 """Run a command: its output and exit code. `CheckpointError` and `OSError` are of files, `ValueError` is bad input."""
 
@@ -71,15 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; `argv` are its arguments, by default those of the process.
 
     Returns:
-        0; 1 if a checkpoint is corrupted, or a file cannot be read or written; 130 after Ctrl-C. SIGTERM exits: 143.
+        0; 1 if a checkpoint is corrupted, or a file cannot be read or written. A signal ends the process.
     """
     arguments = parse(sys.argv[1:] if argv is None else argv)
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was begun is removed
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    if before[signal.SIGINT] is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # C++ code that imports a module would abort on an exception
     try:
         output, code = arguments.run(arguments)
-    except KeyboardInterrupt:
-        print(f"{arguments.prog}: interrupted", file=sys.stderr)
-        return 130
     except (CheckpointError, OSError) as error:
         print(printable(f"{arguments.prog}: {' '.join(str(error).split())}"), file=sys.stderr)
         return 1
@@ -87,7 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.refuse(printable(" ".join(str(error).split())))
         raise  # not reached: `refuse` ends the process
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal without block characters shows ?
     try:
@@ -96,6 +97,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as of `| head`; Python must not flush again when it exits
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
+
+
+def exit_on_signals() -> None:
+    """Raise `SystemExit` on a signal from now on, so that what a command has begun is removed."""
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def folder(path: str) -> str:

@@ -64,11 +64,8 @@ def coefficients(
 ) -> list[float]:
     """Return the factor of each checkpoint; they sum to 1 and none is negative.
 
-    Args:
-        steps: of the checkpoints, increasing; two or more.
-        weights: `uniform`; `ewa`, of an EWA that averaged each checkpoint; `linear`, `cosine` or `1-sqrt`, of a decay.
-        decay: of `ewa`: a fixed decay per step.
-        half_life_ratio: of `ewa`: half-life as a ratio of the steps so far.
+    The `steps` of the checkpoints increase. `weights` are `uniform`; `ewa`, of an EWA of the checkpoints, with a window
+    as in `WeightAverage`; or `linear`, `cosine` or `1-sqrt`, of a decay.
 
     Example:
         >>> [round(c, 4) for c in coefficients([800, 900, 1000], weights="linear")]

@@ -69,15 +69,11 @@ class Preview:
     """A schedule, resolved for a run."""
 
     summary: str
-    rates: list[float]
-    """Learning rate of every step, the first at index 0."""
+    rates: list[float]  # of every step, the first at index 0
     phases: list[Phase]
-    pinned: dict[int, str]
-    """Paths of the checkpoints that are kept permanently, by their steps."""
-    factors: list[float | None] | None
-    """RAdam's rectification of every step, None where it is undefined; None for another optimizer."""
-    notes: dict[str, str]
-    """Further lines by their labels."""
+    pinned: dict[int, str]  # paths of the checkpoints that are kept permanently, by their steps
+    factors: list[float | None] | None  # RAdam's rectification of every step, None where undefined, or without RAdam
+    notes: dict[str, str]  # further lines by their labels
     warning: str | None
 
 

@@ -60,12 +60,13 @@ class FusedMixin:
             return False
         if self._fuses is None:
             parameters = [p for group in self.param_groups for p in group["params"]]
-            reason = unsupported_reason(parameters, own_kernels=self.own_kernels)
+            reasons = unsupported_reasons(parameters, own_kernels=self.own_kernels)
+            reason = next(filter(None, reasons), None)
             if reason is not None and self.fused:
                 raise ValueError(f"fused=True is not possible: {reason}. Leave it out, or set it to False.")
             if reason is not None:
                 logger.warning("%s takes unfused steps, which are slower: %s.", type(self).__name__, reason)
-            self._fuses = reason is None
+            self._fuses = None in reasons
         return self._fuses
 
     def __getstate__(self) -> dict[str, Any]:
@@ -74,23 +75,28 @@ class FusedMixin:
         return {**state, "fused": self.fused, "_master_weights": self._master_weights}
 
 
-def unsupported_reason(parameters: Iterable[Tensor], *, own_kernels: bool) -> str | None:
-    """Return why steps of parameters (or shards) cannot be fused, None if they can; builds the kernels they need."""
+def unsupported_reasons(parameters: Iterable[Tensor], *, own_kernels: bool) -> list[str | None]:
+    """Return for each kind of parameters (or shards) why their steps cannot be fused, None if they can.
+
+    Builds the kernels that they need.
+    """
     kinds = dict.fromkeys((parameter.dtype, parameter.device) for parameter in parameters)
-    for dtype, device in kinds:
-        if dtype not in DTYPES:
-            return f"a parameter is {str(dtype).removeprefix('torch.')}"
-        if device.type not in DEVICES:
-            return f"there is no kernel for {device.type}"
-    for dtype, device in kinds if own_kernels else ():
-        if device.type == "cpu":
-            if isinstance(library := load_library(), str):
-                return library
-            continue
-        try:
-            compiled_kernel(dtype, device)
-        except Exception as error:  # of any of the many parts of a compiler
-            return f"compiling failed ({type(error).__name__}: {str(error)[:200].strip()})"
+    return [_unsupported_reason(*kind, own_kernels=own_kernels) for kind in kinds]
+
+
+def _unsupported_reason(dtype: torch.dtype, device: torch.device, *, own_kernels: bool) -> str | None:
+    if dtype not in DTYPES:
+        return f"a parameter is {str(dtype).removeprefix('torch.')}"
+    if device.type not in DEVICES:
+        return f"there is no kernel for {device.type}"
+    if not own_kernels:
+        return None
+    if device.type == "cpu":
+        return library if isinstance(library := load_library(), str) else None
+    try:
+        compiled_kernel(dtype, device)
+    except Exception as error:  # of any of the many parts of a compiler
+        return f"compiling failed ({type(error).__name__}: {str(error)[:200].strip()})"
     return None
 
 
@@ -101,17 +107,19 @@ def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool
     """
     if not isinstance(optimizer, FusedMixin):
         return
-    reason = None
+    if wanted == "auto" and optimizer.fused is not None:  # an optimizer that was passed
+        wanted = str(optimizer.fused).lower()
+    reasons: list[list[str | None]] = []
     if wanted != "false":
         shards = [sharding.optimizer_shard(name) for name in sharding.trained]
-        reasons = all_gather_object(unsupported_reason(shards, own_kernels=optimizer.own_kernels))
-        reason = next((reason for reason in reasons if reason is not None), None)
+        reasons = all_gather_object(unsupported_reasons(shards, own_kernels=optimizer.own_kernels))
+    reason = next(filter(None, (one for of_rank in reasons for one in of_rank)), None)
     if reason is not None and wanted == "true":
         raise ValueError(f"fused_optimizer=true is not possible: {reason}. Leave it out, or set it to false.")
-    optimizer.fused = optimizer._fuses = wanted != "false" and reason is None
+    optimizer._fuses = wanted != "false" and all(None in of_rank for of_rank in reasons)
     if log and reason is not None:
         logger.warning("The optimizer's steps are not fused (fused_optimizer=auto): %s.", reason)
-    elif log and optimizer.fused:
+    elif log and optimizer._fuses:
         logger.info("The optimizer's steps are fused.")
 
 

@@ -16,6 +16,7 @@ from hf_radam.optim.fused import Entry, FusedMixin, group_for_fusing, local
 
 THRESHOLD = 5.0
 """As `torch.optim.RAdam`; see `rectification`."""
+HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 COLUMNS = ("params", "grads", "exp_avgs", "exp_avg_sqs", "state_steps")
 OPTIONS = "lr weight_decay eps maximize foreach capturable differentiable decoupled_weight_decay".split()
 
@@ -97,6 +98,7 @@ class RAdam(FusedMixin, torch.optim.RAdam):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does, and warn of parameters whose optimizer state would stall."""
+        check_hyperparameters(**{name: param_group.get(name, self.defaults[name]) for name in HYPERPARAMETERS})
         super().add_param_group(param_group)
         dtype = None if self._master_weights else low_precision(self.param_groups[-1]["params"])
         if dtype is not None:

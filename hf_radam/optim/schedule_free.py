@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from hf_radam.optim.fused import FusedMixin, group_for_fusing, local, schedule_free_step
-from hf_radam.optim.radam import check_hyperparameters, low_precision, rectification
+from hf_radam.optim.radam import HYPERPARAMETERS, check_hyperparameters, low_precision, rectification
 from hf_radam.sharding import Sharding, find_sharding
 
 THRESHOLD = 4.0
@@ -79,14 +79,6 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         master_weights: bool = False,
     ):
         self.fused = fused
-        check_hyperparameters(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        if betas[0] == 0.0:
-            raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1). Take 0.9 to 0.98.")
-        if betas[1] <= 0.6:  # up to it rho_t never exceeds 4
-            raise ValueError(f"beta2={betas[1]} never leaves RAdam's silent phase. Take one above 0.6, such as 0.99.")
-        for name, value in (("r", r), ("weight_lr_power", weight_lr_power)):
-            if not 0.0 <= value < math.inf:
-                raise ValueError(f"{name}={value} must be a finite number, 0 or more.")
         self._master_weights = master_weights
         self._y: dict[nn.Parameter, Tensor] = {}
         self._stepped: list[set[int]] = []
@@ -94,6 +86,17 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as torch does; refuse parameters whose state would lose small changes."""
+        group = {**self.defaults, **param_group}
+        check_hyperparameters(**{name: group[name] for name in HYPERPARAMETERS})
+        if group["betas"][0] == 0.0:
+            raise ValueError("beta1=0.0 leaves x undefined (x = (y - (1 - beta1) z) / beta1). Take 0.9 to 0.98.")
+        if group["betas"][1] <= 0.6:  # up to it rho_t never exceeds 4
+            raise ValueError(
+                f"beta2={group['betas'][1]} never leaves RAdam's silent phase. Take one above 0.6, such as 0.99."
+            )
+        for name in ("r", "weight_lr_power"):
+            if not 0.0 <= group[name] < math.inf:
+                raise ValueError(f"{name}={group[name]} must be a finite number, 0 or more.")
         super().add_param_group(param_group)
         dtype = None if self._master_weights else low_precision(self.param_groups[-1]["params"])
         if dtype is not None:

@@ -231,15 +231,9 @@ class Sharding(ABC):
     def exchanging(self, shards: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Enter a context like `holding`, in which values and weights are swapped in place where possible.
 
-        Args:
-            shards: the values, shaped as `optimizer_shard`. Inside the context a swapped one holds the weights.
-
-        Yields:
-            The tensor that holds each value inside the context.
-
-        Raises:
-            RuntimeError: on leaving, if something wrote to swapped weights, and so changed the values. The weights are
-                restored nevertheless.
+        `shards` are the values, shaped as `optimizer_shard`; inside the context a swapped one holds the weights, and
+        the yielded dictionary has the tensor that holds each value. If something wrote to swapped weights, and so
+        changed the values, leaving raises `RuntimeError`; the weights are restored nevertheless.
         """
         swapped = {name: self.model_shard(name).detach() for name, s in shards.items() if self._can_exchange(name, s)}
         exchange = Exchange((weights, shards[name]) for name, weights in swapped.items())

@@ -46,12 +46,9 @@ def first_element(value: Tensor, name: str) -> int:
 
 
 class LocalSharding(Sharding):
-    """Parameters as plain tensors or DTensors.
+    """Parameters as plain tensors or DTensors; one with several names is taken once, by its first.
 
-    Args:
-        named_parameters: names and parameters; a parameter with several names is taken once, by its first.
-        modules: the model's modules; FSDP2 leaves some of them gathered after a forward pass without a backward pass.
-        device: as for `Sharding`.
+    `modules` are those of the model: FSDP2 leaves some of them gathered after a forward pass without a backward pass.
     """
 
     def __init__(

@@ -15,7 +15,9 @@ from hf_radam.trainer import reporting
 
 
 class FirstCallback(TrainerCallback):
-    """Runs before every other callback: completes the preparation of training, and closes what is under way."""
+    """Runs before every other callback: completes the preparation of training, and finishes copies that are pending."""
+
+    limit: int | None = None  # `save_total_limit`, while it is off
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
@@ -32,10 +34,11 @@ class FirstCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Keep the last checkpoint: with a limit of 1 upstream's end of training removes all but the best."""
         if logs and "train_runtime" in logs and self.trainer._active:
-            args.save_total_limit = None  # restored at the end of `train`
+            self.limit, args.save_total_limit = args.save_total_limit, None
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Complete the average, and show loggers that upload the final model the evaluation weights."""
+        """Complete the average, and have loggers upload the evaluation weights as the final model."""
+        args.save_total_limit = self.limit or args.save_total_limit
         if self.trainer.average is not None:
             self.trainer.average.finish()
         if reporting.uploads_final_model(self.trainer):
@@ -87,10 +90,6 @@ class SigtermCallback(TrainerCallback):
 
     def _request(self, number: int, frame: Any) -> None:
         self.requested = True  # never reset while training, so that no request is lost
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give SIGTERM back."""
-        self.release()
 
     def release(self) -> None:
         """Give SIGTERM back to its former handler."""

@@ -86,6 +86,8 @@ def check_schedule_of_optimizer(trainer: Any) -> None:
             f"lr_scheduler_type={name} with RAdamScheduleFree: schedule-free averaging needs a constant learning rate. "
             "Use constant or constant_with_warmup."
         )
+    if is_schedule_free(trainer) and not trainer._checked:
+        raise ValueError("An overridden create_optimizer made a RAdamScheduleFree. Use --optim radam_schedulefree.")
 
 
 # ---- When a trainer is made ----
@@ -108,11 +110,12 @@ def check_arguments(trainer: Any) -> None:
         )
 
 
-def check_trl_arguments(trainer: Any, error: TypeError) -> None:
-    """Raise a clear `TypeError` where a TRL trainer makes arguments of its own class from `RAdamTrainingArguments`."""
-    if evaluation.is_trl(trainer) and "unexpected keyword argument" in str(error):
+def check_argument_class(trainer: Any, error: TypeError | AttributeError) -> None:
+    """Raise a clear `TypeError` where a trainer needs arguments of its own class."""
+    of_trl = evaluation.is_trl(trainer) and "unexpected keyword argument" in str(error)
+    if of_trl or "'RAdamTrainingArguments' object has no attribute" in str(error):
         raise TypeError(
-            f"{type(trainer).__name__} needs arguments of TRL's class for it. Make them with a dataclass derived from "
+            f"{type(trainer).__name__} needs arguments of a class of its own. Make them with a dataclass derived from "
             "RAdamTrainingArguments and that class."
         ) from error
 
@@ -128,6 +131,9 @@ def check_supported(trainer: Any) -> None:
     if not (args.uses_hf_radam or schedule_free):
         return
     _check_backend(trainer)
+    sharded_at_load = is_sharded(trainer) and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+    if sharded_at_load and args.lr_scheduler_type in Schedule.registered():
+        raise ValueError("wsd and wsd_s keep the optimizer, which a model sharded at load cannot save. Use FSDP2.")
     if getattr(trainer.model, "_hf_peft_config_loaded", False):
         raise ValueError(
             "Trainer cannot resume an adapter that was added with model.add_adapter(). Use peft.get_peft_model."
@@ -222,7 +228,7 @@ def check_launched(args: Any) -> None:
         alone = state.num_processes < int(os.environ.get("WORLD_SIZE", "1"))
         if alone or state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
             raise ValueError(
-                f"{name} was asked for, but it shards only over several GPUs, and here is a {args.device.type}: "
+                f"{name} was asked for, but it needs several GPUs, and this process runs on a {args.device.type}: "
                 "accelerate would train without it. Use DDP on CPUs: configs/accelerate/ddp.yaml with use_cpu=true."
             )
 
@@ -240,8 +246,8 @@ def _check_fsdp(trainer: Any) -> None:
     if policy is None or policy.output_dtype not in (torch.bfloat16, torch.float16):
         return
     if policy.param_dtype == policy.reduce_dtype == policy.output_dtype:
-        # What accelerate makes of `bf16=True`. It would round every loss to three digits and sum gradients in 16 bits.
-        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
+        # What accelerate makes of `bf16=True`. It would round every loss to three digits.
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None)
     else:
         logger.warning(f"FSDP2's output_dtype={policy.output_dtype} rounds every loss that is logged to three digits.")
 

@@ -31,13 +31,8 @@ NOT_OF_WEIGHTS = "num_tokens"
 class EvaluationWeights:
     """Knows which weights a model is evaluated with, and swaps them in and out.
 
-    Args:
-        model: the unwrapped model that trains.
-        sharding: where its parameters are; that of one process by default.
-        average: its EWA, or None.
-        optimizer: its schedule-free optimizer, or None.
-        recalibrate: recalibrates BatchNorm statistics in place for the weights in the model; None if there is no
-            BatchNorm or it is off. Called once for each kind of weights until `forget_statistics()`.
+    `model` is the unwrapped one, `optimizer` a schedule-free one. `recalibrate` recalibrates BatchNorm statistics in
+    place for the weights in the model, once for each kind of weights until `forget_statistics()`.
     """
 
     def __init__(
@@ -198,12 +193,7 @@ def metric_prefixes(eval_dataset: Any) -> list[str]:
 
 
 def raw_twins(metrics: Collection[str], prefixes: Iterable[str]) -> dict[str, str]:
-    """Map each metric of the training weights to the same metric of the evaluation weights.
-
-    Example:
-        >>> raw_twins(["eval_a_loss", "eval_a_raw_loss", "eval_a_raw_x", "eval_a_raw_raw_x"], ["eval_a"])
-        {'eval_a_raw_loss': 'eval_a_loss', 'eval_a_raw_raw_x': 'eval_a_raw_x'}
-    """
+    """Map each metric of the training weights (`eval_raw_loss`) to that of the evaluation weights (`eval_loss`)."""
     twins: dict[str, str] = {}
     for prefix in prefixes:
         raw = f"{prefix}_raw_"
@@ -247,7 +237,9 @@ def keeps_metrics(trainer: Any) -> bool:
 
 
 def check_trainer(trainer: Any) -> None:
-    """Raise `ValueError` if what a TRL trainer measures of both kinds of weights could not be told apart."""
+    """Raise `ValueError` if metrics of both kinds of weights could not be told apart, or choose the best model."""
+    check_dataset_names(trainer.eval_dataset)
+    check_best_metric(trainer.args, [f"{prefix}_raw_loss" for prefix in metric_prefixes(trainer.eval_dataset)])
     if is_trl(trainer) and not keeps_metrics(trainer):
         raise ValueError(
             f"ewa_eval_raw with {type(trainer).__name__}: TRL would log the mean of both evaluations. Leave it out."

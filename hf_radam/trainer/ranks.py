@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pickle
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from transformers.trainer_utils import has_length
 from hf_radam import __version__
 from hf_radam.checkpoints.manifest import MANIFEST_NAME, CheckpointError, PathLike
 from hf_radam.checkpoints.storage import STAGING
+from hf_radam.checkpoints.verify import check_complete
 from hf_radam.sharding.base import all_gather_object, rank, world_size
 
 MAY_DIFFER = frozenset(
@@ -27,8 +29,14 @@ MAY_DIFFER = frozenset(
     "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
     "dataloader_multiprocessing_context".split()
 )
-"""Arguments that each rank may have its own value of: what it shows, and how fast its machine reads."""
-FSDP_OPTIONS = ("state_dict_type", "reshard_after_forward", "cpu_offload", "mixed_precision_policy")
+"""Arguments that each rank may have its own value of: settings of logs and data loaders."""
+FSDP_OPTIONS = (
+    "state_dict_type reshard_after_forward cpu_offload mixed_precision_policy activation_checkpointing "
+    "transformer_cls_names_to_wrap"
+).split()
+FUNCTIONS = (
+    "model_init compute_loss_func compute_metrics preprocess_logits_for_metrics data_collator optimizer_cls_and_kwargs"
+).split()
 MOST_NAMED = 10
 """Differences that the error names; a model of another shape has hundreds."""
 PATIENCE = 30.0
@@ -51,6 +59,7 @@ def decide_on_rank0(decide: Callable[[], Any]) -> Any:
     if rank() == 0:
         try:
             result = decide()
+            pickle.dumps(result)
         except Exception as raised:  # whatever it is, the other ranks wait for it
             error = raised
     result, told = _broadcast((result, error and _picklable(error)))
@@ -62,12 +71,21 @@ def decide_on_rank0(decide: Callable[[], Any]) -> Any:
 def check_same_folder(checkpoint: PathLike) -> None:
     """Raise `CheckpointError` on every rank if they do not find the same checkpoint at a path; collective."""
     manifest = Path(checkpoint, MANIFEST_NAME)
-    found = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else manifest.parent.is_dir()
-    if len(set(all_gather_object(found))) > 1:
-        raise CheckpointError(
+    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    seen = all_gather_object((digest, manifest.parent.stat().st_ino if manifest.parent.is_dir() else None))
+    error = None
+    if len({digest for digest, _ in seen}) > 1 or None in {inode for _, inode in seen}:
+        error = CheckpointError(
             f"{checkpoint} is not the same folder on every rank: its {MANIFEST_NAME} differs or is missing. Give a "
             "path on a file system that all machines share."
         )
+    elif seen[rank()] != seen[0]:  # a copy on another machine
+        try:
+            check_complete(checkpoint)
+        except CheckpointError as raised:
+            error = raised
+    for of_rank in filter(None, all_gather_object(error)):
+        raise of_rank
 
 
 def _picklable(error: Exception) -> Exception:
@@ -94,7 +112,7 @@ def check_agreement(trainer: Any, **further: Any) -> None:
     """
     if world_size() == 1:
         return
-    facts = describe_run(trainer) | {name: str(value) for name, value in further.items()}
+    facts = describe_run(trainer) | {name: _text(value) for name, value in further.items()}
     digest = hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()
     if len(set(all_gather_object(digest))) > 1:
         raise DisagreementError(
@@ -123,9 +141,13 @@ def describe_run(trainer: Any) -> dict[str, str]:
     facts = {name: value for name, value in trainer.args.to_dict().items() if name not in MAY_DIFFER}
     facts |= {f"version of {package.__name__}": package.__version__ for package in (torch, transformers, accelerate)}
     facts["version of hf_radam"] = __version__
-    for name in ("train_dataset", "eval_dataset"):
-        data = getattr(trainer, name)
-        facts[f"length of {name}"] = len(data) if data is not None and has_length(data) else "unknown"
+    facts |= {name: getattr(trainer, name) for name in FUNCTIONS}
+    facts |= {f"optimizer {name}": value for name, value in getattr(trainer.optimizer, "defaults", {}).items()}
+    facts |= {name: type(getattr(trainer, name)) for name in ("optimizer", "lr_scheduler")}
+    for kind in ("train_dataset", "eval_dataset"):
+        data = getattr(trainer, kind)
+        for name, one in data.items() if isinstance(data, dict) else [("", data)]:
+            facts[f"length of {kind} {name}".rstrip()] = len(one) if one is not None and has_length(one) else "unknown"
     if trainer.is_fsdp_enabled:
         facts |= {f"FSDP {name}": getattr(trainer.accelerator.state.fsdp_plugin, name) for name in FSDP_OPTIONS}
     if trainer.is_deepspeed_enabled:
@@ -135,7 +157,13 @@ def describe_run(trainer: Any) -> dict[str, str]:
         shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO-3 leaves an empty tensor in its place
         dtype = str(parameter.dtype).removeprefix("torch.")
         facts[f"parameter {name}"] = f"{shape} {dtype}{'' if parameter.requires_grad else ', frozen'}"
-    return {name: str(value) for name, value in facts.items()}
+    return {name: _text(value) for name, value in facts.items()}
+
+
+def _text(value: Any) -> str:
+    """Write a value as every process does: without memory addresses, sets in order."""
+    text = sorted(map(str, value)) if isinstance(value, (set, frozenset)) else value
+    return re.sub(r" at 0x[0-9a-f]+", "", str(text))
 
 
 def check_shared_folder(args: Any) -> None:
@@ -171,10 +199,8 @@ def check_shared_folder(args: Any) -> None:
 
 def _becomes_visible(file: Path) -> bool:
     until = time.monotonic() + PATIENCE
-    while not file.exists():
-        if time.monotonic() > until:
-            return False
+    while not (found := file.exists()) and time.monotonic() < until:
         time.sleep(0.5)
         if file.parent.is_dir():
             os.listdir(file.parent)  # has a network file system look again
-    return True
+    return found

@@ -32,7 +32,7 @@ from hf_radam.checkpoints.layouts import (
     process_count,
     zero_stages,
 )
-from hf_radam.checkpoints.manifest import EWA_FOLDER, CheckpointError
+from hf_radam.checkpoints.manifest import EWA_FOLDER, MANIFEST_NAME, CheckpointError
 from hf_radam.checkpoints.optimizer_state import (
     allow_a_first_step,
     fsdp_state_dict_type,
@@ -165,7 +165,9 @@ def _check_same_optimizer(trainer: Any, optimizer: Any, checkpoint: str, manifes
         )
     # DeepSpeed has loaded its state by now. Else the file is read: torch fills gaps in what it loads with defaults.
     saved = optimizer.param_groups if layout_of(checkpoint) is DEEPSPEED else read_groups(checkpoint)
-    check_same_hyperparameters(trainer._planned, hyperparameters(saved), checkpoint=checkpoint)
+    # A trainer whose create_scheduler is overridden has not noted them, and has not loaded the optimizer yet.
+    planned = trainer._planned or hyperparameters(optimizer.param_groups)
+    check_same_hyperparameters(planned, hyperparameters(saved), checkpoint=checkpoint)
 
 
 def check_same_hyperparameters(planned: list[dict[str, Any]], saved: list[dict[str, Any]], *, checkpoint: str) -> None:
@@ -231,7 +233,7 @@ def _check_learning_rates(
 
 
 def check_place_in_data(state: TrainerState, dataloader: Any, *, accumulation: int, checkpoint: str) -> None:
-    """Refuse a place in the data that upstream cannot find again, and warn if the same step is now another place.
+    """Refuse a position in the data that upstream cannot restore, and warn if the same step is now another position.
 
     Raises:
         CheckpointError: if the checkpoint is in a later epoch of data without a length: upstream counts the batches to
@@ -265,8 +267,7 @@ def epochs_after(steps: int, *, batches_per_epoch: int, accumulation: int) -> fl
     return epochs + rest * accumulation / batches_per_epoch
 
 
-def warn_of_changes(plan: ResumePlan, *, processes: int, ewa: bool) -> None:
-    """Warn if the number of processes changed, or if an average ends here."""
+def _warn_of_changes(plan: ResumePlan, *, processes: int, ewa: bool) -> None:
     written = process_count(plan.checkpoint)
     if written is not None and written != processes:
         _warn(
@@ -286,7 +287,7 @@ def restore(trainer: Any, plan: ResumePlan, run: Path) -> None:
     if not args.ignore_data_skip and state.global_step < state.max_steps:
         accumulation, dataloader = args.gradient_accumulation_steps, trainer.callback_handler.train_dataloader
         check_place_in_data(state, dataloader, accumulation=accumulation, checkpoint=plan.checkpoint)
-    warn_of_changes(plan, processes=args.world_size, ewa=args.ewa)
+    _warn_of_changes(plan, processes=args.world_size, ewa=args.ewa)
     if trainer.average is not None:
         restore_average(trainer.average, trainer._bare_model, plan, step=state.global_step)
     find_moved_best(state, plan.checkpoint)
@@ -338,8 +339,8 @@ def describe_average(average: WeightAverage | None, *, requested_start_step: int
 def find_moved_best(state: TrainerState, checkpoint: str) -> None:
     """Find the best checkpoint beside the one that is resumed: upstream forgets it if the run was moved; collective."""
     best = run_of(Path(checkpoint)) / f"{PREFIX}{state.best_global_step}"
-    if state.best_model_checkpoint is None and state.best_global_step and decide_on_rank0(best.is_dir):
-        state.best_model_checkpoint = str(best)
+    found = str(best) if state.best_global_step and best.is_dir() else None
+    state.best_model_checkpoint = decide_on_rank0(lambda: state.best_model_checkpoint or found)
 
 
 def pin_resumed(checkpoint: str, run: Path, pinned_in: str, step: int) -> None:
@@ -347,8 +348,9 @@ def pin_resumed(checkpoint: str, run: Path, pinned_in: str, step: int) -> None:
     place = Path(pinned_in, f"{PREFIX}{step}")
 
     def pin() -> None:
-        exists = (run / place).exists()
-        if exists and ((run / place).samefile(checkpoint) or not verify_checkpoint(run / place)):
+        manifests = [Path(folder, MANIFEST_NAME) for folder in (run / place, checkpoint)]
+        linked = all(file.is_file() for file in manifests) and manifests[0].samefile(manifests[1])
+        if linked or ((run / place).exists() and not verify_checkpoint(run / place)):
             return
         storage.recover_interrupted_save(run)
         storage.link_tree(Path(checkpoint), run / storage.STAGING / place)

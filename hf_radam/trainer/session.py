@@ -6,6 +6,7 @@ Upstream writes a checkpoint into `output_dir/_staging`. When every rank has wri
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
@@ -37,21 +38,16 @@ class CheckpointSession:
 
     Every rank has one and calls the same methods; rank 0 renames and removes, every rank hashes the files it wrote.
 
-    Args:
-        run_dir: folder of the run.
-        limit: checkpoints to keep at its root (`save_total_limit`); None or 0 for all.
-        barrier: waits for all ranks.
+    `limit` is the number of checkpoints to keep at the root (`save_total_limit`), None or 0 for all.
     """
 
     def __init__(self, run_dir: Path, limit: int | None, barrier: Any):
         self.run_dir = run_dir
         self.limit = limit
-        self.staging = False
-        """Whether a checkpoint is being written."""
-        self.last_saved: tuple[int, bool] | None = None
-        """Completed steps at the last save, and whether that lies at the root of the run or is only pinned."""
-        self.uploads: dict[Path, Future[Any]] = {}
-        """Checkpoints that are being uploaded, which rotation must not remove."""
+        self.staging = False  # whether a checkpoint is being written
+        self.last_saved: tuple[int, bool, bool] | None = None
+        """Completed steps at the last save, whether that lies at the root of the run, and whether it can be resumed."""
+        self.uploads: dict[Path, Future[Any]] = {}  # of checkpoints, which rotation must not remove
         self._barrier = barrier
         self._hasher: storage.FileHasher | None = None
 
@@ -64,8 +60,7 @@ class CheckpointSession:
     def stage(self, step: int) -> Iterator[Path]:
         """Open a context in which the checkpoint after `step` completed steps is written into the folder it yields.
 
-        Raises:
-            CheckpointSaveError: if a disk failed; what was staged is removed, and every earlier checkpoint is intact.
+        If a disk fails, it removes the staged files and raises `CheckpointSaveError`; earlier checkpoints are intact.
         """
         name = f"{PREFIX}{step}"
         self.staging = True
@@ -98,7 +93,7 @@ class CheckpointSession:
             manifest.write_manifest(folder, content, hasher=self._hasher, known=hashes)
             self._hasher = None
 
-    def commit(self, step: int, *, at_root: bool, pinned_in: str | None) -> None:
+    def commit(self, step: int, *, at_root: bool, pinned_in: str | None, resumable: bool) -> None:
         """Give a sealed checkpoint its place or places, which share the files; collective.
 
         At the root of the run checkpoints are rotated; the folder `pinned_in` keeps them permanently.
@@ -114,7 +109,7 @@ class CheckpointSession:
                 storage.commit(self.run_dir, place)
             storage.remove_staging(self.run_dir)
         self._barrier()
-        self.last_saved = (step, at_root)
+        self.last_saved = (step, at_root, resumable)
 
     def abort(self) -> None:
         """Remove what was staged. What another rank is still writing is removed when the run is resumed."""
@@ -135,9 +130,10 @@ class CheckpointSession:
         if not _is_disk_failure(error):
             return
         on = f" on rank {rank()}" if world_size() > 1 else ""
+        free = f"{shutil.disk_usage(self.run_dir).free / 2**30:.2f} GiB free"
         raise CheckpointSaveError(
-            f"{checkpoint} could not be written{on}: {error} ({storage.free_space(self.run_dir)}). Make room or make "
-            "the folder writable, and continue with --resume_from_checkpoint true: every earlier checkpoint is intact."
+            f"{checkpoint} could not be written{on}: {error} ({free}). Make room or make the folder writable, and "
+            "continue with --resume_from_checkpoint true: every earlier checkpoint is intact."
         ) from error
 
 
@@ -155,12 +151,15 @@ def _is_disk_failure(error: BaseException) -> bool:
 def save_what_is_missing(trainer: Any, save: Callable[[], None]) -> None:
     """Save the state after a step if it is pinned, a new best model, or the last before a SIGTERM ends the run."""
     step, saved = trainer.state.global_step, trainer._session.last_saved
+    if trainer._was_finished:
+        return
+    at_root = saved[0] if saved and saved[1] else None
     if trainer._sigterm is not None and trainer._sigterm.is_requested(trainer.args):
         trainer.control.should_training_stop = True
-        if saved != (step, True) or trainer.args.save_only_model:  # which leaves out the optimizer
+        if saved != (step, True, True):
             with saving(trainer, at_root=True, resumable=True):
                 save()
-    elif trainer.args.load_best_model_at_end and trainer.state.best_global_step == step and saved != (step, True):
+    elif trainer.args.load_best_model_at_end and trainer.state.best_global_step == step != at_root:
         # Evaluated more often than saved: the best model would have no checkpoint to be loaded from.
         with saving(trainer, at_root=True):
             save()
@@ -191,7 +190,8 @@ def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[
         with session.stage(step) as folder:
             try:
                 yield
-                if args.save_only_model and (resumable or pinned_in is not None):
+                resumable = resumable or pinned_in is not None
+                if args.save_only_model and resumable:
                     trainer._save_training_state(folder)
             finally:
                 args.hub_strategy = strategy
@@ -203,7 +203,8 @@ def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[
                 manifest.mark_state(state.stateful_callbacks, step)
                 state.save_to_json(str(folder / manifest.TRAINER_STATE_NAME))
             session.seal(folder, _manifest(trainer))
-            session.commit(step, at_root=at_root, pinned_in=pinned_in)
+            complete = resumable or not args.save_only_model
+            session.commit(step, at_root=at_root, pinned_in=pinned_in, resumable=complete)
     except BaseException:
         state.best_model_checkpoint = best
         raise
@@ -214,6 +215,14 @@ def saving(trainer: Any, *, at_root: bool, resumable: bool = False) -> Iterator[
         if upload is not None:
             session.uploads[written] = upload
         session.rotate(keep={written, *([Path(best)] if best else [])})
+
+
+def remove_own_checkpoint(trainer: Any) -> None:
+    """Remove a checkpoint of this package that stock mode is about to write over: a pinned one may share its files."""
+    folder = Path(trainer._get_output_dir(trainer._trial_of_run), f"{PREFIX}{trainer.state.global_step}")
+    if trainer.is_world_process_zero() and (folder / manifest.MANIFEST_NAME).is_file():
+        storage.remove(folder.parent, folder)
+    trainer.accelerator.wait_for_everyone()
 
 
 def _manifest(trainer: Any) -> dict[str, Any]:

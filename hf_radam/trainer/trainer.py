@@ -65,12 +65,10 @@ class RAdamTrainerMixin(_Base):
 
     _evaluation: evaluation.EvaluationWeights
     _passed_optimizer: type | None = None
-    _schedule: Schedule | None = None
-    """The schedule of this package, resolved once for a run; None for one of upstream's."""
+    _schedule: Schedule | None = None  # of this package, resolved once for a run; None for one of upstream's
     _plan: ResumePlan | None = None
     _session: session.CheckpointSession | None = None
-    _planned: list[dict[str, Any]] = []
-    """Hyper-parameters of each parameter group as the arguments made them."""
+    _planned: list[dict[str, Any]] = []  # hyper-parameters of each parameter group as the arguments made them
     _sigterm: callbacks.SigtermCallback | None = None
     _final_upload: ExitStack
     _trial_of_run: Any = None
@@ -78,25 +76,27 @@ class RAdamTrainerMixin(_Base):
     _refused = False
     _was_finished = False
     _in_evaluate = False
+    _checked = False  # by `_check_methods`, with a method on
 
     def __init__(self, *args: Any, **kwargs: Any):
         try:
             super().__init__(*args, **kwargs)
-        except TypeError as error:
-            compatibility.check_trl_arguments(self, error)
+        except (TypeError, AttributeError) as error:
+            compatibility.check_argument_class(self, error)
             raise
         compatibility.check_arguments(self)
         self._final_upload = ExitStack()
         self._passed_optimizer = compatibility.given_optimizer_class(self)
         self._evaluation = evaluation.EvaluationWeights(self._bare_model)
+        self._check_methods()
+
+    def _check_methods(self) -> None:
+        """Refuse what is not supported, when the trainer is made or, in a search, when a trial turns a method on."""
         compatibility.check_supported(self)
         if self.args.ewa_eval_raw:
-            evaluation.check_dataset_names(self.eval_dataset)
             evaluation.check_trainer(self)
-            prefixes = evaluation.metric_prefixes(self.eval_dataset)
-            evaluation.check_best_metric(self.args, [f"{prefix}_raw_loss" for prefix in prefixes])
         if self._active:
-            self._sigterm = callbacks.replace_jit_callback(self)
+            self._checked, self._sigterm = True, callbacks.replace_jit_callback(self)
 
     # ---- Behind the wrappers ----
 
@@ -136,12 +136,9 @@ class RAdamTrainerMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """Check, once the length of the run is known, what must be right before the model is prepared."""
         if self.is_in_train and self._active:
-            if self._best_model_loaded:
-                raise RuntimeError(
-                    "The model holds the best evaluation weights (load_best_model_at_end), not a state to train on. "
-                    "Make a new trainer, and resume it from a checkpoint."
-                )
             self.args.check()  # a search, or the user, may have set fields since they were made
+            if not self._checked:
+                self._check_methods()
             self.args.check_horizon(self.state.max_steps, self._plan.past if self._plan else None)
             compatibility.undo_evaluation_wrapping(self)
         return super().create_optimizer(*args, **kwargs)
@@ -196,9 +193,10 @@ class RAdamTrainerMixin(_Base):
             return super().train(resume_from_checkpoint, trial, *args, **kwargs)
         compatibility.check_search(self, trial)
         ranks.check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
-        if self._refused and self.model_init is None:
+        if (self._refused or self._best_model_loaded) and self.model_init is None:
             raise RuntimeError(
-                "This trainer has loaded parts of a checkpoint that was then refused. Make a new trainer and model."
+                "The model holds the best evaluation weights (load_best_model_at_end), or parts of a refused checkpoint: "
+                "no state to train on. Make a new trainer and model."
             )
         limit, self._trial_of_run = self.args.save_total_limit, trial
         callbacks.install_callbacks(self)
@@ -213,7 +211,7 @@ class RAdamTrainerMixin(_Base):
 
     def _make_plan(self, wanted: str | bool | None, at_end: ExitStack) -> ResumePlan | None:
         """Take the lock of the run, finish a save that was interrupted, and choose the checkpoint. Rank 0 does."""
-        run = Path(str(self.args.output_dir))
+        run = Path(self._get_output_dir(self._trial_of_run))
         at_end.enter_context(storage.run_lock(run))
         storage.recover_interrupted_save(run)
         plan = plan_resume(self.args, wanted)
@@ -235,6 +233,7 @@ class RAdamTrainerMixin(_Base):
             return
         args, model, optimizer = self.args, self._bare_model, self._bare_optimizer
         callbacks.install_callbacks(self)
+        args.check_horizon(self.state.max_steps, self._plan.past if self._plan else None)
         compatibility.check_prepared(self, optimizer, model)
         run = Path(self._get_output_dir(self._trial_of_run))
         self._session = session.CheckpointSession(run, args.save_total_limit, self.accelerator.wait_for_everyone)
@@ -318,7 +317,7 @@ class RAdamTrainerMixin(_Base):
         compatibility.check_evaluable(self)
         if self.average is not None and not self.average.started:
             logger.warning(f"There is no average yet ({self.average}): evaluating without it.")
-        with_raw = self.args.ewa_eval_raw and self._in_evaluate
+        with_raw, self._in_evaluate = self.args.ewa_eval_raw and self._in_evaluate, False  # callbacks may predict
         if with_raw and (self._best_model_loaded or self._evaluation.inside):
             logger.warning("The model holds the evaluation weights here: the training weights are not evaluated.")
             with_raw = False
@@ -374,6 +373,7 @@ class RAdamTrainerMixin(_Base):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Have upstream write the checkpoint into the staging folder, and commit it when it is complete."""
         if not self._active:
+            session.remove_own_checkpoint(self)
             super()._save_checkpoint(*args, **kwargs)
             return
         with session.saving(self, at_root=True):
