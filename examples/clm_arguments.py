@@ -61,7 +61,7 @@ class ModelArguments:
             raise ValueError(f"config_name={self.config_name} has an architecture. Leave model_type out.")
         if self.model_type and self.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise ValueError(
-                f"model_type={self.model_type} is no causal language model of transformers. Try llama, gpt2 or qwen3."
+                f"model_type={self.model_type} is not a causal language model of transformers. Try llama, gpt2 or qwen3."
             )
         if self.config_overrides and not self.config_name:
             new_config(self.model_type, self.config_overrides, {})  # raises InputError
@@ -98,7 +98,7 @@ class DataArguments:
                 raise ValueError(f"{name}={value} is too small. Give at least {bound}.")
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(
-                f"validation_split_percentage={self.validation_split_percentage} is no part of a text. Give 1 to 99."
+                f"validation_split_percentage={self.validation_split_percentage} is not a share of a text. Give 1 to 99."
             )
         if self.dataset_name and (self.train_file or self.validation_file):
             raise ValueError(

@@ -237,7 +237,7 @@ def _folder_files(folder: str) -> list[str]:
     paths = [path for path in paths if not any(part.startswith(".") for part in path.parts)]
     tables = [path for path in paths if DATA_SUFFIXES.get(path.suffix, "text") != "text"]
     if tables:
-        raise InputError(f"{tables[0]} in {folder} is no text file. Give it as train_file, or take it out.")
+        raise InputError(f"{tables[0]} in {folder} is not a text file. Give it as train_file, or take it out.")
     if not paths:
         raise InputError(f"The folder {folder} holds no files. Give a folder of text files.")
     return [str(Path(folder, path)) for path in paths]

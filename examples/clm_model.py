@@ -47,7 +47,7 @@ def parse_overrides(text: str, config: PreTrainedConfig) -> dict[str, Any]:
 def _typed(name: str, value: str, current: Any) -> Any:
     if isinstance(current, bool):
         if value.lower() not in ("true", "false"):
-            raise InputError(f"config_overrides: {name}={value} is no boolean. Write true or false.")
+            raise InputError(f"config_overrides: {name}={value} is not a boolean. Write true or false.")
         return value.lower() == "true"
     kinds = [type(current)] if isinstance(current, int | float | str) else [int, float, str] if current is None else []
     for kind in kinds:

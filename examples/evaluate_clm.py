@@ -62,7 +62,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def read_recipe(path: Path) -> dict[str, Any]:
     """Read how the run of a folder made its data; of merged checkpoints, the run of the last one."""
     if not path.is_dir():
-        raise InputError(f"{path} is no folder. Give the folder of a run, or one of its checkpoints.")
+        raise InputError(f"{path} is not a folder. Give the folder of a run, or one of its checkpoints.")
     source, record = path, path / RECORD_NAME
     if record.is_file():
         source = (path / json.loads(record.read_text(encoding="utf-8"))["checkpoints"][-1]["path"]).resolve()

@@ -107,7 +107,7 @@ def checkpoint_to_resume(training_args: RAdamTrainingArguments) -> str | bool | 
             raise InputError(f"resume_from_checkpoint=true, but {output_dir} holds no checkpoint. Leave it out.")
         return True
     if not os.path.isdir(wanted):
-        raise InputError(f"resume_from_checkpoint={wanted} is no folder. Give a checkpoint's folder, or true.")
+        raise InputError(f"resume_from_checkpoint={wanted} is not a folder. Give a checkpoint's folder, or true.")
     if last is not None and not os.path.samefile(run_of(Path(wanted).absolute()), output_dir):
         raise InputError(f"{held} of another run than {wanted}. Give another --output_dir.")
     return wanted

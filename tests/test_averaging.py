@@ -75,7 +75,8 @@ def test_an_average_moves_as_lerp_does(dtype, size):
     move_averages(averages, weights, size)
     assert all(value._version > version for value, version in zip(averages, versions, strict=True))
     for average, weight, old in zip(averages, weights, before, strict=True):
-        torch.testing.assert_close(average, old.lerp(weight.float(), size), rtol=0, atol=5e-7)
+        if dtype in (torch.float32, torch.bfloat16):  # alike, so that a run may move to a machine without a compiler
+            assert torch.equal(average, old.lerp(weight.float(), size))
         exact = old.double() + size * (weight.float().double() - old.double())
         torch.testing.assert_close(average.double(), exact, rtol=2e-7, atol=3e-7)
 

@@ -223,3 +223,35 @@ def test_sparse_gradients_are_refused_before_anything_changes(kind):
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         optimizer.step()
     assert all(bool((p == 1).all()) for p in given) and optimizer.param_groups[0].get("k", 0) == 0
+
+
+def test_parameters_that_cannot_be_fused_do_not_hold_back_the_others(monkeypatch, caplog):
+    given = [torch.nn.Parameter(torch.ones(64)), torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))]
+    calls, kernel = [], torch._fused_adamw_
+    monkeypatch.setattr(
+        torch, "_fused_adamw_", lambda *args, **kwargs: calls.append(args[0]) or kernel(*args, **kwargs)
+    )
+    with pytest.warns(UserWarning, match="some are torch.bfloat16"):
+        optimizer = RAdam(given, lr=0.1)
+    for _ in range(8):
+        for p in given:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert calls and all(len(moved) == 1 and moved[0] is given[0] for moved in calls)
+    assert given[1].max() < 1 and "RAdam takes unfused steps, which are slower: a parameter is bfloat16" in caplog.text
+
+
+@both_optimizers
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr": -1.0}, "lr=-1.0"), ({"eps": float("nan")}, "eps=nan"), ({"betas": (0.9, 1.0)}, "beta2=1.0 must be")],
+)
+def test_the_options_of_a_group_are_checked(kind, options, message):
+    given = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = kind(given[:1], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": given[1:], **options})
+    assert len(optimizer.param_groups) == 1
+    if kind is RAdamScheduleFree:
+        with pytest.raises(ValueError, match="beta2=0.5 never leaves RAdam's silent phase"):
+            kind([{"params": given, "betas": (0.9, 0.5)}], lr=0.1)

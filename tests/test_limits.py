@@ -20,13 +20,3 @@ def test_what_works_may_take_longer_than_the_limit(code):
 def test_what_hangs_or_spins_is_ended(code):
     with pytest.raises(subprocess.TimeoutExpired):
         limits.run([sys.executable, "-uc", f"print('before')\n{code}"], seconds=0.1)
-
-
-def test_waiting_for_a_process(tmp_path):
-    file = tmp_path / "file"
-    code = f"import time; time.sleep(0.2); open({str(file)!r}, 'w').close(); time.sleep(3600)"
-    with subprocess.Popen([sys.executable, "-c", code]) as process:
-        limits.wait_until(file.exists, process)
-        with pytest.raises(AssertionError, match="ended or hangs"):
-            limits.wait_until(lambda: False, process, seconds=0.2)
-        process.kill()

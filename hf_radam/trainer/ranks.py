@@ -37,10 +37,8 @@ FSDP_OPTIONS = (
 FUNCTIONS = (
     "model_init compute_loss_func compute_metrics preprocess_logits_for_metrics data_collator optimizer_cls_and_kwargs"
 ).split()
-MOST_NAMED = 10
-"""Differences that the error names; a model of another shape has hundreds."""
-PATIENCE = 30.0
-"""Seconds until a file written by another machine must be visible; network file systems cache what was absent."""
+MOST_NAMED = 10  # differences that the error names; a model of another shape has hundreds
+PATIENCE = 30.0  # seconds until a file of another machine must be visible; network file systems cache its absence
 
 
 class DisagreementError(ValueError):

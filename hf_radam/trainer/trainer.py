@@ -195,8 +195,8 @@ class RAdamTrainerMixin(_Base):
         ranks.check_agreement(self, resume_from_checkpoint=resume_from_checkpoint)
         if (self._refused or self._best_model_loaded) and self.model_init is None:
             raise RuntimeError(
-                "The model holds the best evaluation weights (load_best_model_at_end), or parts of a refused checkpoint: "
-                "no state to train on. Make a new trainer and model."
+                "The model holds the best evaluation weights (load_best_model_at_end), or parts of a refused "
+                "checkpoint. Make a new trainer and model, and resume from a checkpoint."
             )
         limit, self._trial_of_run = self.args.save_total_limit, trial
         callbacks.install_callbacks(self)

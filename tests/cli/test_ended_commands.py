@@ -34,7 +34,7 @@ def large(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
     words = ["average", *map(str, large), "--weights", "uniform", "-o", str(tmp_path / "m")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -50,9 +50,26 @@ def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
     limits.wait_until(lambda: any(tmp_path.glob(".averaging-*/model")), process)
     process.send_signal(number)
     output, errors = limits.communicate(process)
-    assert (process.returncode, output) == (128 + number, "")
-    assert errors == ("hf-radam average: interrupted\n" if number == signal.SIGINT else "")
+    assert (process.returncode, output, errors) == (128 + number, "", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
+    """An exception raised there makes C++ that is importing something abort, with a trace of its own."""
+    code = (
+        "import os, sys\n"
+        "class Finder:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == 'hf_radam.cli.merging': os.kill(os.getpid(), {int(number)})\n"
+        "sys.meta_path.insert(0, Finder())\n"
+        "from hf_radam import cli\n"
+        "try: cli.main(['average', 'a', 'b', '--weights', 'uniform', '-o', 'c'])\n"
+        "finally: print('raised')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = limits.run([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (-number, "", "")
 
 
 def test_a_closed_pipe_is_no_error(tmp_path):

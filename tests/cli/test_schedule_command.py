@@ -180,7 +180,6 @@ def test_a_run_that_is_extended_keeps_its_past(tmp_path, capsys, monkeypatch):
 
 REFUSED = {
     "flag": (["--max_step", "5"], "unknown flag --max_step: did you mean --max_steps"),
-    "value": (["--max_steps", "many"], "argument --max_steps/--max-steps: invalid int value: 'many'"),
     "no length": (
         ["--num_train_epochs", "2"],
         "max_steps is not set, and num_train_epochs=2 is a number of steps only",
@@ -190,7 +189,6 @@ REFUSED = {
         "do not fit between steps 0 and 9.",
     ),
     "no file": (["nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
-    "not a config": (["data.csv"], "'data.csv' is not a .yaml, .yml or .json file"),
     "losses": (
         ["--max_steps", "9", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"],
         "reduce_lr_on_plateau follows the losses",
@@ -213,14 +211,6 @@ def test_bad_input_is_one_sentence(name, capsys, tmp_path, monkeypatch):
     line = output.err.splitlines()[-1]
     assert line.startswith("hf-radam schedule: error: ") and sentence in line
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_misspelt_key_is_refused(tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text("max_step: 5\n", encoding="utf-8")
-    with pytest.raises(SystemExit):
-        cli.main(["schedule", str(path)])
-    assert "unknown key 'max_step': did you mean max_steps" in capsys.readouterr().err
 
 
 def test_without_matplotlib_all_but_drawing_works(tmp_path):

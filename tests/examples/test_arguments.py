@@ -67,7 +67,7 @@ liger_kernel_config: {rope: true}
     assert args.liger_kernel_config == {"rope": True}
 
 
-def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
+def test_a_json_file_means_what_the_same_yaml_does(tmp_path, capsys):
     settings = {"learning_rate": 1e-7, "budgets": [0.25, 60], "lr_scheduler_type": "wsd_s", "max_steps": 100}
     settings |= {"seed": None, "run_name": "tab\there \U0001f600"}
     path = tmp_path / "run.json"
@@ -75,6 +75,12 @@ def test_a_json_file_means_what_the_same_yaml_does(tmp_path):
     _, _, args = parse_arguments([str(path), "--max_steps", "200"])
     assert (args.learning_rate, args.budgets, args.seed, args.max_steps) == (1e-7, [0.25, 60.0], 42, 200)
     assert args.run_name == "tab\there \U0001f600"
+    for text, argv in (('{"a": 1, "seed": {"a": 1}, "a": 2}', []), ('{"budgets": [0.25, 60]}', ["700"])):
+        path.write_text(text)
+        with pytest.raises(SystemExit):
+            parse_arguments([str(path), *argv])
+    said = capsys.readouterr().err
+    assert "run.json: key 'a' is given 2 times" in said and "unexpected argument '700'" in said
 
 
 def test_neither_do_train_nor_do_eval_means_both(write):

@@ -95,7 +95,7 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder, script):
     assert averaged["sample"].startswith("def ") and "checkpoint-6" in raw["source"]
     assert f"{averaged['loss']:.4f}" in said and f"{raw['loss']:.4f}" in said
     code, _, said = script(evaluate_clm.main, "nowhere")
-    assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is no folder. Give the folder of a run, or ")
+    assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is not a folder. Give the folder of a run, or ")
     with pytest.raises(InputError, match="There is no run_clm.yaml in"):
         read_recipe(folder / "texts")
 
@@ -127,7 +127,7 @@ def test_a_run_is_not_mixed_with_the_one_in_its_folder(folder, tmp_path):
     for request, message in (
         ((run,), "already holds checkpoint-6. Give --resume_from_checkpoint true"),
         ((tmp_path, "true"), "holds no checkpoint. Leave it out"),
-        ((tmp_path, "nowhere"), "nowhere is no folder"),
+        ((tmp_path, "nowhere"), "nowhere is not a folder"),
         ((run, str(other)), "already holds checkpoint-6 of another run"),
     ):
         with pytest.raises(InputError, match=message):

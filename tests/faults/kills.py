@@ -150,21 +150,9 @@ def kill_and_resume(victim: Victim, random_source: random.Random, *, most: int) 
 
 
 def soak(folder: Path, *, kills: int, most_each: int, seed: int, backend: str = "one", processes: int = 1) -> str:
-    """Kill processes `kills` times, over one method after another; every run must end as its twin.
+    """Kill processes `kills` times, over one method after another; every run must end as its twin; return the count.
 
-    Args:
-        folder: where to train.
-        kills: how many in all.
-        most_each: how many one run may suffer.
-        seed: of the moments.
-        backend: of each run, as for `harness.run`.
-        processes: of each run.
-
-    Returns:
-        The count, in words.
-
-    Raises:
-        AssertionError: if a run does not, or if something corrupted was found on the way.
+    A run suffers at most `most_each` kills; `seed` is of the moments; `backend` and `processes` are of each run.
     """
     random_source, how = random.Random(seed), {"backend": backend, "world": processes}
     harness.run(int, **how)  # the first start takes longer, as the fork server imports everything

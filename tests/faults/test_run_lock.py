@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 
 from hf_radam.checkpoints import storage
 from hf_radam.checkpoints.storage import LOCK_NAME, RunInUseError, run_lock
@@ -50,6 +51,11 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, holder)
     process.communicate("\n")
     with run_lock(tmp_path):
         assert (tmp_path / LOCK_NAME).is_file()
+
+
+def test_a_training_takes_the_lock(tmp_path, holder):
+    with pytest.raises(RunInUseError, match="is in use"):
+        tiny.trainer(tmp_path, ewa=True, max_steps=1).train()
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path, holder):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from hf_radam import averaging, load_evaluation_model
 from hf_radam.checkpoints.load import consolidate
 from hf_radam.checkpoints.manifest import read_manifest
-from hf_radam.optim import fused
+from hf_radam.optim import fused, schedule_free
 from hf_radam.schedules import wsd, wsd_s
 
 STEPS, LONGER, SAVED = 8, 11, 4
@@ -72,8 +72,12 @@ def options(backend, method):
 def train_one(folder, backend, method):
     """Train, evaluate, ship, resume and extend; return what one process saw of it."""
     made = partial(tiny.trainer, **options(backend, method))
-    trainer = made(folder / "run", model(method))
-    trainer.train()
+    trainer, kernels = made(folder / "run", model(method)), []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((torch, "_fused_adamw_"), (schedule_free, "schedule_free_step")):
+            kernel = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, run=kernel, **kwargs: kernels.append(run(*args, **kwargs)) or None)
+        trainer.train()
     assert [name for name in BACKENDS if harness.is_really(trainer, name)] == [*harness.SAME.get(backend, [backend])]
     loss = trainer.evaluate()["eval_loss"]
     trainer.save_model()
@@ -85,7 +89,7 @@ def train_one(folder, backend, method):
         "loss": loss,
         "weights": weights,
         "average": average.averaged_state_dict() if average else None,
-        "fused": trainer._bare_optimizer.fused,
+        "fused": trainer._bare_optimizer._fuses and bool(kernels),
         "bytes": sum(shard.numel() * shard.element_size() for shard in shards),
     }
     saved = str(folder / "run" / f"checkpoint-{SAVED}")

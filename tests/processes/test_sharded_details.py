@@ -39,7 +39,8 @@ def train_for_the_best(folder, backend, method):
     """A learning rate at which the losses soon grow: the best weights are not the last."""
     best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
     args = options(backend, **best, save_steps=2)
-    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args | tiny.METHODS[method] | {"learning_rate": 5.0})
+    method = tiny.METHODS[method] | ({"decay_steps": 2} if method == "wsd" else {})
+    trainer = tiny.trainer(folder, tiny.llama(**ODD), **args | method | {"learning_rate": 5.0})
     read, read_data = [], FileSystemReader.read_data
 
     def counting(self, plan, planner):
@@ -63,6 +64,7 @@ def train_for_the_best(folder, backend, method):
         ("ddp", "ewa"),
         ("fsdp2", "ewa"),
         ("fsdp2_sharded", "schedule_free"),
+        ("fsdp2_sharded", "wsd"),  # the training weights, whose shards lie at the root
         pytest.param("zero2", "ewa", marks=zero),
         pytest.param("zero3_ungathered", "schedule_free", marks=zero),
     ],

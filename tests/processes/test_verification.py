@@ -77,8 +77,10 @@ def job(root: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         hashed[f"newest but {name}"] = trained(root / "run", resume=True, max_steps=6)
         on_rank(0, flip, run / "checkpoint-6" / name)
     on_rank(0, lambda: [shutil.copytree(run / "checkpoint-3", root / rank / "checkpoint-3") for rank in "01"])
-    on_rank(1, shutil.rmtree, root / "1")
-    os.chdir(root / str(dist.get_rank()) if dist.get_rank() == 0 else root)
+    os.chdir(root / str(dist.get_rank()))
+    on_rank(1, flip, Path("checkpoint-3/optimizer.pt"))
+    errors["another copy"] = error_of(run, "checkpoint-3")
+    on_rank(1, shutil.rmtree, "checkpoint-3")
     errors["another folder"] = error_of(run, "checkpoint-3")
     return hashed, errors
 
@@ -106,6 +108,7 @@ def test_every_rank_hears_of_a_damaged_file(seen):
     root, ((first, here), (_, there)) = seen
     assert here == there
     assert "checkpoint-3 is not the same folder on every rank" in here.pop("another folder")
+    assert "checkpoint-3/optimizer.pt has another sha256" in here.pop("another copy")
     for name, error in here.items():
         assert f"{root / 'run/checkpoint-6' / name} has another sha256 than when it was written" in error
         # The newest one is passed over.

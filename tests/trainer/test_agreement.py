@@ -37,6 +37,9 @@ CASES = {
         "parameter model.embed_tokens.weight: (64, 32) bfloat16 on rank 0, (64, 32) float32 on rank 1",
     ),
     "data": ({}, {"samples": 60}, "length of train_dataset: 64 on rank 0, 60 on rank 1"),
+    "sets": ({"sets": 16}, {"sets": 12}, "length of eval_dataset a: 16 on rank 0, 12 on rank 1"),
+    "function": ({"metrics": tiny.loss_of}, {}, "compute_metrics: <function loss_of> on rank 0, None on rank 1"),
+    "optimizer": ({"passed": 0.1}, {"passed": 0.2}, "optimizer lr: 0.1 on rank 0, 0.2 on rank 1"),
     "nothing": ({"run_name": "first", "dataloader_num_workers": 2}, {"log_level": "info"}, None),
 }
 
@@ -53,10 +56,15 @@ OF_TRAINING = {
 """The same for `train()` with a method of this package."""
 
 
-def trainer_for(folder, model=None, frozen=False, dtype=None, samples=64, **options):
+def trainer_for(
+    folder, model=None, frozen=False, dtype=None, samples=64, sets=16, metrics=None, passed=None, **options
+):
     trained = tiny.partly_frozen() if frozen else tiny.llama(**model or {})
     arguments = tiny.arguments(folder, **{"ddp_find_unused_parameters": False} | options)
-    return Trainer(trained if dtype is None else trained.to(dtype), arguments, train_dataset=tiny.TRAIN[:samples])
+    trained = trained if dtype is None else trained.to(dtype)
+    optimizer = None if passed is None else torch.optim.SGD(trained.parameters(), lr=passed)
+    data = {"train_dataset": tiny.TRAIN[:samples], "eval_dataset": {"a": tiny.EVAL[:sets]}}
+    return Trainer(trained, arguments, **data, compute_metrics=metrics, optimizers=(optimizer, None))
 
 
 def error_here(folder, by_rank):
@@ -142,8 +150,9 @@ def test_under_other_backends(tmp_path, backend, other, differs):
 
 
 def test_one_process_agrees_with_itself(tmp_path):
-    first, second = (trainer_for(tmp_path) for _ in range(2))
+    first, second = (trainer_for(tmp_path, metrics=lambda prediction: {}) for _ in range(2))
     assert describe_run(first) == describe_run(second) and "hub_token" not in describe_run(first)
+    assert not [text for text in describe_run(first).values() if "0x" in text]  # the address of the lambda
     check_agreement(first)
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 import pytest
 import tiny
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hf_radam import RAdamTrainer, load_evaluation_model
 from hf_radam.checkpoints.load import newest_loadable_checkpoint
@@ -158,9 +158,6 @@ def test_a_model_older_than_a_checkpoint_is_logged_and_an_incomplete_one_is_one_
         load_evaluation_model(run)
         assert ("which is older than its checkpoint-20" in caplog.text) == (time == later)
     os.truncate(run / "model.safetensors", 5000)
-    load_evaluation_model(run)  # its newest checkpoint
-    for checkpoint in run.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)
     with pytest.raises(CheckpointError, match=f"The weights in {run} are incomplete: .* Save them again"):
         load_evaluation_model(run)
 
@@ -216,8 +213,9 @@ def test_weights_that_the_class_does_not_save_stay_the_models_own(tmp_path, monk
 
 
 def test_evaluation_weights_that_a_later_stock_run_left_behind_are_not_loaded(run):
-    """A run without our flags, or of stock `Trainer`, overwrites the files that it has, and leaves the others."""
-    tiny.trainer(run, tiny.llama(), save_strategy="steps", save_steps=10).train()
+    """Stock `Trainer` overwrites the files that it has, and leaves the others."""
+    stock = tiny.stock_arguments(run, save_strategy="steps", save_steps=10)
+    Trainer(tiny.llama(), stock, train_dataset=tiny.TRAIN).train()
     with pytest.raises(CheckpointError, match="checkpoint-20 was overwritten by a run that does not use hf_radam"):
         load_evaluation_model(run / "checkpoint-20")
 

@@ -103,15 +103,23 @@ SAID = "The optimizer's steps are "
 def test_steps_are_fused_as_asked_for_and_auto_says_so(method, wanted, expected, tmp_path, caplog):
     caplog.set_level("INFO", logger="hf_radam")
     trainer = tiny.trained(tmp_path, **tiny.METHODS[method] | {"max_steps": 9}, fused_optimizer=wanted)
-    assert trainer.optimizer.optimizer.fused is expected
+    assert trainer.optimizer.optimizer._fuses is expected
     assert (SAID + "fused." in caplog.messages) == expected and (SAID in caplog.text) == expected
+
+
+def test_the_choice_of_a_passed_optimizer_is_kept(tmp_path):
+    model = tiny.llama()
+    optimizer = RAdam(model.parameters(), lr=0.01, fused=False)
+    args = tiny.arguments(tmp_path, ewa=True, max_steps=1)
+    RAdamTrainer(model, args, train_dataset=tiny.TRAIN, optimizers=(optimizer, None)).train()
+    assert optimizer._fuses is False
 
 
 def test_what_cannot_be_fused_is_said(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(fused, "load_library", lambda: "there is no compiler")
     caplog.set_level("INFO", logger="hf_radam")
     options = tiny.METHODS["schedule_free"] | {"max_steps": 1}
-    assert tiny.trained(tmp_path, **options, fused_optimizer="auto").optimizer.optimizer.fused is False
+    assert tiny.trained(tmp_path, **options, fused_optimizer="auto").optimizer.optimizer._fuses is False
     assert SAID + "not fused (fused_optimizer=auto): there is no compiler." in caplog.messages
     with pytest.raises(ValueError, match="fused_optimizer=true is not possible: there is no compiler. Leave it out"):
         tiny.trained(tmp_path, **options, fused_optimizer="true")
