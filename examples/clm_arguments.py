@@ -60,9 +60,7 @@ class ModelArguments:
         if self.config_name and self.model_type:
             raise ValueError(f"config_name={self.config_name} has an architecture. Leave model_type out.")
         if self.model_type and self.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-            raise ValueError(
-                f"model_type={self.model_type} is not a causal language model of transformers. Try llama, gpt2 or qwen3."
-            )
+            raise ValueError(f"model_type={self.model_type} is not a causal language model. Try llama, gpt2 or qwen3.")
         if self.config_overrides and not self.config_name:
             new_config(self.model_type, self.config_overrides, {})  # raises InputError
         if self.low_cpu_mem_usage and not self.model_name_or_path:
@@ -98,7 +96,7 @@ class DataArguments:
                 raise ValueError(f"{name}={value} is too small. Give at least {bound}.")
         if not 1 <= self.validation_split_percentage <= 99:
             raise ValueError(
-                f"validation_split_percentage={self.validation_split_percentage} is not a share of a text. Give 1 to 99."
+                f"validation_split_percentage={self.validation_split_percentage} must be 1 to 99. Give 5, for example."
             )
         if self.dataset_name and (self.train_file or self.validation_file):
             raise ValueError(

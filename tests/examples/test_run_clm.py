@@ -95,7 +95,7 @@ def test_evaluation_finds_the_losses_of_the_trainer(folder, script):
     assert averaged["sample"].startswith("def ") and "checkpoint-6" in raw["source"]
     assert f"{averaged['loss']:.4f}" in said and f"{raw['loss']:.4f}" in said
     code, _, said = script(evaluate_clm.main, "nowhere")
-    assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is not a folder. Give the folder of a run, or ")
+    assert code == 2 and said.startswith("evaluate_clm.py: error: nowhere is not a folder. Give the folder of ")
     with pytest.raises(InputError, match="There is no run_clm.yaml in"):
         read_recipe(folder / "texts")
 
