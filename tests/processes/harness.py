@@ -160,10 +160,8 @@ def run(
         **kwargs: more of its arguments.
 
     Returns:
-        What each process returned, by rank; with ``check=False`` the `Outcome` of each.
-
-    Raises:
-        AssertionError: if a process raised, died, or was killed at its limit; it shows the output of each.
+        What each process returned, by rank; with ``check=False`` the `Outcome` of each. Else a process that raised,
+        died, or was killed at its limit is an `AssertionError` with the output of each.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
