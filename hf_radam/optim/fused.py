@@ -76,10 +76,7 @@ class FusedMixin:
 
 
 def unsupported_reasons(parameters: Iterable[Tensor], *, own_kernels: bool) -> list[str | None]:
-    """Return for each kind of parameters (or shards) why their steps cannot be fused, None if they can.
-
-    Builds the kernels that they need.
-    """
+    """Return why steps of each kind of parameters (or shards) cannot be fused, or None; build the kernels they need."""
     kinds = dict.fromkeys((parameter.dtype, parameter.device) for parameter in parameters)
     return [_unsupported_reason(*kind, own_kernels=own_kernels) for kind in kinds]
 

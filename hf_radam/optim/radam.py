@@ -65,7 +65,8 @@ class RAdam(FusedMixin, torch.optim.RAdam):
         weight_decay: decoupled decay: each step multiplies the weights by `1 - lr * weight_decay` first.
         foreach: use torch's multi-tensor kernels for steps that are not fused; torch decides when not given.
         fused: take rectified steps in one pass over memory, by torch's fused AdamW: None wherever that is possible,
-            True or raise `ValueError` at the first of them. It differs from unfused steps by roundings.
+            True or raise `ValueError` at the first of them for a dtype or device without a kernel. Tensors that are
+            not contiguous are never fused. It differs from unfused steps by roundings.
         master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed.
 
     Raises:

@@ -48,8 +48,8 @@ class RAdamScheduleFree(FusedMixin, schedulefree.RAdamScheduleFree):
         silent_sgd_phase: only move the second moment while RAdam's rectification is undefined (the first few steps);
             False takes plain SGD steps there.
         fused: take rectified steps in one pass over memory, with C++ kernels on CPUs (built when first needed, and
-            cached) or one from `torch.compile` on GPUs: None wherever that is possible, True or raise `ValueError` at
-            the first of them. It differs from unfused steps by roundings, so all ranks of a run must do the same.
+            cached) or one from `torch.compile` on GPUs; else as for `RAdam`. It differs from unfused steps by
+            roundings, so all ranks of a run must do the same.
         master_weights: whether float32 master weights replace the parameters before the first step, as in DeepSpeed.
 
     Raises:
