@@ -58,7 +58,8 @@ def test_a_merge_that_is_stopped_leaves_nothing(large, tmp_path, number):
 def test_a_signal_while_modules_are_imported_ends_it_at_once(tmp_path, number):
     """An exception raised there makes C++ that is importing something abort, with a trace of its own."""
     code = (
-        "import os, sys\n"
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # which a background job ignores
         "class Finder:\n"
         "    def find_spec(self, name, path, target=None):\n"
         f"        if name == 'hf_radam.cli.merging': os.kill(os.getpid(), {int(number)})\n"

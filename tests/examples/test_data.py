@@ -154,7 +154,7 @@ def test_text_that_cannot_be_read_or_is_too_little(tmp_path, model_args):
         DataArguments(train_file=str(tmp_path / "a.txt"))
     folder = tmp_path / "folder"
     folder.mkdir()
-    for name, words in (("a.md", "holds no files"), ("b.csv", "holds one file"), ("c.md", "no text file")):
+    for name, words in (("a.md", "holds no files"), ("b.csv", "holds one file"), ("c.md", "not a text file")):
         with pytest.raises(InputError, match=words):
             load_texts(model_args, DataArguments(train_file=str(folder)))
         (folder / name).write_text("text")

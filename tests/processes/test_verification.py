@@ -71,7 +71,7 @@ def job(root: Path) -> tuple[dict[str, list[str]], dict[str, str]]:
         "best": trained(root / "best", **BEST),
     }
     errors = {}
-    for name in ("model.safetensors", "optimizer.pt", "rng_state_1.pth", "ewa/model.safetensors"):
+    for name in ("rng_state_1.pth", "ewa/model.safetensors"):
         on_rank(0, flip, run / "checkpoint-6" / name)
         errors[name] = error_of(run, str(run / "checkpoint-6"))
         hashed[f"newest but {name}"] = trained(root / "run", resume=True, max_steps=6)
