@@ -15,10 +15,8 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / name for name in ("tests", "examples", "benchmarks")]
-STARTERS = {"subprocess", "multiprocessing", "concurrent.futures.process"}
-"""Modules whose use means a process."""
+STARTERS = {"subprocess", "multiprocessing", "concurrent.futures.process"}  # modules whose use means a process
 CALLS = {("os", "fork"), ("limits", "run"), ("processes.harness", "run"), ("processes.harness", "context")}
-"""The same of single functions."""
 
 
 def launches(functions: list[Any]) -> bool:

@@ -206,7 +206,7 @@ def _check_backend(trainer: Any) -> None:
     if not is_sharded(trainer):
         return
     if trainer.is_fsdp_enabled:
-        _check_fsdp(trainer)
+        check_fsdp(trainer.accelerator.state.fsdp_plugin)
     if trainer.is_deepspeed_enabled:
         _check_deepspeed(trainer)
     if is_peft(trainer.model):
@@ -233,8 +233,8 @@ def check_launched(args: Any) -> None:
             )
 
 
-def _check_fsdp(trainer: Any) -> None:
-    plugin = trainer.accelerator.state.fsdp_plugin
+def check_fsdp(plugin: Any) -> None:
+    """Raise `ValueError` for options of accelerate's FSDP plugin that are not supported."""
     if plugin.fsdp_version != 2:
         raise ValueError(
             f"fsdp_version={plugin.fsdp_version} is not supported: FSDP1 is deprecated, and its sharded checkpoints "

@@ -133,9 +133,3 @@ def test_events_and_calls_come_in_the_order_that_the_trainer_relies_on(tmp_path,
         *("_save_checkpoint", "_get_output_dir", "save_model", "on_save"),
         *("_maybe_log_save_evaluate", "on_log", "_get_output_dir", "on_train_end"),
     ]
-
-
-def test_the_last_log_is_known_by_its_runtime(tmp_path):
-    """`FirstCallback.on_log` recognises the end of training by this key."""
-    trainer = tiny.trained(tmp_path, max_steps=1)
-    assert [entry for entry in trainer.state.log_history if "train_runtime" in entry] == trainer.state.log_history[-1:]

@@ -10,14 +10,16 @@ import pytest
 import schedulefree
 import tiny
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from hf_radam import RAdam, RAdamScheduleFree, RAdamTrainer, RAdamTrainerMixin
 from hf_radam.checkpoints.manifest import read_manifest
 from hf_radam.optim import fused
-from hf_radam.trainer import ranks
+from hf_radam.trainer import compatibility, ranks
 
 SAVING = {"save_strategy": "steps", "save_steps": 5}
 
@@ -218,3 +220,11 @@ def test_the_hub_gets_the_evaluation_weights(tmp_path, monkeypatch, strategy):
     sent.clear()
     trainer.push_to_hub()
     assert tiny.same(sent[0][1], average)
+
+
+@pytest.mark.parametrize("reduce_dtype", [torch.float32, torch.bfloat16])
+def test_the_reduce_dtype_of_fsdp_is_kept(reduce_dtype):
+    policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype, torch.bfloat16)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=policy)
+    compatibility.check_fsdp(plugin)
+    assert plugin.mixed_precision_policy.reduce_dtype is reduce_dtype
