@@ -2,11 +2,11 @@
 # benchmark has an environment of its own, for the packages that it compares with.
 #   make quickstart PYTHON=python3.12        another interpreter (the pins need Python 3.11 or newer)
 #   make quickstart PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"     torch without CUDA
-#   make test PYTEST_ARGS="-k schedules"     part of the tests, in one process (the default is two)
+#   make test PYTEST_ARGS="-k schedules"     part of the tests, in one process (the default is three: many tests wait)
 
 PYTHON ?= python3
 PIP_ARGS ?=
-PYTEST_ARGS ?= -n 2 --dist worksteal
+PYTEST_ARGS ?= -n 3 --dist worksteal
 BIN := .venv/bin
 
 # `accelerate launch` gives a process one CPU thread unless told otherwise. Recursive (=), so that it is asked only in use.
