@@ -106,8 +106,8 @@ class ConfigArgumentParser(HfArgumentParser):
                 text = file.read()
             if path.endswith(".json"):  # YAML would make two characters of an escaped one beyond the BMP
                 texts, values = json.loads(text, parse_int=str, parse_float=str), json.loads(text)
-                # Objects are made from the inside out: the last one is the file.
-                json.loads(text, object_pairs_hook=lambda pairs: keys.__setitem__(slice(None), [k for k, _ in pairs]))
+                pairs = json.loads(text, object_pairs_hook=list)
+                keys = [pair[0] for pair in pairs] if isinstance(values, dict) else []
             else:
                 texts, values, node = yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), yaml.compose(text)
                 keys = [key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else []

@@ -115,7 +115,8 @@ def agree_on_fused(optimizer: Any, wanted: str, sharding: Sharding, *, log: bool
         raise ValueError(f"fused_optimizer=true is not possible: {reason}. Leave it out, or set it to false.")
     optimizer._fuses = wanted != "false" and all(None in of_rank for of_rank in reasons)
     if log and reason is not None:
-        logger.warning("The optimizer's steps are not fused (fused_optimizer=auto): %s.", reason)
+        part = "partly" if optimizer._fuses else "not"
+        logger.warning("The optimizer's steps are %s fused (fused_optimizer=auto): %s.", part, reason)
     elif log and optimizer._fuses:
         logger.info("The optimizer's steps are fused.")
 

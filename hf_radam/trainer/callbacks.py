@@ -38,7 +38,8 @@ class FirstCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Complete the average, and have loggers upload the evaluation weights as the final model."""
-        args.save_total_limit = self.limit or args.save_total_limit
+        if self.limit is not None:
+            self.limit, args.save_total_limit = None, self.limit
         if self.trainer.average is not None:
             self.trainer.average.finish()
         if reporting.uploads_final_model(self.trainer):

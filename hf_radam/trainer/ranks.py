@@ -34,9 +34,7 @@ FSDP_OPTIONS = (
     "state_dict_type reshard_after_forward cpu_offload mixed_precision_policy activation_checkpointing "
     "transformer_cls_names_to_wrap"
 ).split()
-FUNCTIONS = (
-    "model_init compute_loss_func compute_metrics preprocess_logits_for_metrics data_collator optimizer_cls_and_kwargs"
-).split()
+FUNCTIONS = "model_init compute_loss_func compute_metrics preprocess_logits_for_metrics data_collator".split()
 MOST_NAMED = 10  # differences that the error names; a model of another shape has hundreds
 PATIENCE = 30.0  # seconds until a file of another machine must be visible; network file systems cache its absence
 
@@ -139,7 +137,10 @@ def describe_run(trainer: Any) -> dict[str, str]:
     facts = {name: value for name, value in trainer.args.to_dict().items() if name not in MAY_DIFFER}
     facts |= {f"version of {package.__name__}": package.__version__ for package in (torch, transformers, accelerate)}
     facts["version of hf_radam"] = __version__
-    facts |= {name: getattr(trainer, name) for name in FUNCTIONS}
+    functions = {name: getattr(trainer, name) for name in FUNCTIONS}
+    # By name: their contents may differ, such as the seed of a collator.
+    facts |= {name: getattr(one, "__qualname__", type(one).__qualname__) for name, one in functions.items()}
+    facts["optimizer_cls_and_kwargs"] = trainer.optimizer_cls_and_kwargs
     facts |= {f"optimizer {name}": value for name, value in getattr(trainer.optimizer, "defaults", {}).items()}
     facts |= {name: type(getattr(trainer, name)) for name in ("optimizer", "lr_scheduler")}
     for kind in ("train_dataset", "eval_dataset"):

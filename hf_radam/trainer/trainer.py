@@ -139,7 +139,6 @@ class RAdamTrainerMixin(_Base):
             self.args.check()  # a search, or the user, may have set fields since they were made
             if not self._checked:
                 self._check_methods()
-            self.args.check_horizon(self.state.max_steps, self._plan.past if self._plan else None)
             compatibility.undo_evaluation_wrapping(self)
         return super().create_optimizer(*args, **kwargs)
 

@@ -3,7 +3,7 @@
 The interpreter's audit events tell of every operation before it happens: opening for writing (to flush a file, too),
 making and removing folders and files, links, renames. Forked children do the same work in copies of a folder, and the
 n-th child dies before its n-th operation, until one comes through. In a row of operations of one kind, such as a link
-for every file of a checkpoint, only the first two count: nothing of it done, a part, and (the next operation) all.
+for every file of a checkpoint, only the first two count: none is done, some are, and (the next operation) all.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def names(run) -> set[tuple[str, int]]:
 
 
 def check(copy, *, at_least: int, pins: set[tuple[str, int]]) -> tuple:
-    """What whoever looks into a run must find at any instant; returns what tells one such state from another."""
+    """Check what a run must hold at any instant; return what tells one such state from another."""
     died = (copy.parent / "died").read_text()
     places = list_checkpoints(copy)
     for place in places:

@@ -1,4 +1,4 @@
-"""A corrupted checkpoint is told by the file, passed over by the searches, and nothing of it is loaded.
+"""A corrupted checkpoint is told by the file, passed over by the searches, and none of its weights are loaded.
 
 Each file of a checkpoint is removed, cut, zeroed, or has single bits changed. Oracles: the name of the file in the
 message; the weights of an untouched trainer; the outcome of the run that was never corrupted, which resuming from the

@@ -116,7 +116,7 @@ def upload_and_read(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_card(trainer: RAdamTrainer) -> None:
-    """The first process alone writes the model card, whoever comes first."""
+    """The first process alone writes the model card, in either order of the calls."""
     trainer.save_model()
     folder = Path(trainer.args.output_dir)
     for rank in (1, 0):

@@ -38,7 +38,7 @@ CASES = {
     ),
     "data": ({}, {"samples": 60}, "length of train_dataset: 64 on rank 0, 60 on rank 1"),
     "sets": ({"sets": 16}, {"sets": 12}, "length of eval_dataset a: 16 on rank 0, 12 on rank 1"),
-    "function": ({"metrics": tiny.loss_of}, {}, "compute_metrics: <function loss_of> on rank 0, None on rank 1"),
+    "function": ({"metrics": tiny.loss_of}, {}, "compute_metrics: loss_of on rank 0, NoneType on rank 1"),
     "optimizer": ({"passed": 0.1}, {"passed": 0.2}, "optimizer lr: 0.1 on rank 0, 0.2 on rank 1"),
     "nothing": ({"run_name": "first", "dataloader_num_workers": 2}, {"log_level": "info"}, None),
 }
